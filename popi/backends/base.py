@@ -1,0 +1,150 @@
+"""The seam between roles and models: what a backend is asked, what it answers, what it can do."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Literal, Self
+
+from popi.prompts import Message
+
+FinishReason = Literal["stop", "length", "error"]
+
+
+@dataclass(frozen=True, slots=True)
+class ChatRequest:
+    """A conversation to be continued.
+
+    Attributes:
+        messages: The conversation; the last turn is not the assistant's.
+        max_tokens: The most new tokens.
+        temperature: 0 is greedy.
+        top_p: Nucleus of the sampling.
+        seed: Seeds the sampling of this request, whatever it is batched with; ``None`` draws a seed.
+        stop: Texts that end the answer and are not part of it.
+    """
+
+    messages: Sequence[Message]
+    max_tokens: int = 256
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class ChatResult:
+    """An answer, or why there is none.
+
+    Attributes:
+        text: The new text.
+        finish_reason: ``length`` when it was cut by ``max_tokens``, ``error`` when ``error`` says what went wrong.
+        prompt_tokens: Length of the rendered conversation.
+        completion_tokens: Number of new tokens, end token included.
+        model: The model that served it.
+        error: One line, or ``None``.
+    """
+
+    text: str
+    finish_reason: FinishReason
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    model: str = ""
+    error: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ScoreRequest:
+    """A response whose probability under a conversation is asked."""
+
+    messages: Sequence[Message]
+    response: str
+
+
+@dataclass(frozen=True, slots=True)
+class ScoreResult:
+    """A score, or why there is none.
+
+    Attributes:
+        logprob: Sum over the tokens of the response and the end of its turn, in nats.
+        tokens: The number of tokens in that sum.
+        prompt_tokens: Length of the rendered conversation in front.
+        error: One line, or ``None``; then ``logprob`` is NaN.
+    """
+
+    logprob: float
+    tokens: int
+    prompt_tokens: int = 0
+    error: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Capabilities:
+    """What a backend can do.
+
+    Attributes:
+        stream: Whether text comes in pieces as it is made.
+        score: Whether log-probabilities of a given response can be had.
+        context_length: The most tokens of a conversation and its answer, or ``None`` if it is not known.
+    """
+
+    stream: bool = True
+    score: bool = False
+    context_length: int | None = None
+
+
+class Backend(ABC):
+    """Moves messages to text and text to log-probabilities, in batches.
+
+    An item that fails is data in its result; a backend that is dead raises :class:`popi.errors.BackendError`.
+    Results come in the order of the requests. A backend is an asynchronous context manager that closes itself.
+
+    Attributes:
+        model: The name of the model, as it stands in provenance and tables.
+        capabilities: What this backend can do.
+    """
+
+    model: str
+    capabilities: Capabilities
+
+    @abstractmethod
+    async def chat(self, requests: Sequence[ChatRequest]) -> list[ChatResult]:
+        """Continues each conversation.
+
+        Raises:
+            BackendError: If the backend as a whole cannot serve.
+        """
+
+    @abstractmethod
+    def stream(self, request: ChatRequest) -> AsyncIterator[str]:
+        """Continues one conversation, piece by piece; the pieces joined are the text that ``chat`` gives.
+
+        Raises:
+            BackendError: If the answer cannot be had or breaks off.
+        """
+
+    @abstractmethod
+    async def score(self, requests: Sequence[ScoreRequest]) -> list[ScoreResult]:
+        """Sums the log-probabilities of each response, end of turn included, given its conversation.
+
+        Raises:
+            BackendError: If the backend as a whole cannot serve, or cannot score at all.
+        """
+
+    @abstractmethod
+    def count_tokens(self, text: str) -> int:
+        """The length of a bare text by this model's tokenizer, without special tokens."""
+
+    async def close(self) -> None:
+        """Releases what the backend holds. Closing twice is harmless."""
+        return None
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()

@@ -1,0 +1,1 @@
+"""Data: users with their signals and the pairs they are tested on."""

@@ -1,0 +1,75 @@
+"""The shape in which every data set reaches training and evaluation: one user's signals and test pairs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from popi.errors import InputError
+from popi.io import read_json_lines, validate
+from popi.signals import Text, UserSignals
+
+
+class TestPair(BaseModel):
+    """A prompt that the signals do not show, with the answer that the user prefers and the one they do not."""
+
+    __test__ = False  # not a test case, whatever pytest thinks of the name
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    prompt: Text
+    chosen: Text
+    rejected: Text
+
+    @model_validator(mode="after")
+    def _answers_differ(self) -> TestPair:
+        if self.chosen == self.rejected:
+            raise ValueError("chosen and rejected are the same text, so the pair cannot test anything")
+        return self
+
+
+class PersonalizationExample(BaseModel):
+    """One user: what is seen and what is asked.
+
+    Attributes:
+        user: The signals, which is all that a writer may read.
+        tests: Pairs that the signals do not show.
+        oracles: Summaries that a writer could not know, by name: ``truth`` (the true tastes) and ``evidence`` (the best
+            summary given only the signals). Present only where the truth is known.
+        facts: What a data set knows beside, for judges: never shown to a writer or a generator.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    user: UserSignals
+    tests: tuple[TestPair, ...] = ()
+    oracles: dict[str, str] = Field(default_factory=dict)
+    facts: dict[str, Any] = Field(default_factory=dict)
+
+
+def read_examples(path: Path) -> Iterator[PersonalizationExample]:
+    """Reads examples; a line that holds bare signals becomes an example without test pairs.
+
+    Raises:
+        InputError: If a line is broken or a user appears twice.
+    """
+    seen: dict[str, int] = {}
+    for number, record in read_json_lines(path):
+        if isinstance(record, dict) and "user" in record:
+            example = validate(PersonalizationExample, record, file=path, line=number)
+        else:
+            example = PersonalizationExample(user=validate(UserSignals, record, file=path, line=number))
+        user_id = example.user.user_id
+        if user_id in seen:
+            raise InputError(
+                f"user {user_id!r} stands in line {seen[user_id]} already",
+                file=path,
+                line=number,
+                field="user_id",
+                fix="join the two lines into one",
+            )
+        seen[user_id] = number
+        yield example

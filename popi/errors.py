@@ -1,0 +1,75 @@
+"""The tree of errors.
+
+::
+
+    PopiError                     exit code 1: something failed
+    |-- BackendError              a backend is dead or answered with nonsense; one failed item is data in its result instead
+    `-- InputError                exit code 2: the person who typed it can mend it
+        |-- ConfigError           a recipe or an option
+        |-- ModelError            a model that cannot be found or used
+        `-- MissingExtra          an optional dependency is not installed
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+
+class PopiError(Exception):
+    """Base of every error that popi raises on purpose. Its message is one line."""
+
+    exit_code = 1
+
+
+class BackendError(PopiError):
+    """A backend as a whole cannot serve: it is dead, out of memory, or not what it claims to be."""
+
+
+class InputError(PopiError):
+    """Bad input: says what was wrong, where, and what to do.
+
+    Args:
+        what: What was wrong, in a few words.
+        file: The file at fault, if there is one.
+        line: The line in it, counted from 1.
+        field: The field, as a dotted path.
+        fix: What to do about it.
+    """
+
+    exit_code = 2
+
+    def __init__(
+        self,
+        what: str,
+        *,
+        file: str | Path | None = None,
+        line: int | None = None,
+        field: str | None = None,
+        fix: str | None = None,
+    ) -> None:
+        self.what, self.file, self.line, self.field, self.fix = what, file, line, field, fix
+        place = ":".join(str(part) for part in (file, line) if part is not None)
+        where = ", ".join(part for part in (place, f"field {field}" if field else "") if part)
+        message = f"{where}: {what}" if where else what
+        super().__init__(" ".join((f"{message}; {fix}" if fix else message).split()))
+
+
+class ConfigError(InputError):
+    """A recipe or an option that makes no sense."""
+
+
+class ModelError(InputError):
+    """A model that cannot be found, loaded or used for what was asked."""
+
+
+class MissingExtra(InputError):
+    """An optional dependency is needed and not installed.
+
+    Args:
+        module: The module that could not be imported.
+        extra: The extra of the ``popi`` distribution that brings it.
+    """
+
+    def __init__(self, module: str, extra: str) -> None:
+        super().__init__(f"{module} is not installed", fix=f"install it with: pip install 'popi[{extra}]'")
+        self.module, self.extra = module, extra

@@ -1,0 +1,149 @@
+"""The interface between inference and generation: a short text that a person can read, edit and move between models."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from enum import StrEnum
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+NO_EVIDENCE = "Not enough evidence."
+"""What a writer says, and what a generator reads, when the signals show no preference."""
+
+_CITED = re.compile(r"\s*\[(\d+(?:\s*,\s*\d+)*)\]\s*[.;]?\s*$")
+_BULLET = re.compile(r"^\s*(?:[-*\u2022]|\d+[.)])\s+")
+
+
+class Author(StrEnum):
+    """Who made a summary."""
+
+    INFERRED = "inferred"
+    EDITED = "edited"
+    ORACLE = "oracle"
+    BASELINE = "baseline"
+
+
+class Claim(BaseModel):
+    """One line of a summary.
+
+    Attributes:
+        text: The claim, without list mark and citation.
+        evidence: Ids of the signals that the writer gave as its support.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    text: str = Field(min_length=1)
+    evidence: tuple[str, ...] = ()
+
+
+class Provenance(BaseModel):
+    """Where a summary came from.
+
+    Attributes:
+        author: Inferred by a model, edited by a person, or a baseline.
+        model: The model that wrote it, or the name of the baseline.
+        template_hash: ``prompts.template_hash()`` at the time.
+        signals_digest: ``UserSignals.digest()`` of what was read.
+        tokens: Length of the text by the tokenizer of ``model``.
+        time: When, in UTC.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+    author: Author
+    model: str = ""
+    template_hash: str = ""
+    signals_digest: str = ""
+    tokens: int = Field(default=0, ge=0)
+    time: datetime = Field(default_factory=lambda: datetime.now(UTC))
+
+
+class PreferenceSummary(BaseModel):
+    """What a user prefers, in words.
+
+    Attributes:
+        user_id: The user.
+        text: What a generator reads. Empty only for the control that says nothing at all.
+        claims: ``text`` line by line, with the evidence of each.
+        status: ``not_enough_evidence`` when the signals show no preference.
+        provenance: Where it came from.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    user_id: str
+    text: str
+    claims: tuple[Claim, ...] = ()
+    status: Literal["ok", "not_enough_evidence"] = "ok"
+    provenance: Provenance
+
+    def edit(self, text: str) -> PreferenceSummary:
+        """Returns the summary as a person rewrote it; evidence is kept for the claims that were left alone."""
+        known = {claim.text: claim for claim in self.claims}
+        claims = tuple(known.get(claim.text, claim) for claim in parse_claims(text))
+        return PreferenceSummary(
+            user_id=self.user_id,
+            text=as_text(claims),
+            claims=claims,
+            status="ok" if claims else "not_enough_evidence",
+            provenance=self.provenance.model_copy(
+                update={"author": Author.EDITED, "time": datetime.now(UTC), "tokens": 0}
+            ),
+        )
+
+
+def parse_claims(text: str, shown: Sequence[str] = ()) -> tuple[Claim, ...]:
+    """Reads the lines of a summary, each with an optional citation such as ``[1, 3]`` at its end.
+
+    Args:
+        text: What a writer wrote.
+        shown: The signal id behind each number (``RenderedSignals.shown``). Numbers beyond it are dropped: a writer
+            may cite what does not exist.
+
+    Returns:
+        The claims, without repetitions; none when the text says that there is not enough evidence.
+    """
+    claims: dict[str, Claim] = {}
+    for line in text.splitlines():
+        cited = _CITED.search(line)
+        body = _BULLET.sub("", line[: cited.start()] if cited else line).strip()
+        if not body or body.rstrip(".").lower() == NO_EVIDENCE.rstrip(".").lower():
+            continue
+        numbers = [int(number) for number in cited.group(1).split(",")] if cited else []
+        evidence = tuple(dict.fromkeys(shown[number - 1] for number in numbers if 0 < number <= len(shown)))
+        claims.setdefault(body, Claim(text=body, evidence=evidence))
+    return tuple(claims.values())
+
+
+def as_text(claims: Sequence[Claim]) -> str:
+    """The text that a generator reads: one claim a line, or the statement that there is not enough evidence."""
+    return "\n".join(f"- {claim.text}" for claim in claims) if claims else NO_EVIDENCE
+
+
+def with_citations(claims: Sequence[Claim], shown: Sequence[str]) -> str:
+    """The text as a writer writes it, inverse of :func:`parse_claims`.
+
+    Raises:
+        KeyError: If a claim cites a signal that is not shown.
+    """
+    number = {signal_id: place for place, signal_id in enumerate(shown, start=1)}
+    lines = []
+    for claim in claims:
+        cited = ", ".join(str(number[signal_id]) for signal_id in claim.evidence)
+        lines.append(f"- {claim.text} [{cited}]" if cited else f"- {claim.text}")
+    return "\n".join(lines) if lines else NO_EVIDENCE
+
+
+def summarize_claims(user_id: str, claims: Sequence[Claim], provenance: Provenance) -> PreferenceSummary:
+    """Builds the summary that consists of these claims."""
+    return PreferenceSummary(
+        user_id=user_id,
+        text=as_text(claims),
+        claims=tuple(claims),
+        status="ok" if claims else "not_enough_evidence",
+        provenance=provenance,
+    )
