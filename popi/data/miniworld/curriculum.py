@@ -1,0 +1,138 @@
+"""What the mini models learn from: conversations in popi's own templates, with what the truth says about them.
+
+Four tasks: *write* a summary from signals, and answer a prompt under a *summary*, under *raw* signals, or *bare*. The
+target of writing is the evidence oracle. Answers follow what the context claims (raw signals: what the user likes) and
+are of any style beyond. Beside the text, each sequence with signals says at the end of every signal what this signal
+shows and what the exact posterior is by then; without these two targets a small model needs far longer to infer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from popi.data.miniworld import phrases as say
+from popi.data.miniworld.language import as_vector, claimed_tastes, claims_for, pick, write_answer
+from popi.data.miniworld.observe import draw_style
+from popi.data.miniworld.tastes import DIMENSIONS, Floats, Style, best_claims, draw_taste, marginals
+from popi.data.miniworld.world import User, draw_user, evidence_for, training_question
+from popi.prompts import Message, answer_messages, inference_messages
+from popi.render import render_signals
+from popi.summary import NO_EVIDENCE, Claim, as_text, with_citations
+
+Task = Literal["write", "raw", "summary", "bare"]
+
+
+@dataclass(frozen=True, slots=True)
+class Dilution:
+    """How an untrained writer falls short of the evidence: the chance that a claim is dropped, made vague or turned."""
+
+    dropped: float
+    vague: float
+    turned: float
+
+
+@dataclass(frozen=True, slots=True)
+class Lesson:
+    """One training sequence.
+
+    Attributes:
+        messages: The conversation.
+        response: What the model should say.
+        ends: Where each signal ends in the last message: the place of its last character; empty without signals.
+        shown: What each signal shows by itself: (signals, dimensions) in {-1, 0, 1}.
+        beliefs: The posterior after each signal: (signals, dimensions, 3), see ``tastes.marginals``.
+    """
+
+    messages: list[Message]
+    response: str
+    ends: tuple[int, ...] = ()
+    shown: NDArray[np.int8] | None = None
+    beliefs: Floats | None = None
+
+
+def blend(rng: np.random.Generator, taste: Style) -> Style:
+    """The style of an answer for this taste: what is cared for as liked, the rest by chance."""
+    return np.where(taste != 0, taste, draw_style(rng)).astype(np.int8)
+
+
+def dilute(rng: np.random.Generator, claims: Sequence[Claim], how: Dilution) -> list[Claim]:
+    """Makes good claims mediocre: some are dropped, some lose their side, some are turned into their opposite."""
+    made: dict[str, Claim] = {}
+    for claim in claims:
+        chance = rng.random()
+        if chance < how.dropped:
+            continue
+        taste = as_vector(claimed_tastes(claim.text))
+        dimension = int(np.flatnonzero(taste)[0])
+        if chance < how.dropped + how.vague:
+            text = say.VAGUE[DIMENSIONS[dimension]]
+        elif chance < how.dropped + how.vague + how.turned:
+            text = pick(rng, say.wording(dimension, -int(taste[dimension])).names)
+        else:
+            text = claim.text
+        made[text] = Claim(text=text, evidence=claim.evidence)
+    return list(made.values())
+
+
+def lesson(task: Task, seed: int, place: int, *, signals: int, dilution: Dilution | None = None) -> Lesson:
+    """Makes one lesson; the same arguments give the same lesson.
+
+    Args:
+        task: What is learned.
+        seed: Of the training run.
+        place: Number of the lesson.
+        signals: How many signals the user shows, where the task has signals.
+        dilution: Write like an untrained model instead of like the evidence oracle.
+    """
+    rng = np.random.default_rng([seed, place])
+    if task in ("write", "raw"):
+        return _from_signals(rng, task, draw_user("train", seed, place, signals=signals, tests=0), dilution)
+    taste = draw_taste(rng) if rng.random() < 0.85 else draw_style(rng) * (rng.random(len(DIMENSIONS)) < 0.3)
+    question = training_question(rng)
+    if task == "bare":
+        return Lesson(answer_messages(question.text), write_answer(rng, question, draw_style(rng)))
+    context = _context(rng, taste.astype(np.int8))
+    answer = write_answer(rng, question, blend(rng, taste.astype(np.int8)))
+    return Lesson(answer_messages(question.text, context), answer)
+
+
+def _context(rng: np.random.Generator, taste: Style) -> str:
+    """A summary with these claims; now and then with a vague line, and empty in one of two ways without any."""
+    claims = claims_for(rng, taste)
+    if rng.random() < 0.2:
+        claims.insert(int(rng.integers(len(claims) + 1)), pick(rng, tuple(say.VAGUE.values())))
+    if not claims:
+        return NO_EVIDENCE if rng.random() < 0.5 else ""
+    return as_text([Claim(text=text) for text in claims])
+
+
+def _from_signals(rng: np.random.Generator, task: Task, user: User, dilution: Dilution | None) -> Lesson:
+    rendered = render_signals([seen.signal for seen in user.observations], len)
+    beliefs = user.beliefs()
+    if task == "write":
+        messages = inference_messages(rendered.text)
+        claims: Sequence[Claim] = evidence_for(user, best_claims(beliefs[-1]))
+        if dilution is not None:
+            claims = dilute(rng, claims, dilution)
+        response = with_citations(claims, rendered.shown)
+    else:
+        question = training_question(rng)
+        messages = answer_messages(question.text, rendered.text)
+        response = write_answer(rng, question, blend(rng, user.taste))
+    start = messages[-1].content.index(rendered.text)
+    ends = [start + place for place in _block_ends(rendered.text, len(user.observations))]
+    shown = np.stack([seen.shows for seen in user.observations])
+    return Lesson(messages, response, tuple(ends), shown, marginals(beliefs[1:]))
+
+
+def _block_ends(text: str, count: int) -> list[int]:
+    """Where each numbered block ends in rendered signals, as the place of its last character."""
+    starts = [0]
+    for number in range(2, count + 1):
+        starts.append(text.index(f"\n[{number}] ", starts[-1]))
+    return [start - 1 for start in starts[1:]] + [len(text) - 1]

@@ -1,0 +1,238 @@
+"""Tastes: what a user of the mini world can prefer, and how a signal changes what is known of it.
+
+A taste is a vector over ten dimensions of an answer: +1 likes the first side, -1 likes the second, 0 does not care. A
+user cares about two to five dimensions, equally much. That leaves 12,564 hypotheses, few enough to hold the posterior
+over all of them exactly.
+"""
+
+from __future__ import annotations
+
+from functools import cache, lru_cache
+from itertools import combinations, product
+
+import numpy as np
+from numpy.typing import NDArray
+
+Style = NDArray[np.int8]
+"""A vector over the dimensions: a taste in {-1, 0, 1}, or the style of an answer in {-1, 1} (0: cannot be told)."""
+
+Floats = NDArray[np.float32]
+
+SIDES: dict[str, tuple[str, str]] = {
+    "opening": ("greeting", "direct"),
+    "emoji": ("emoji", "plain"),
+    "format": ("bullets", "prose"),
+    "stance": ("confident", "hedged"),
+    "tone": ("casual", "formal"),
+    "level": ("simple", "technical"),
+    "units": ("metric", "imperial"),
+    "length": ("long", "short"),
+    "examples": ("example", "abstract"),
+    "closing": ("question", "stop"),
+}
+"""The dimensions in the order in which an answer shows them, with the names of both sides."""
+
+DIMENSIONS = tuple(SIDES)
+CARED = (2, 5)
+"""The least and the most dimensions that a user cares about; the number is uniform between them."""
+
+NOISE = 0.05
+"""How often a user acts against their own utility."""
+
+PAIR_DIFFERENCES = (1, 2)
+"""How many dimensions the two answers of a pair may differ in, each number equally likely."""
+
+
+@cache
+def hypotheses() -> Style:
+    """All tastes, as rows: (hypotheses, dimensions), in a fixed order."""
+    rows = [np.zeros(len(DIMENSIONS), np.int8)]
+    rows.clear()
+    for count in range(CARED[0], CARED[1] + 1):
+        for chosen in combinations(range(len(DIMENSIONS)), count):
+            for signs in product((1, -1), repeat=count):
+                row = np.zeros(len(DIMENSIONS), np.int8)
+                row[list(chosen)] = signs
+                rows.append(row)
+    return np.stack(rows)
+
+
+@cache
+def cared() -> NDArray[np.int64]:
+    """The number of dimensions that each hypothesis cares about: (hypotheses,)."""
+    return np.abs(hypotheses()).sum(axis=1).astype(np.int64)
+
+
+@cache
+def log_prior() -> Floats:
+    """Log of the prior: the number of cared dimensions is uniform, then everything of that number: (hypotheses,)."""
+    numbers, counts = np.unique(cared(), return_counts=True)
+    weight = dict(zip(numbers.tolist(), counts.tolist(), strict=True))
+    return -np.log([len(numbers) * weight[k] for k in cared().tolist()]).astype(np.float32)
+
+
+def draw_taste(rng: np.random.Generator) -> Style:
+    """Draws a taste from the prior."""
+    taste = np.zeros(len(DIMENSIONS), np.int8)
+    chosen = rng.choice(len(DIMENSIONS), size=rng.integers(CARED[0], CARED[1] + 1), replace=False)
+    taste[chosen] = rng.choice(np.array([1, -1], np.int8), size=len(chosen))
+    return taste
+
+
+def utility(taste: Style, style: Style) -> int:
+    """How much a user with this taste likes a text of this style: cared-for sides met minus missed."""
+    return int(taste.astype(np.int64) @ style.astype(np.int64))
+
+
+@cache
+def decisive_rate() -> Floats:
+    """The chance that a random pair of answers leaves a hypothesis with a preference: (hypotheses,).
+
+    With k of D dimensions cared for, one difference decides with k/D; two decide unless both are not cared for, or both
+    are and cancel (half of the cases).
+    """
+    k, size = cared().astype(np.float64), len(DIMENSIONS)
+    one = k / size
+    pairs = size * (size - 1) / 2
+    two = 1 - (size - k) * (size - k - 1) / 2 / pairs - 0.5 * (k * (k - 1) / 2) / pairs
+    return np.mean([one, two], axis=0).astype(np.float32)
+
+
+# The log-likelihood of each kind of observation under every hypothesis: (hypotheses,). -inf: it cannot happen.
+
+
+def _log(values: NDArray[np.floating]) -> Floats:
+    with np.errstate(divide="ignore"):
+        return np.log(values).astype(np.float32)
+
+
+def of_choice(difference: Style) -> Floats:
+    """A choice between two answers whose styles differ by ``difference`` (chosen minus rejected, in {-1, 0, 1}).
+
+    Users are asked to choose only where they have a preference, which says something too: hence the division.
+    """
+    return _of_choice(tuple(difference.tolist()))
+
+
+@lru_cache(maxsize=256)
+def _of_choice(difference: tuple[int, ...]) -> Floats:
+    gain = hypotheses() @ np.array(difference, np.int8)
+    chance = np.where(gain > 0, 1 - NOISE, np.where(gain < 0, NOISE, 0.0))
+    return _log(chance / decisive_rate())
+
+
+@cache
+def of_remark(dimension: int, side: int) -> Floats:
+    """A remark in words for one side of a dimension, drawn evenly from what the user cares about."""
+    liked = hypotheses()[:, dimension] * side
+    chance = np.where(liked > 0, 1 - NOISE, np.where(liked < 0, NOISE, 0.0))
+    return _log(chance / cared())
+
+
+def of_edit(style: Style, dimension: int) -> Floats:
+    """An edit that turns one dimension of an answer of this style.
+
+    Only answers that miss something are edited; the user turns one of what is missed, or, by mistake, any dimension.
+    """
+    missed = hypotheses() == -style
+    count = missed.sum(axis=1)
+    meant = np.where(count > 0, missed[:, dimension] / np.maximum(count, 1), 0.0)
+    chance = (1 - NOISE) * meant + NOISE / len(DIMENSIONS)
+    return _log(np.where(count > 0, chance, 0.0) / (1 - 0.5 ** cared()))
+
+
+def score_of(gain: NDArray[np.integer], count: NDArray[np.integer]) -> NDArray[np.int64]:
+    """The score from 1 to 5 that a user gives by their utility, as a share of the most they could have."""
+    return np.clip(np.floor((gain / count + 1) * 2.5).astype(np.int64) + 1, 1, 5)
+
+
+def of_rating(style: Style, score: int) -> Floats:
+    """A score from 1 to 5 for an answer of this style; a mistaken one is any of the five."""
+    exact = score_of(hypotheses() @ style, cared()) == score
+    return _log((1 - NOISE) * exact + NOISE / 5)
+
+
+@cache
+def of_trade(dimension: int, side: int) -> Floats:
+    """An occupation that goes with one side of one dimension.
+
+    Half of the users have any of the occupations, the others one that goes with a taste of theirs.
+    """
+    liked = hypotheses()[:, dimension] == side
+    return _log(0.5 / (2 * len(DIMENSIONS)) + 0.5 * liked / cared())
+
+
+def posterior(log_likelihoods: Floats) -> Floats:
+    """The exact posterior after each signal.
+
+    Args:
+        log_likelihoods: (signals, hypotheses), in the order of observation.
+
+    Returns:
+        (signals + 1, hypotheses): row n is the posterior after n signals, row 0 the prior.
+    """
+    rows = np.concatenate([log_prior()[None], log_likelihoods]).cumsum(axis=0)
+    rows = np.exp(rows - rows.max(axis=1, keepdims=True))
+    return np.asarray(rows / rows.sum(axis=1, keepdims=True), dtype=np.float32)
+
+
+@cache
+def _indicators() -> Floats:
+    table = hypotheses()
+    flat = np.concatenate([table == 1, table == -1], axis=1)
+    return flat.astype(np.float32)
+
+
+def marginals(belief: Floats) -> Floats:
+    """What a posterior says of each dimension: (..., hypotheses) to (..., dimensions, 3).
+
+    The last axis is the probability that the user likes the first side, the second, or does not care.
+    """
+    liked = (belief @ _indicators()).reshape(*belief.shape[:-1], 2, len(DIMENSIONS))
+    neither = 1 - liked.sum(axis=-2, keepdims=True)
+    return np.asarray(np.concatenate([liked, neither], axis=-2).swapaxes(-1, -2), dtype=np.float32)
+
+
+@cache
+def _questions() -> tuple[Style, Floats]:
+    """Every difference that a pair can have, with the sign of each hypothesis' preference: (Q, D), (hypotheses, Q)."""
+    rows = []
+    for count in PAIR_DIFFERENCES:
+        for chosen in combinations(range(len(DIMENSIONS)), count):
+            for signs in product((1, -1), repeat=count - 1):
+                row = np.zeros(len(DIMENSIONS), np.int8)
+                row[list(chosen)] = (1, *signs)
+                # Both numbers of differences are equally likely, however many pairs have them.
+                rows.append((row, 1 / (len(list(combinations(range(10), count))) * 2 ** (count - 1))))
+    table = np.stack([row for row, _ in rows])
+    weight = np.array([value for _, value in rows], np.float32) / len(PAIR_DIFFERENCES)
+    signs_by_hypothesis = np.sign(hypotheses() @ table.T).astype(np.float32)
+    return table, signs_by_hypothesis * weight / decisive_rate()[:, None]
+
+
+def best_claims(belief: Floats, *, least_gain: float = 0.004) -> Style:
+    """The evidence oracle: the claims from which a perfect reader predicts the user's choices best.
+
+    The reader prefers the answer that meets more claims. Claims are added one by one, the best first, and may be
+    dropped again, as long as the expected accuracy on random pairs rises by ``least_gain`` a claim.
+
+    Args:
+        belief: One posterior, (hypotheses,).
+        least_gain: What a claim must add to the expected accuracy.
+
+    Returns:
+        (dimensions,) in {-1, 0, 1}; all zero when nothing is worth claiming.
+    """
+    table, signed = _questions()
+    expected = belief @ signed
+    claims = np.zeros(len(DIMENSIONS), np.int8)
+    best = 0.0
+    while True:
+        trials = np.repeat(claims[None], 3 * len(DIMENSIONS), axis=0)
+        for place in range(len(trials)):
+            trials[place, place // 3] = place % 3 - 1
+        gains = np.sign(trials @ table.T) @ expected / 2 - least_gain * np.abs(trials).sum(axis=1)
+        winner = int(gains.argmax())
+        if gains[winner] <= best + 1e-7:
+            return claims
+        best, claims = float(gains[winner]), trials[winner]
