@@ -12,6 +12,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from difflib import get_close_matches
 from pathlib import Path
 
 
@@ -73,3 +75,10 @@ class MissingExtra(InputError):
     def __init__(self, module: str, extra: str) -> None:
         super().__init__(f"{module} is not installed", fix=f"install it with: pip install 'popi[{extra}]'")
         self.module, self.extra = module, extra
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """What to do about an unknown name, as a ``fix``: the nearest known ones, or all there are."""
+    names = sorted(known)
+    near = get_close_matches(name, names, n=3)
+    return f"did you mean {' or '.join(near)}?" if near else f"there are: {', '.join(names) or 'none'}"

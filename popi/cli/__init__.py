@@ -1,0 +1,101 @@
+"""The command line.
+
+Each command is a function (or, with commands of its own, a ``typer.Typer``) in a module of this package. These
+modules import at their top only what is light, typer and the standard library, and the rest inside their functions,
+so that ``popi --help`` is there at once. A command raises :class:`popi.errors.PopiError` for what went wrong and
+returns nothing; :func:`main` turns the error into one line and an exit code: 0, 1 (failed), 2 (bad input),
+130 (interrupted).
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Sequence
+from importlib import import_module
+from typing import Annotated
+
+import typer
+
+from popi.cli.output import note
+from popi.errors import PopiError
+
+COMMANDS = {
+    "quickstart": "popi.cli.quickstart:quickstart",
+    "summarize": "popi.cli.summarize:summarize",
+    "generate": "popi.cli.generate:generate",
+    "eval": "popi.cli.evaluate:evaluate",
+    "train": "popi.cli.train:train",
+    "data": "popi.cli.data:app",
+    "doctor": "popi.cli.doctor:doctor",
+}
+"""Where each command lives, as ``module:name``."""
+
+INTERRUPTED = 130
+"""Exit code after Ctrl-C: 128 plus the number of the signal, as shells count."""
+
+
+class Interrupted(PopiError):
+    """Ctrl-C, in a command that can say what it has kept."""
+
+    exit_code = INTERRUPTED
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Runs a command and returns its exit code."""
+    words = list(sys.argv[1:] if args is None else args) or ["--help"]
+    names = words[:1] if words[0] in COMMANDS else list(COMMANDS)
+    try:
+        code = _app(names)(args=words, prog_name="popi", standalone_mode=False)
+    except PopiError as error:
+        note(str(error))
+        return error.exit_code
+    except typer.TyperException as error:
+        note(f"{error.format_message()} (see popi {names[0] if len(names) == 1 else ''} --help)")
+        return error.exit_code
+    except BrokenPipeError:
+        sys.stdout = None  # nobody reads it, so nothing is left to be flushed
+        return 1
+    except OSError as error:
+        note(f"{error.filename or 'failed'}: {error.strerror or error}")
+        return 1
+    if code == INTERRUPTED:
+        note("interrupted")
+    return code or 0
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        from popi import __version__
+
+        typer.echo(f"popi {__version__}")
+        raise typer.Exit
+
+
+def _app(names: Iterable[str]) -> typer.Typer:
+    app = typer.Typer(
+        help="Personalization through summaries of what a user prefers.",
+        add_completion=False,
+        pretty_exceptions_enable=False,
+    )
+    app.callback()(_options)
+    for name in names:
+        module, _, attribute = COMMANDS[name].partition(":")
+        try:
+            command = getattr(import_module(module), attribute)
+        except ModuleNotFoundError as error:  # TODO: goes when every command is there
+            if error.name != module:
+                raise
+            continue
+        if isinstance(command, typer.Typer):
+            app.add_typer(command, name=name)
+        else:
+            app.command(name)(command)
+    return app
+
+
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Takes what stands before the command."""

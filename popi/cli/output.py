@@ -1,0 +1,134 @@
+"""What commands print: tables on a terminal, JSON lines when piped; progress and notes on standard error."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Annotated, Any, Protocol
+
+import typer
+
+JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON lines, also on a terminal.")]
+"""The option of every command that prints a result, for :func:`wants_json` or :func:`print_records`."""
+
+SECONDS_BETWEEN_LINES = 5.0
+
+
+def wants_json(flag: bool) -> bool:
+    """Whether results are printed as JSON lines: when asked for, or when the output is not a terminal."""
+    return flag or not sys.stdout.isatty()
+
+
+def print_json(record: Mapping[str, Any]) -> None:
+    """Prints one JSON line."""
+    line = json.dumps(record, ensure_ascii=False, default=str)
+    sys.stdout.write(line.encode("utf-8", "replace").decode("utf-8") + "\n")
+    sys.stdout.flush()
+
+
+def print_records(records: Iterable[Mapping[str, Any]], *, json_flag: bool, title: str = "") -> None:
+    """Prints records of one shape: a table with a column a key on a terminal, else a JSON line each."""
+    rows = list(records)
+    if wants_json(json_flag):
+        for row in rows:
+            print_json(row)
+        return
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=title or None, title_justify="left")
+    for name in rows[0] if rows else ():
+        table.add_column(name)
+    for row in rows:
+        table.add_row(*(Text(_cell(value)) for value in row.values()))
+    Console().print(table)
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.3f}"
+    if isinstance(value, list | tuple):
+        return ", ".join(map(str, value))
+    return "" if value is None else str(value)
+
+
+def note(text: str) -> None:
+    """Prints one line on standard error."""
+    sys.stderr.write(" ".join(f"popi: {text}".split()) + "\n")
+    sys.stderr.flush()
+
+
+class Progress(Protocol):
+    """Told how far the work is."""
+
+    def advance(self, count: int = 1) -> None:
+        """Counts more of the work as done."""
+
+    def note(self, text: str) -> None:
+        """Prints one line on standard error without breaking the display."""
+
+
+@contextmanager
+def progress(label: str, total: int) -> Iterator[Progress]:
+    """Shows how far the work is: a bar if standard error is a terminal, else a plain line now and then."""
+    if not sys.stderr.isatty():
+        lines = _Lines(label, total)
+        yield lines
+        lines.finish()
+        return
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+    from rich.progress import Progress as RichProgress
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with RichProgress(*columns, console=Console(stderr=True)) as shown:
+        yield _Bar(shown, shown.add_task(label, total=total))
+
+
+class _Lines:
+    def __init__(self, label: str, total: int) -> None:
+        self._label, self._total, self._done = label, total, 0
+        self._start = self._printed = time.monotonic()
+
+    def advance(self, count: int = 1) -> None:
+        self._done += count
+        if time.monotonic() - self._printed >= SECONDS_BETWEEN_LINES:
+            self._print()
+
+    def note(self, text: str) -> None:
+        note(text)
+
+    def finish(self) -> None:
+        self._print()
+
+    def _print(self) -> None:
+        self._printed = time.monotonic()
+        note(f"{self._label}: {self._done} of {self._total}, {self._printed - self._start:.0f} s")
+
+
+class _Bar:
+    def __init__(self, shown: Any, task: Any) -> None:
+        self._shown, self._task = shown, task
+
+    def advance(self, count: int = 1) -> None:
+        self._shown.advance(self._task, count)
+
+    def note(self, text: str) -> None:
+        line = " ".join(f"popi: {text}".split())
+        self._shown.console.print(line, markup=False, highlight=False, soft_wrap=True)
