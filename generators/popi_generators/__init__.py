@@ -1,0 +1,1 @@
+"""Conditioned generators: what answers a prompt under a summary."""

@@ -1,0 +1,1 @@
+"""Preference inference: what reads a user's signals and writes their summary."""
