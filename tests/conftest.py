@@ -1,0 +1,28 @@
+"""What every test shares: no hub, no display, no deadline, and the publishers' data where at hand."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# Set before anything imports the libraries that read them.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["MPLBACKEND"] = "Agg"
+
+# A busy machine is not a failing test.
+settings.register_profile("popi", deadline=None)
+settings.load_profile("popi")
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The publishers' files: in ``POPI_SHARED_DATA``, else in ``../shared/data`` beside the checkout."""
+    folder = Path(os.environ.get("POPI_SHARED_DATA") or ROOT.parent / "shared" / "data")
+    if not folder.is_dir():
+        pytest.skip("no publishers' data: name their folder in POPI_SHARED_DATA")
+    return folder
