@@ -1,7 +1,7 @@
 """Names of parts, and where the parts live.
 
-A name stands for a ``module:Class`` string that is imported only when it is asked for, so a part costs nothing
-until it is used and this package knows the parts above it by name alone. Wherever a name is taken, a
+A name stands for a ``module:Class`` string that is imported only when it is asked for, so a part costs
+nothing until it is used and this package knows the parts above it by name alone. Wherever a name is taken, a
 ``module:Class`` of one's own works as well.
 """
 

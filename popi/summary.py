@@ -1,9 +1,9 @@
-"""The interface between inference and generation: a short text that a person can read, edit and move between models."""
+"""The interface between inference and generation: a short text to be read, edited and moved between models."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from enum import StrEnum
 from typing import Literal
@@ -82,7 +82,7 @@ class PreferenceSummary(BaseModel):
     provenance: Provenance
 
     def edit(self, text: str) -> PreferenceSummary:
-        """Returns the summary as a person rewrote it; evidence is kept for the claims that were left alone."""
+        """Returns the summary as a person rewrote it; claims that were left alone keep their evidence."""
         known = {claim.text: claim for claim in self.claims}
         claims = tuple(known.get(claim.text, claim) for claim in parse_claims(text))
         return PreferenceSummary(
@@ -101,8 +101,8 @@ def parse_claims(text: str, shown: Sequence[str] = ()) -> tuple[Claim, ...]:
 
     Args:
         text: What a writer wrote.
-        shown: The signal id behind each number (``RenderedSignals.shown``). Numbers beyond it are dropped: a writer
-            may cite what does not exist.
+        shown: The signal id behind each number (``RenderedSignals.shown``). Numbers beyond it are dropped: a
+            writer may cite what does not exist.
 
     Returns:
         The claims, without repetitions; none when the text says that there is not enough evidence.
@@ -120,7 +120,7 @@ def parse_claims(text: str, shown: Sequence[str] = ()) -> tuple[Claim, ...]:
 
 
 def as_text(claims: Sequence[Claim]) -> str:
-    """The text that a generator reads: one claim a line, or the statement that there is not enough evidence."""
+    """The text that a generator reads: one claim a line, or that there is not enough evidence."""
     return "\n".join(f"- {claim.text}" for claim in claims) if claims else NO_EVIDENCE
 
 
@@ -147,3 +147,47 @@ def summarize_claims(user_id: str, claims: Sequence[Claim], provenance: Provenan
         status="ok" if claims else "not_enough_evidence",
         provenance=provenance,
     )
+
+
+def read_reply(user_id: str, reply: str, shown: Sequence[str], provenance: Provenance) -> PreferenceSummary:
+    """Builds the summary that a model wrote.
+
+    A list becomes its claims. Free text keeps its words, without the citations, and is read line by line for
+    claims; a line that only announces others is none.
+
+    Args:
+        user_id: The user.
+        reply: What the model wrote.
+        shown: The signal id behind each number that it may cite.
+        provenance: Where it came from.
+    """
+    lines = [line for line in reply.splitlines() if line.strip()]
+    claims = parse_claims("\n".join(line for line in lines if not _is_heading(line)), shown)
+    if not claims or all(_BULLET.match(line) for line in lines):
+        return summarize_claims(user_id, claims, provenance)
+    text = "\n".join(_CITED.sub("", line).rstrip() for line in lines)
+    return PreferenceSummary(user_id=user_id, text=text, claims=claims, provenance=provenance)
+
+
+def _is_heading(line: str) -> bool:
+    return line.rstrip(" \t*_").endswith(":") and not _BULLET.match(line)
+
+
+def cap_tokens(text: str, count_tokens: Callable[[str], int], limit: int) -> str:
+    """The leading lines of a text that are within a limit of tokens; a first line that is too long is cut."""
+    if count_tokens(text) <= limit:
+        return text
+    lines = text.splitlines()
+    kept = _most(len(lines), lambda count: count_tokens("\n".join(lines[:count])) <= limit)
+    if kept:
+        return "\n".join(lines[:kept])
+    return text[: _most(len(lines[0]), lambda count: count_tokens(lines[0][:count]) <= limit)]
+
+
+def _most(limit: int, fits: Callable[[int], bool]) -> int:
+    """The greatest number from 0 to ``limit`` that fits, where no greater one fits once one does not."""
+    low, high = 0, limit
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle - 1)
+    return low
