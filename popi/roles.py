@@ -103,9 +103,7 @@ class ConditionedGenerator(ABC):
         """
 
 
-def context_tokens(
-    backend: Backend, frame: Sequence[Message], max_tokens: int, asked: int | None = None
-) -> int:
+def context_tokens(backend: Backend, frame: Sequence[Message], max_tokens: int, asked: int | None = None) -> int:
     """The most tokens of signals, or of a summary, that a model is shown inside a frame.
 
     Args:

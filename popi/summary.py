@@ -1,4 +1,4 @@
-"""The interface between inference and generation: a short text to be read, edited and moved between models."""
+"""The interface between inference and generation: a short text to read, edit and move between models."""
 
 from __future__ import annotations
 

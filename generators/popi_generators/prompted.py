@@ -21,8 +21,8 @@ class PromptedGenerator(ConditionedGenerator):
         max_tokens: The most tokens of an answer.
         temperature: 0 is greedy.
         seed: Seeds the sampling of each answer; ``None`` draws a seed.
-        summary_tokens: The most tokens of a summary that are shown, by this model's tokenizer; ``None`` takes what
-            its context has room for.
+        summary_tokens: The most tokens of a summary that are shown, by this model's tokenizer; ``None`` takes
+            what its context has room for.
 
     Raises:
         ConfigError: If ``summary_tokens`` do not fit the model.
@@ -58,9 +58,7 @@ class PromptedGenerator(ConditionedGenerator):
     async def score(self, items: Sequence[Candidate]) -> list[ScoreResult]:
         """See :meth:`ConditionedGenerator.score`."""
         shown = self._shown([item.given for item in items])
-        return await self._backend.score(
-            [ScoreRequest(_messages(item.given, shown), item.response) for item in items]
-        )
+        return await self._backend.score([ScoreRequest(_messages(item.given, shown), item.response) for item in items])
 
     def _request(self, item: Conditioned, shown: dict[str, str]) -> ChatRequest:
         return ChatRequest(

@@ -97,7 +97,7 @@ class AnotherUsers(PreferenceInference):
         return [self._hand_over(summaries[donors[place]], user.user_id) for place, user in enumerate(users)]
 
     def _rank(self, user_id: str) -> bytes:
-        return hashlib.sha256(f"{self._seed}:{user_id}".encode("utf-8", "surrogatepass")).digest()
+        return hashlib.sha256(f"{self._seed}:{user_id}".encode()).digest()
 
     def _hand_over(self, summary: PreferenceSummary, user_id: str) -> PreferenceSummary:
         provenance = summary.provenance.model_copy(update={"author": Author.BASELINE, "model": self.name})
@@ -138,9 +138,7 @@ class Oracle(PreferenceInference):
         )
 
 
-def _provenance(
-    name: str, user: UserSignals, *, author: Author = Author.BASELINE, tokens: int = 0
-) -> Provenance:
+def _provenance(name: str, user: UserSignals, *, author: Author = Author.BASELINE, tokens: int = 0) -> Provenance:
     return Provenance(
         author=author,
         model=name,

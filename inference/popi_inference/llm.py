@@ -80,7 +80,7 @@ class LLMSummarizer(PreferenceInference):
         ]
 
     def _request(self, user: UserSignals, rendered: RenderedSignals) -> ChatRequest:
-        digest = hashlib.sha256(f"{self._seed}:{user.user_id}".encode("utf-8", "surrogatepass")).digest()
+        digest = hashlib.sha256(f"{self._seed}:{user.user_id}".encode()).digest()
         return ChatRequest(
             messages=inference_messages(rendered.text),
             max_tokens=self._max_tokens,
@@ -88,9 +88,7 @@ class LLMSummarizer(PreferenceInference):
             seed=int.from_bytes(digest[:4], "big") >> 1,
         )
 
-    def _read(
-        self, user: UserSignals, rendered: RenderedSignals, result: ChatResult
-    ) -> PreferenceSummary | Failure:
+    def _read(self, user: UserSignals, rendered: RenderedSignals, result: ChatResult) -> PreferenceSummary | Failure:
         if result.error is not None:
             return Failure(user.user_id, result.error)
         reply = _finished(result.text) if result.finish_reason == "length" else result.text

@@ -1,10 +1,10 @@
 """The command line.
 
 Each command is a function (or, with commands of its own, a ``typer.Typer``) in a module of this package. These
-modules import at their top only what is light, typer and the standard library, and the rest inside their functions,
+modules import at their top only what is light, typer and the standard library, and the rest in their functions,
 so that ``popi --help`` is there at once. A command raises :class:`popi.errors.PopiError` for what went wrong and
-returns nothing; :func:`main` turns the error into one line and an exit code: 0, 1 (failed), 2 (bad input),
-130 (interrupted).
+returns nothing; :func:`main` turns the error into one line and an exit code: 0, 1 (failed), 2 (bad input), 130
+(interrupted).
 """
 
 from __future__ import annotations

@@ -1,0 +1,160 @@
+"""The library's front door: observe signals, infer a summary, answer under it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from types import TracebackType
+from typing import Self
+from weakref import WeakValueDictionary
+
+from popi import registry
+from popi.backends.base import Backend
+from popi.errors import BackendError
+from popi.prompts import template_hash
+from popi.roles import Conditioned, ConditionedGenerator, PreferenceInference
+from popi.signals import Signal, UserSignals
+from popi.summary import PreferenceSummary
+
+
+class Personalizer:
+    """Holds users' signals in memory and answers each user in the way they prefer.
+
+    ::
+
+        personalizer = Personalizer.load("popi-mini-base")
+        personalizer.observe("ann", Statement(text="Keep it short, please."))
+        print(personalizer.infer_sync("ann").text)
+        print(personalizer.respond_sync("ann", "How do magnets work?"))
+
+    It is an asynchronous context manager that closes the backends it was given.
+
+    Args:
+        inference: Writes the summaries.
+        generator: Answers under them.
+        backends: Closed together with this.
+    """
+
+    def __init__(
+        self,
+        inference: PreferenceInference,
+        generator: ConditionedGenerator,
+        *,
+        backends: Sequence[Backend] = (),
+    ) -> None:
+        self._inference = inference
+        self._generator = generator
+        self._backends = backends
+        self._signals: dict[str, UserSignals] = {}
+        self._inferred: dict[str, tuple[tuple[str, ...], PreferenceSummary]] = {}
+        self._edited: dict[str, PreferenceSummary] = {}
+        self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
+
+    @classmethod
+    def load(cls, model: str, *, generator: str | None = None, backend: str = "transformers") -> Self:
+        """Makes both roles from models.
+
+        Args:
+            model: Name, path or hub id of the model that writes summaries.
+            generator: Likewise, of the model that answers; ``None`` lets one model do both.
+            backend: What runs them, by its name in the registry.
+
+        Raises:
+            ConfigError: If there is no such backend.
+            ModelError: If a model cannot be found or used.
+            MissingExtra: If what the backend needs is not installed.
+        """
+        make = registry.backend(backend)
+        writer = make(model)
+        reader = writer if generator is None else make(generator)
+        return cls(
+            registry.inference("llm")(writer),
+            registry.generator("prompted")(reader),
+            backends=(writer, reader),
+        )
+
+    def observe(self, user_id: str, *signals: Signal) -> None:
+        """Adds to what is known of a user, newest last; a signal that is known already changes nothing.
+
+        Raises:
+            InputError: If the id of a new signal stands for another one.
+        """
+        self._signals[user_id] = self.signals(user_id).add(*signals)
+
+    def signals(self, user_id: str) -> UserSignals:
+        """What was observed of a user."""
+        return self._signals.get(user_id) or UserSignals(user_id=user_id)
+
+    async def infer(self, user_id: str) -> PreferenceSummary:
+        """The user's summary: as a person edited it, else as inferred from all signals observed so far.
+
+        It is inferred anew only when the signals, the templates or the model have changed.
+
+        Raises:
+            BackendError: If it cannot be had.
+        """
+        if user_id in self._edited:
+            return self._edited[user_id]
+        lock = self._locks.setdefault(user_id, asyncio.Lock())
+        async with lock:
+            user = self.signals(user_id)
+            key = (user.digest(), template_hash(), self._inference.name)
+            if user_id not in self._inferred or self._inferred[user_id][0] != key:
+                [summary] = await self._inference.infer([user])
+                self._inferred[user_id] = key, summary
+            return self._inferred[user_id][1]
+
+    async def edit(self, user_id: str, text: str) -> PreferenceSummary:
+        """Replaces the summary by a person's words, which hold from now on, whatever signals come.
+
+        Raises:
+            BackendError: If there was no summary and none can be had.
+        """
+        self._edited[user_id] = (await self.infer(user_id)).edit(text)
+        return self._edited[user_id]
+
+    def withdraw_edit(self, user_id: str) -> None:
+        """Goes back to the summary that is inferred; harmless where nothing was edited."""
+        self._edited.pop(user_id, None)
+
+    async def respond(self, user_id: str, prompt: str) -> str:
+        """Answers a prompt under the user's summary.
+
+        Raises:
+            BackendError: If the summary or the answer cannot be had.
+        """
+        [result] = await self._generator.respond([Conditioned(prompt, await self.infer(user_id))])
+        if result.error is not None:
+            raise BackendError(f"no answer for user {user_id!r}: {result.error}")
+        return result.text
+
+    async def stream(self, user_id: str, prompt: str) -> AsyncIterator[str]:
+        """Answers a prompt under the user's summary, piece by piece.
+
+        Raises:
+            BackendError: If the summary or the answer cannot be had, or the answer breaks off.
+        """
+        summary = await self.infer(user_id)
+        async for piece in self._generator.stream(Conditioned(prompt, summary)):
+            yield piece
+
+    def infer_sync(self, user_id: str) -> PreferenceSummary:
+        """:meth:`infer` for programs without an event loop."""
+        return asyncio.run(self.infer(user_id))
+
+    def respond_sync(self, user_id: str, prompt: str) -> str:
+        """:meth:`respond` for programs without an event loop."""
+        return asyncio.run(self.respond(user_id, prompt))
+
+    async def close(self) -> None:
+        """Closes the backends. Closing twice is harmless."""
+        for backend in self._backends:
+            await backend.close()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
