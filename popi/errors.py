@@ -3,7 +3,7 @@
 ::
 
     PopiError                     exit code 1: something failed
-    |-- BackendError              a backend is dead or answered with nonsense; one failed item is data in its result instead
+    |-- BackendError              a backend is dead; one failed item is data in its result
     `-- InputError                exit code 2: the person who typed it can mend it
         |-- ConfigError           a recipe or an option
         |-- ModelError            a model that cannot be found or used
@@ -18,9 +18,17 @@ from pathlib import Path
 
 
 class PopiError(Exception):
-    """Base of every error that popi raises on purpose. Its message is one line."""
+    """Base of every error that popi raises on purpose.
+
+    Args:
+        message: What went wrong. It may quote what came from outside, so it is made one line that shows every
+            character that a terminal would act on.
+    """
 
     exit_code = 1
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(_one_line(message))
 
 
 class BackendError(PopiError):
@@ -53,7 +61,7 @@ class InputError(PopiError):
         place = ":".join(str(part) for part in (file, line) if part is not None)
         where = ", ".join(part for part in (place, f"field {field}" if field else "") if part)
         message = f"{where}: {what}" if where else what
-        super().__init__(" ".join((f"{message}; {fix}" if fix else message).split()))
+        super().__init__(f"{message}; {fix}" if fix else message)
 
 
 class ConfigError(InputError):
@@ -75,6 +83,11 @@ class MissingExtra(InputError):
     def __init__(self, module: str, extra: str) -> None:
         super().__init__(f"{module} is not installed", fix=f"install it with: pip install 'popi[{extra}]'")
         self.module, self.extra = module, extra
+
+
+def _one_line(message: str) -> str:
+    line = " ".join(part for part in map(str.strip, message.splitlines()) if part)
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode("ascii") for char in line)
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

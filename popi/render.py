@@ -7,20 +7,13 @@ names what was left out, and a signal that alone exceeds the budget is cut with 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import re
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from popi.signals import (
-    Comment,
-    Conversation,
-    Demographics,
-    Edit,
-    PreferencePair,
-    Rating,
-    Signal,
-    Speaker,
-    Statement,
-)
+from popi.prompts import CUT_MARK, FACT, NOT_BY_USER, NUMBERED, SIGNAL, TURN, UNNAMED, quote
+from popi.signals import Comment, Conversation, Demographics, Rating, Signal, Speaker
 
 INFORMATIVENESS = {
     "statement": 4.0,
@@ -36,9 +29,20 @@ INFORMATIVENESS = {
 HALF_LIFE = 32
 """A signal is worth half as much once this many newer ones have been seen."""
 
-CUT_MARK = " [... cut to fit ...] "
+PATIENCE = 32
+"""Once this many signals in a row were too long for what is left of the budget, no more are tried."""
+
+LEAST = 16
+"""Characters of each text that a cut leaves at least: less says nothing."""
 
 CountTokens = Callable[[str], int]
+
+_STARTS = {
+    line.partition("{")[0].strip()
+    for template in (*SIGNAL.values(), *TURN.values(), NOT_BY_USER)
+    for line in template.split("\n")
+} - {""}
+_LIKE_OURS = re.compile(rf"(?<=\n)(?=[^\S\n]*(?:\[\d|{'|'.join(map(re.escape, sorted(_STARTS)))}))", re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,31 +64,44 @@ class RenderedSignals:
     tokens: int
 
 
-def describe(signal: Signal) -> str:
-    """One signal as text, without its number. Texts that are not the user's own are marked as such."""
+def describe(signal: Signal, limit: int | None = None) -> str:
+    """One signal as text, without its number.
+
+    Texts that are not the user's own are marked as such, and no text can pass for another signal or speaker: its
+    lines that begin like ours are quoted with ``>``.
+
+    Args:
+        signal: The signal.
+        limit: The most characters of each text, cut out of its middle, and eight times the most turns of a
+            conversation, cut off its beginning; ``None`` shows everything.
+    """
+
+    def words(text: str) -> str:
+        return _LIKE_OURS.sub("> ", quote(text if limit is None else _cut(text, limit)))
+
     match signal:
-        case PreferencePair():
-            body = f"asked: {signal.prompt}\npreferred: {signal.chosen}\nover: {signal.rejected}"
-        case Comment():
-            body = f"on: {signal.about or signal.prompt or 'an answer'}\ncommented: {signal.text}"
-        case Rating():
-            scale = f"{signal.score:g} ({signal.worst:g} worst, {signal.best:g} best)"
-            body = f"asked: {signal.prompt}\nread: {signal.response}\nrated: {scale}"
-        case Edit():
-            body = f"asked: {signal.prompt}\nread: {signal.original}\nrewrote: {signal.edited}"
-        case Statement():
-            body = f"said: {signal.text}"
-        case Demographics():
-            body = "about: " + ", ".join(f"{name} {value}" for name, value in signal.facts.items())
-        case Conversation():
-            names = {Speaker.USER: "said", Speaker.ASSISTANT: "assistant", Speaker.QUOTED: "quoted"}
-            body = "\n".join(f"{names[turn.speaker]}: {turn.text}" for turn in signal.turns)
-    return body if signal.said_by is Speaker.USER else f"not by the user, {signal.said_by.value}:\n{body}"
+        case Conversation(turns=turns):
+            last = turns if limit is None else turns[-max(limit // 8, 1) :]
+            lines = [TURN[turn.speaker].format(text=words(turn.text)) for turn in last]
+            body = "\n".join(lines if len(last) == len(turns) else [CUT_MARK.strip(), *lines])
+        case Comment(text=text, about=about, prompt=prompt):
+            body = SIGNAL["comment"].format(about=words(about or prompt or UNNAMED), text=words(text))
+        case Rating(prompt=prompt, response=response, score=score, worst=worst, best=best):
+            body = SIGNAL["rating"].format(
+                prompt=words(prompt), response=words(response), score=score, worst=worst, best=best
+            )
+        case Demographics(facts=facts):
+            known = ", ".join(FACT.format(name=name, value=value) for name, value in facts.items())
+            body = SIGNAL["demographics"].format(facts=words(known))
+        case _:
+            texts = signal.model_dump(exclude={"id", "time", "origin", "said_by", "kind"})
+            body = SIGNAL[signal.kind].format(**{name: words(text) for name, text in texts.items()})
+    if signal.said_by is Speaker.USER:
+        return body
+    return NOT_BY_USER.format(speaker=signal.said_by.value, signal=body)
 
 
-def render_signals(
-    signals: Sequence[Signal], count_tokens: CountTokens, budget: int | None = None
-) -> RenderedSignals:
+def render_signals(signals: Sequence[Signal], count_tokens: CountTokens, budget: int | None = None) -> RenderedSignals:
     """Writes signals as numbered text of at most ``budget`` tokens.
 
     Args:
@@ -100,64 +117,74 @@ def render_signals(
     """
     if budget is not None and budget <= 0:
         raise ValueError(f"the token budget must be positive, not {budget}")
-    blocks = {place: describe(signal) for place, signal in enumerate(signals)}
     cut: set[int] = set()
     if budget is None:
-        kept = list(blocks)
+        blocks = {place: describe(signal) for place, signal in enumerate(signals)}
     else:
-        kept = _choose(signals, blocks, count_tokens, budget)
-        if not kept and blocks:
-            first = max(blocks, key=lambda place: _worth(signals, place))
-            blocks[first] = _shorten(blocks[first], count_tokens, budget)
-            kept, cut = [first], {first}
-    text = _join([blocks[place] for place in kept])
+        order = _best_first(signals)
+        blocks = _choose(signals, order, count_tokens, budget)
+        # Whatever fits is no substitute for evidence: the best signal is shown in part rather than not at all.
+        if order and all(signals[place].is_evidence != signals[order[0]].is_evidence for place in blocks):
+            shortened = _shorten(signals[order[0]], count_tokens, budget)
+            if shortened is not None:
+                blocks, cut = {order[0]: shortened}, {order[0]}
+    kept = sorted(blocks)
+    text = _join(blocks[place] for place in kept)
     return RenderedSignals(
         text=text,
         shown=tuple(signals[place].id for place in kept),
-        omitted=tuple(signal.id for place, signal in enumerate(signals) if place not in set(kept)),
-        cut=tuple(signals[place].id for place in sorted(cut)),
+        omitted=tuple(signal.id for place, signal in enumerate(signals) if place not in blocks),
+        cut=tuple(signals[place].id for place in cut),
         tokens=count_tokens(text) if text else 0,
     )
 
 
-def _join(blocks: Sequence[str]) -> str:
-    return "\n".join(f"[{number}] {block}" for number, block in enumerate(blocks, start=1))
+def _join(blocks: Iterable[str]) -> str:
+    return "\n".join(NUMBERED.format(number=place, signal=block) for place, block in enumerate(blocks, start=1))
 
 
-def _worth(signals: Sequence[Signal], place: int) -> tuple[bool, float, int]:
-    signal = signals[place]
-    age = len(signals) - 1 - place
-    return signal.is_evidence, INFORMATIVENESS[signal.kind] * 0.5 ** (age / HALF_LIFE), place
+def _best_first(signals: Sequence[Signal]) -> list[int]:
+    """The places of the signals: evidence first, then by kind and age."""
+
+    def worth(place: int) -> tuple[bool, float, int]:
+        age = len(signals) - 1 - place
+        kind = INFORMATIVENESS[signals[place].kind]
+        return signals[place].is_evidence, kind * 0.5 ** (age / HALF_LIFE), place
+
+    return sorted(range(len(signals)), key=worth, reverse=True)
 
 
-def _choose(
-    signals: Sequence[Signal], blocks: dict[int, str], count_tokens: CountTokens, budget: int
-) -> list[int]:
+def _choose(signals: Sequence[Signal], order: Sequence[int], count_tokens: CountTokens, budget: int) -> dict[int, str]:
     """Takes the best signals that fit, whole; a long one is passed over in favour of shorter ones behind it."""
-    kept: list[int] = []
-    spent = 0
-    for place in sorted(blocks, key=lambda place: _worth(signals, place), reverse=True):
-        # The number in front and the line end behind count too, and a token may straddle a seam: two spare.
-        cost = count_tokens(f"[{len(signals)}] {blocks[place]}\n") + 2
-        if spent + cost <= budget:
-            kept.append(place)
-            spent += cost
-        elif budget - spent < 8:
-            break
-    return sorted(kept)
-
-
-def _shorten(block: str, count_tokens: CountTokens, budget: int) -> str:
-    """Keeps the head and the tail of a text around a mark, as much as fits (bisection on characters)."""
-    low, high = 0, len(block) // 2
-    while low < high:
-        half = (low + high + 1) // 2
-        if count_tokens(_around(block, half)) + 6 <= budget:
-            low = half
+    blocks: dict[int, str] = {}
+    left, misses = budget, 0
+    for place in order:
+        block = describe(signals[place])
+        cost = count_tokens(NUMBERED.format(number=len(signals), signal=block) + "\n")
+        if cost <= left:
+            blocks[place] = block
+            left, misses = left - cost, 0
         else:
-            high = half - 1
-    return _around(block, low)
+            misses += 1
+            if misses == PATIENCE:
+                break
+    # A text may have more tokens than its parts.
+    while blocks and count_tokens(_join(blocks[place] for place in sorted(blocks))) > budget:
+        blocks.popitem()
+    return blocks
 
 
-def _around(block: str, half: int) -> str:
-    return block[:half] + CUT_MARK + (block[-half:] if half else "")
+def _shorten(signal: Signal, count_tokens: CountTokens, budget: int) -> str | None:
+    """As much of a signal as fits, or ``None`` if what fits says nothing."""
+
+    def too_long(limit: int) -> bool:
+        return count_tokens(_join([describe(signal, limit)])) > budget
+
+    limits = range(LEAST, len(describe(signal)))
+    fitting = bisect_left(limits, True, key=too_long)
+    return describe(signal, limits[fitting - 1]) if fitting else None
+
+
+def _cut(text: str, limit: int) -> str:
+    half = limit // 2
+    return text if len(text) <= limit + len(CUT_MARK) else text[:half] + CUT_MARK + text[-half:]

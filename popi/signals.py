@@ -1,8 +1,8 @@
 """Signals: what a user has shown of their preferences.
 
-A signal is one observation, of one of seven kinds, each with its time, its origin and who said it. Only what the user
-did or said is evidence: the answers that an assistant wrote are what the user reacted *to*, and a text quoted from
-somebody else says nothing about the user's taste by itself.
+A signal is one observation, of one of seven kinds, each with its time, its origin and who said it. Only what the
+user did or said is evidence: the answers that an assistant wrote are what the user reacted *to*, and a text quoted
+from somebody else says nothing about the user's taste by itself.
 """
 
 from __future__ import annotations
@@ -15,7 +15,13 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, field_validator, model_validator
 
+from popi.errors import InputError
+
 Text = Annotated[str, Field(min_length=1)]
+"""Words: at least one character that is not a space, where the model strips spaces."""
+
+FROZEN = ConfigDict(frozen=True, extra="forbid", str_strip_whitespace=True, allow_inf_nan=False)
+"""Immutable; an unknown field is an error; no space around texts; numbers that JSON has."""
 
 
 class Speaker(StrEnum):
@@ -36,7 +42,7 @@ class _Signal(BaseModel):
         said_by: Whose act or words this signal is. Anything but ``user`` is never evidence of the user's taste.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", str_strip_whitespace=True)
+    model_config = FROZEN
 
     id: str = ""
     time: datetime | None = None
@@ -92,6 +98,8 @@ class Rating(_Signal):
 
     @model_validator(mode="after")
     def _score_on_scale(self) -> Rating:
+        if self.worst == self.best:
+            raise ValueError(f"the scale has one point, {self.worst:g}, so the score says nothing")
         if not min(self.worst, self.best) <= self.score <= max(self.worst, self.best):
             raise ValueError(f"score {self.score:g} lies outside the scale {self.worst:g} to {self.best:g}")
         return self
@@ -105,6 +113,12 @@ class Edit(_Signal):
     original: Text
     edited: Text
 
+    @model_validator(mode="after")
+    def _texts_differ(self) -> Edit:
+        if self.original == self.edited:
+            raise ValueError("original and edited are the same text, so nothing was changed")
+        return self
+
 
 class Statement(_Signal):
     """A preference that was stated in words."""
@@ -117,13 +131,13 @@ class Demographics(_Signal):
     """What is known of the user's circumstances, as words: ``{"occupation": "nurse"}``."""
 
     kind: Literal["demographics"] = "demographics"
-    facts: dict[str, str] = Field(min_length=1)
+    facts: dict[Text, Text] = Field(min_length=1)
 
 
 class Turn(BaseModel):
     """One turn of a conversation."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", str_strip_whitespace=True)
+    model_config = FROZEN
 
     speaker: Speaker
     text: Text
@@ -158,7 +172,7 @@ class UserSignals(BaseModel):
         signals: In the order of observation; ids are unique.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = FROZEN
 
     user_id: Text
     signals: tuple[Signal, ...] = ()
@@ -166,21 +180,34 @@ class UserSignals(BaseModel):
     @field_validator("signals")
     @classmethod
     def _ids_unique(cls, signals: tuple[Signal, ...]) -> tuple[Signal, ...]:
-        seen: set[str] = set()
+        seen: dict[str, int] = {}
         for place, signal in enumerate(signals):
             if signal.id in seen:
-                raise ValueError(f"signal {place} repeats the id {signal.id!r} (the same signal twice?)")
-            seen.add(signal.id)
+                raise ValueError(
+                    f"signals {seen[signal.id]} and {place} have the same id {signal.id!r} "
+                    "(made from the content where none is given): give each its own id or time"
+                )
+            seen[signal.id] = place
         return signals
 
     def add(self, *signals: Signal) -> UserSignals:
-        """Returns these signals with more of them at the end; one whose id is known already is left out."""
-        known = {signal.id for signal in self.signals}
-        new = {signal.id: signal for signal in signals if signal.id not in known}
-        return self.model_copy(update={"signals": (*self.signals, *new.values())})
+        """Returns these signals with more of them at the end; one that is known already is not repeated.
+
+        Raises:
+            InputError: If the id of a new signal stands for another one.
+        """
+        known = {signal.id: signal for signal in self.signals}
+        for signal in signals:
+            if known.setdefault(signal.id, signal) != signal:
+                raise InputError(
+                    f"user {self.user_id!r} has another signal of the id {signal.id!r}",
+                    field="id",
+                    fix="give the new one its own",
+                )
+        return self.model_copy(update={"signals": tuple(known.values())})
 
     def digest(self) -> str:
-        """A stable fingerprint of the signals: the same content in the same order gives the same 16 hex digits."""
+        """A stable fingerprint of the signals, 16 hex digits; other content or another order gives others."""
         content: list[dict[str, Any]] = [signal.model_dump(mode="json") for signal in self.signals]
         canonical = json.dumps(content, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
-        return hashlib.sha256(canonical.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+        return hashlib.sha256(canonical.encode()).hexdigest()[:16]

@@ -1,0 +1,65 @@
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from popi.errors import (
+    BackendError,
+    ConfigError,
+    InputError,
+    MissingExtra,
+    ModelError,
+    PopiError,
+    did_you_mean,
+)
+
+
+def test_says_what_where_and_what_to_do() -> None:
+    error = InputError("is not JSON", file="users.jsonl", line=3, field="signals.0", fix="mend it")
+    assert str(error) == "users.jsonl:3, field signals.0: is not JSON; mend it"
+    assert (error.what, error.file, error.line, error.field, error.fix) == (
+        "is not JSON",
+        "users.jsonl",
+        3,
+        "signals.0",
+        "mend it",
+    )
+
+
+def test_leaves_out_what_is_not_known() -> None:
+    assert str(InputError("is odd")) == "is odd"
+    assert str(InputError("is odd", field="text")) == "field text: is odd"
+    assert str(InputError("is odd", file="a.json")) == "a.json: is odd"
+
+
+@given(st.text(st.characters()), st.sampled_from([PopiError, BackendError, InputError, ConfigError, ModelError]))
+def test_every_message_is_one_printable_line(message: str, kind: type[PopiError]) -> None:
+    assert str(kind(message)).isprintable()
+
+
+def test_shows_what_a_terminal_would_act_on() -> None:
+    assert str(PopiError("a\x1b[2J\n  b \ud800 \u202e")) == "a\\x1b[2J b \\ud800 \\u202e"
+
+
+def test_keeps_a_path_as_it_is() -> None:
+    assert str(PopiError("cannot write my  file שלום")) == "cannot write my  file שלום"
+
+
+@pytest.mark.parametrize(
+    ("kind", "code"), [(PopiError, 1), (BackendError, 1), (InputError, 2), (ConfigError, 2), (ModelError, 2)]
+)
+def test_exit_codes(kind: type[PopiError], code: int) -> None:
+    assert kind("x").exit_code == code
+
+
+def test_a_missing_extra_names_the_command_that_mends_it() -> None:
+    error = MissingExtra("torch", "local")
+    assert str(error) == "torch is not installed; install it with: pip install 'popi[local]'"
+    assert error.exit_code == 2
+
+
+def test_did_you_mean_the_nearest_or_any() -> None:
+    assert did_you_mean("trainn", ["train", "eval"]) == "did you mean train?"
+    assert did_you_mean("xyz", ["train", "eval"]) == "there are: eval, train"
+    assert did_you_mean("xyz", []) == "there are: none"
