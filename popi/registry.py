@@ -98,25 +98,40 @@ def generator(name: str) -> Callable[..., ConditionedGenerator]:
     return found
 
 
-def make_inference(name: str, backend: Backend | None = None, **options: Any) -> PreferenceInference:
-    """Builds an inference by name; a backend is handed only to one that takes it.
+def inference_options(name: str, **given: Any) -> dict[str, Any]:
+    """The options with which an inference would be made: those given, and the defaults of the others.
 
     Raises:
         ConfigError: If the name is unknown, or an option is unknown or missing.
         MissingExtra: If what it needs is not installed.
     """
-    make = inference(name)
-    parameters = inspect.signature(make).parameters
-    if backend is not None and "backend" in parameters:
+    takes = {
+        option: parameter.default
+        for option, parameter in inspect.signature(inference(name)).parameters.items()
+        if option != "backend"
+    }
+    for option in given:
+        if option not in takes:
+            raise ConfigError(
+                f"the inference {name!r} has no option {option!r}", fix=f"its options: {', '.join(takes) or 'none'}"
+            )
+    options = takes | given
+    for option, value in options.items():
+        if value is inspect.Parameter.empty:
+            raise ConfigError(f"the inference {name!r} cannot be made without {option!r}")
+    return options
+
+
+def make_inference(name: str, backend: Backend, **given: Any) -> PreferenceInference:
+    """Makes an inference by name; the backend goes to one that takes it.
+
+    Raises:
+        ConfigError: If the name is unknown, or an option is unknown, missing or out of range.
+        MissingExtra: If what it needs is not installed.
+    """
+    make, options = inference(name), inference_options(name, **given)
+    if "backend" in inspect.signature(make).parameters:
         options["backend"] = backend
-    unknown = next((option for option in options if option not in parameters), None)
-    if unknown is not None:
-        takes = ", ".join(option for option in parameters if option != "backend") or "none"
-        raise ConfigError(f"the inference {name!r} has no option {unknown!r}", fix=f"its options: {takes}")
-    required = (option for option, kind in parameters.items() if kind.default is inspect.Parameter.empty)
-    missing = next((option for option in required if option not in options), None)
-    if missing is not None:
-        raise ConfigError(f"the inference {name!r} cannot be made without {missing!r}")
     return make(**options)
 
 

@@ -1,0 +1,143 @@
+"""What the commands that work through a file share: settings that stay the same, batches, and what is kept."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from popi.cli import Interrupted
+from popi.errors import InputError, PopiError
+
+if TYPE_CHECKING:
+    from popi.backends.base import Backend
+    from popi.cli.growing import GrowingFile
+    from popi.cli.output import Progress
+
+Item = TypeVar("Item")
+Outcome = tuple[str | None, str]
+"""The line of a finished item and nothing, or nothing and why there is none."""
+
+
+def load_backend(model: str) -> Backend:
+    """The backend that runs a model given by name, path or hub id.
+
+    Raises:
+        ModelError: If the model cannot be found or used.
+        MissingExtra: If what runs it is not installed.
+    """
+    from popi.registry import backend
+
+    return backend("transformers")(model)
+
+
+def identity(model: str) -> str:
+    """The model as it stands in settings: a path does not depend on the folder where the command was typed."""
+    from popi.models import shipped
+
+    return str(Path(model).resolve()) if model not in shipped() and Path(model).exists() else model
+
+
+def keep_settings(out: Path, settings: Mapping[str, Any]) -> None:
+    """Writes ``out``'s companion, ``.meta.json``, with its settings and the versions; one that is there must agree.
+
+    Raises:
+        InputError: If ``out`` was made with other settings.
+        PopiError: If it cannot be written.
+    """
+    from popi.io import write_text
+
+    path = out.with_name(f"{out.name}.meta.json")
+    if not path.exists():
+        meta = {"settings": settings, "versions": versions(), "started": datetime.now(UTC).isoformat()}
+        write_text(path, json.dumps(meta, indent=2, ensure_ascii=False, default=str) + "\n")
+    before = _read_settings(path)
+    for name, value in json.loads(json.dumps(settings, default=str)).items():
+        if before.get(name) != value:
+            raise InputError(
+                f"{out} was made with {name} {before.get(name)!r}, not {value!r}",
+                fix="give the same options or another --out",
+            )
+
+
+def _read_settings(path: Path) -> dict[str, Any]:
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))["settings"]
+        return dict(settings)
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise InputError(f"cannot be read ({error})", file=path, fix="restore it or give another --out") from error
+
+
+def versions() -> dict[str, str]:
+    """The versions that a result depends on, of what is installed."""
+    from popi import __version__
+
+    found = {"popi": __version__, "python": platform.python_version()}
+    for name in ("torch", "transformers"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+async def closing(backend: Backend, work: Awaitable[Item]) -> Item:
+    """Waits for work and closes its backend, however the work ends."""
+    async with backend:
+        return await work
+
+
+async def append_batches(
+    items: Iterable[Item],
+    work: Callable[[list[Item]], Awaitable[list[Outcome]]],
+    out: GrowingFile,
+    shown: Progress,
+    batch_size: int,
+) -> tuple[int, int]:
+    """Works through items batch by batch; the lines of a batch are on the disk before the next one begins.
+
+    Args:
+        items: What is to be done; read as it is needed.
+        work: Gives the line of each item of a batch, or why there is none.
+        out: Where the lines go.
+        shown: Told of progress and of each item that failed.
+        batch_size: The most items at once.
+
+    Returns:
+        How many succeeded and how many failed.
+
+    Raises:
+        PopiError: If the work or the writing fails as a whole.
+    """
+    finished = failed = 0
+    rest = iter(items)
+    while batch := list(islice(rest, batch_size)):
+        outcomes = await work(batch)
+        lines = [line for line, _ in outcomes if line is not None]
+        out.append(lines)
+        for line, error in outcomes:
+            if line is None:
+                shown.note(error)
+        finished += len(lines)
+        failed += len(batch) - len(lines)
+        shown.advance(len(batch))
+    return finished, failed
+
+
+@contextmanager
+def telling(kept: str) -> Iterator[None]:
+    """Adds to an interruption or a failure what is kept."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise Interrupted(f"interrupted; {kept}") from None
+    except InputError:
+        raise
+    except PopiError as error:
+        raise PopiError(f"{error}; {kept}") from error
