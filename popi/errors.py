@@ -16,6 +16,9 @@ from collections.abc import Iterable
 from difflib import get_close_matches
 from pathlib import Path
 
+LONGEST = 1000
+"""Characters of a message; a longer one loses its middle."""
+
 
 class PopiError(Exception):
     """Base of every error that popi raises on purpose.
@@ -87,6 +90,8 @@ class MissingExtra(InputError):
 
 def _one_line(message: str) -> str:
     line = " ".join(part for part in map(str.strip, message.splitlines()) if part)
+    if len(line) > LONGEST:
+        line = f"{line[: LONGEST // 2]} ... {line[-LONGEST // 2 :]}"
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode("ascii") for char in line)
 
 

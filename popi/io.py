@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+import secrets
+import shutil
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from errno import EDQUOT, EFBIG, ENOSPC
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
@@ -44,13 +46,16 @@ def read_json_lines(path: Path) -> Iterator[tuple[int, Any]]:
 
 def _parse(line: bytes, path: Path, number: int) -> Any:
     try:
-        return json.loads(line)
+        return json.loads(line.decode("utf-8-sig"), parse_constant=_refuse)
     except UnicodeDecodeError as error:
         raise InputError("is not UTF-8 text", file=path, line=number, fix="save the file as UTF-8") from error
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise InputError(
-            f"is not JSON: {error}", file=path, line=number, fix="one JSON object a line"
-        ) from error
+    except (ValueError, RecursionError) as error:
+        told = f"{error.msg} at character {error.pos + 1}" if isinstance(error, json.JSONDecodeError) else error
+        raise InputError(f"is not JSON ({told})", file=path, line=number, fix="write one JSON object a line") from error
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is no JSON number")
 
 
 def validate(model: type[Model], record: Any, *, file: Path | None = None, line: int | None = None) -> Model:
@@ -63,13 +68,23 @@ def validate(model: type[Model], record: Any, *, file: Path | None = None, line:
         return model.model_validate(record)
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False)[0]
-        field = ".".join(str(part) for part in first["loc"]) or None
+        message = first["msg"].removeprefix("Value error, ")
+        what = "is not a JSON object" if first["type"] == "model_type" else message[:1].lower() + message[1:]
+        field = ".".join(_path_in(record, first["loc"], missing=first["type"] == "missing")) or None
         more = error.error_count() - 1
         fix = f"and {more} more in this place" if more else None
-        message = first["msg"].removeprefix("Value error, ")
-        raise InputError(
-            message[:1].lower() + message[1:], file=file, line=line, field=field, fix=fix
-        ) from error
+        raise InputError(what, file=file, line=line, field=field, fix=fix) from error
+
+
+def _path_in(record: Any, location: Sequence[int | str], *, missing: bool) -> Iterator[str]:
+    """The way to a misfit by the keys of the record alone, without the names that pydantic gives to alternatives."""
+    for depth, part in enumerate(location, start=1):
+        inside = dict(enumerate(record)) if isinstance(record, list | tuple) else record
+        if isinstance(inside, dict) and part in inside:
+            record = inside[part]
+            yield str(part)
+        elif missing and depth == len(location):
+            yield str(part)
 
 
 def as_line(value: BaseModel) -> str:
@@ -81,24 +96,37 @@ def as_line(value: BaseModel) -> str:
 def replacing(path: Path) -> Iterator[IO[str]]:
     """Opens a temporary file beside ``path`` that takes its place only when everything went well.
 
+    A link is followed, and the permissions of what is replaced are kept.
+
     Raises:
+        InputError: If ``path`` is a folder.
         PopiError: If the disk is full or the place cannot be written; ``path`` is as it was.
     """
-    temporary: str | None = None
+    if path.is_dir():
+        raise InputError("is a folder", file=path, fix="name a file in it")
+    target = Path(os.path.realpath(path))
+    temporary = target.with_name(f".popi-{secrets.token_hex(6)}.part")
+    ours = True
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
-        with os.fdopen(handle, "w", encoding="utf-8", errors="surrogatepass") as stream:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        # Half a surrogate pair has no UTF-8; escaped, it is what JSON writes for it.
+        with temporary.open("x", encoding="utf-8", errors="backslashreplace", newline="\n") as stream:
+            ours = False
             yield stream
+            ours = True
             stream.flush()
             os.fsync(stream.fileno())
-        os.replace(temporary, path)
-        temporary = None
+        if target.exists():
+            shutil.copymode(target, temporary)
+        os.replace(temporary, target)
     except OSError as error:
+        # In the caller's lines only a lack of room is about this file; anything else there is for the caller to tell.
+        if not ours and error.errno not in (ENOSPC, EDQUOT, EFBIG):
+            raise
         raise PopiError(f"cannot write {path}: {error.strerror or error}; nothing was changed") from error
     finally:
-        if temporary is not None:
-            Path(temporary).unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()
 
 
 def write_text(path: Path, text: str) -> None:

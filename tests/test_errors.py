@@ -5,6 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from popi.errors import (
+    LONGEST,
     BackendError,
     ConfigError,
     InputError,
@@ -63,3 +64,9 @@ def test_did_you_mean_the_nearest_or_any() -> None:
     assert did_you_mean("trainn", ["train", "eval"]) == "did you mean train?"
     assert did_you_mean("xyz", ["train", "eval"]) == "there are: eval, train"
     assert did_you_mean("xyz", []) == "there are: none"
+
+
+def test_a_message_too_long_to_read_keeps_its_ends() -> None:
+    message = str(InputError("x" * 100_000, file="users.jsonl", line=1, fix="shorten it"))
+    assert message.startswith("users.jsonl:1: xxx") and message.endswith("xxx; shorten it")
+    assert len(message) == LONGEST + len(" ... ")

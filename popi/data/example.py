@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, Field, field_validator, model_validator
 
 from popi.errors import InputError
 from popi.io import read_json_lines, validate
-from popi.signals import Text, UserSignals
+from popi.signals import FROZEN, Text, UserSignals
 
 
 class TestPair(BaseModel):
@@ -18,7 +19,7 @@ class TestPair(BaseModel):
 
     __test__ = False  # not a test case, whatever pytest thinks of the name
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = FROZEN
 
     prompt: Text
     chosen: Text
@@ -42,12 +43,21 @@ class PersonalizationExample(BaseModel):
         facts: What a data set knows beside, for judges: never shown to a writer or a generator.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = FROZEN
 
     user: UserSignals
     tests: tuple[TestPair, ...] = ()
     oracles: dict[str, str] = Field(default_factory=dict)
     facts: dict[str, Any] = Field(default_factory=dict)
+
+    @field_validator("facts")
+    @classmethod
+    def _facts_are_json(cls, facts: dict[str, Any]) -> dict[str, Any]:
+        try:
+            json.dumps(facts, allow_nan=False, ensure_ascii=False).encode()
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"cannot be written as JSON ({error})") from error
+        return facts
 
 
 def read_examples(path: Path) -> Iterator[PersonalizationExample]:
