@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from popi.data.miniworld import phrases as say
 from popi.data.miniworld.language import as_vector, claimed_tastes, claims_for, pick, write_answer
-from popi.data.miniworld.observe import draw_style
+from popi.data.miniworld.observe import Observation, draw_style
 from popi.data.miniworld.tastes import DIMENSIONS, Floats, Style, best_claims, draw_taste, marginals
 from popi.data.miniworld.world import User, draw_user, evidence_for, training_question
 from popi.prompts import Message, answer_messages, inference_messages
@@ -46,6 +46,8 @@ class Lesson:
         ends: Where each signal ends in the last message: the place of its last character; empty without signals.
         shown: What each signal shows by itself: (signals, dimensions) in {-1, 0, 1}.
         beliefs: The posterior after each signal: (signals, dimensions, 3), see ``tastes.marginals``.
+        answer_ends: Where each answer inside a signal ends, in the same way.
+        styles: Their styles: (answers, dimensions) in {-1, 1}.
     """
 
     messages: list[Message]
@@ -53,6 +55,8 @@ class Lesson:
     ends: tuple[int, ...] = ()
     shown: NDArray[np.int8] | None = None
     beliefs: Floats | None = None
+    answer_ends: tuple[int, ...] = ()
+    styles: NDArray[np.int8] | None = None
 
 
 def blend(rng: np.random.Generator, taste: Style) -> Style:
@@ -125,9 +129,17 @@ def _from_signals(rng: np.random.Generator, task: Task, user: User, dilution: Di
         messages = answer_messages(question.text, rendered.text)
         response = write_answer(rng, question, blend(rng, user.taste))
     start = messages[-1].content.index(rendered.text)
-    ends = [start + place for place in _block_ends(rendered.text, len(user.observations))]
-    shown = np.stack([seen.shows for seen in user.observations])
-    return Lesson(messages, response, tuple(ends), shown, marginals(beliefs[1:]))
+    ends = _block_ends(rendered.text, len(user.observations))
+    answer_ends, styles = _answer_ends(rendered.text, user.observations, ends)
+    return Lesson(
+        messages=messages,
+        response=response,
+        ends=tuple(start + place for place in ends),
+        shown=np.stack([seen.shows for seen in user.observations]),
+        beliefs=marginals(beliefs[1:]),
+        answer_ends=tuple(start + place for place in answer_ends),
+        styles=styles,
+    )
 
 
 def _block_ends(text: str, count: int) -> list[int]:
@@ -136,3 +148,17 @@ def _block_ends(text: str, count: int) -> list[int]:
     for number in range(2, count + 1):
         starts.append(text.index(f"\n[{number}] ", starts[-1]))
     return [start - 1 for start in starts[1:]] + [len(text) - 1]
+
+
+def _answer_ends(
+    text: str, observations: Sequence[Observation], ends: Sequence[int]
+) -> tuple[list[int], NDArray[np.int8]]:
+    """Where the answers in each block end, and their styles."""
+    places, styles, after = [], [], 0
+    for seen, end in zip(observations, ends, strict=True):
+        for answer, style in seen.answers:
+            after = text.index(answer, after) + len(answer)
+            places.append(after - 1)
+            styles.append(style)
+        after = end
+    return places, np.reshape(styles, (len(styles), len(DIMENSIONS))).astype(np.int8)

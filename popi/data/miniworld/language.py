@@ -135,9 +135,7 @@ def _count_points(text: str) -> int:
 
 
 _CLAIMS = {
-    name.lower(): (dimension, side)
-    for (dimension, side), wording in say.WORDING.items()
-    for name in wording.names
+    name.lower(): (dimension, side) for (dimension, side), wording in say.WORDING.items() for name in wording.names
 }
 _CLAIM = _any_of(list(_CLAIMS))
 

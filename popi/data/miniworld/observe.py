@@ -57,11 +57,13 @@ class Observation:
         signal: What is seen.
         log_likelihood: (hypotheses,).
         shows: (dimensions,) in {-1, 0, 1}: the sides that this signal by itself speaks for.
+        answers: The answers in it as they are written, each with its style in {-1, 1}: (dimensions,).
     """
 
     signal: Signal
     log_likelihood: Floats
     shows: Style
+    answers: tuple[tuple[str, Style], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,15 +74,20 @@ class Choice:
         question: What was asked.
         chosen: The answer that the user took.
         rejected: The other.
-        difference: Style of the chosen minus style of the rejected, halved: (dimensions,) in {-1, 0, 1}.
+        styles: Of the chosen and of the rejected, (dimensions,) in {-1, 1} each.
         meant: Whether the choice follows the user's utility.
     """
 
     question: Question
     chosen: str
     rejected: str
-    difference: Style
+    styles: tuple[Style, Style]
     meant: bool
+
+    @property
+    def difference(self) -> Style:
+        """Style of the chosen minus style of the rejected, halved: (dimensions,) in {-1, 0, 1}."""
+        return ((self.styles[0] - self.styles[1]) // 2).astype(np.int8)
 
 
 def draw_style(rng: np.random.Generator) -> Style:
@@ -105,7 +112,7 @@ def draw_choice(rng: np.random.Generator, taste: Style, question: Question) -> C
         question=question,
         chosen=write_answer(rng, question, first),
         rejected=write_answer(rng, question, second),
-        difference=((first - second) // 2).astype(np.int8),
+        styles=(first, second),
         meant=meant,
     )
 
@@ -130,7 +137,8 @@ def _remark(rng: np.random.Generator, taste: Style) -> tuple[int, int]:
 def _pair(rng: np.random.Generator, taste: Style, question: Question) -> Observation:
     choice = draw_choice(rng, taste, question)
     signal = PreferencePair(prompt=question.text, chosen=choice.chosen, rejected=choice.rejected)
-    return Observation(signal, of_choice(choice.difference), choice.difference)
+    answers = ((choice.chosen, choice.styles[0]), (choice.rejected, choice.styles[1]))
+    return Observation(signal, of_choice(choice.difference), choice.difference, answers)
 
 
 def _edit(rng: np.random.Generator, taste: Style, question: Question) -> Observation:
@@ -140,12 +148,9 @@ def _edit(rng: np.random.Generator, taste: Style, question: Question) -> Observa
     dimension = int(rng.choice(len(DIMENSIONS) if by_mistake else missed))
     edited = style.copy()
     edited[dimension] *= -1
-    signal = Edit(
-        prompt=question.text,
-        original=write_answer(rng, question, style),
-        edited=write_answer(rng, question, edited),
-    )
-    return Observation(signal, of_edit(style, dimension), _one(dimension, int(edited[dimension])))
+    answers = ((write_answer(rng, question, style), style), (write_answer(rng, question, edited), edited))
+    signal = Edit(prompt=question.text, original=answers[0][0], edited=answers[1][0])
+    return Observation(signal, of_edit(style, dimension), _one(dimension, int(edited[dimension])), answers)
 
 
 def _comment(rng: np.random.Generator, taste: Style, question: Question) -> Observation:
@@ -153,20 +158,23 @@ def _comment(rng: np.random.Generator, taste: Style, question: Question) -> Obse
     style = draw_style(rng)
     words = say.wording(dimension, side)
     text = pick(rng, words.praise if style[dimension] == side else words.complaint)
-    signal = Comment(text=text, about=write_answer(rng, question, style), prompt=question.text)
-    return Observation(signal, of_remark(dimension, side), _one(dimension, side))
+    about = write_answer(rng, question, style)
+    signal = Comment(text=text, about=about, prompt=question.text)
+    return Observation(signal, of_remark(dimension, side), _one(dimension, side), ((about, style),))
 
 
 def _conversation(rng: np.random.Generator, taste: Style, question: Question) -> Observation:
     dimension, side = _remark(rng, taste)
     style = draw_style(rng)
     style[dimension] = -side
+    answer = write_answer(rng, question, style)
     turns = (
         Turn(speaker=Speaker.USER, text=question.text),
-        Turn(speaker=Speaker.ASSISTANT, text=write_answer(rng, question, style)),
+        Turn(speaker=Speaker.ASSISTANT, text=answer),
         Turn(speaker=Speaker.USER, text=pick(rng, say.wording(dimension, side).request)),
     )
-    return Observation(Conversation(turns=turns), of_remark(dimension, side), _one(dimension, side))
+    signal = Conversation(turns=turns)
+    return Observation(signal, of_remark(dimension, side), _one(dimension, side), ((answer, style),))
 
 
 def _rating(rng: np.random.Generator, taste: Style, question: Question) -> Observation:
@@ -174,8 +182,9 @@ def _rating(rng: np.random.Generator, taste: Style, question: Question) -> Obser
     gain = np.array(int(taste.astype(int) @ style))
     exact = int(score_of(gain, np.abs(taste).sum()))
     score = exact if rng.random() >= NOISE else int(rng.integers(1, 6))
-    signal = Rating(prompt=question.text, response=write_answer(rng, question, style), score=score)
-    return Observation(signal, of_rating(style, score), _nothing())
+    response = write_answer(rng, question, style)
+    signal = Rating(prompt=question.text, response=response, score=score)
+    return Observation(signal, of_rating(style, score), _nothing(), ((response, style),))
 
 
 def _statement(rng: np.random.Generator, taste: Style, question: Question) -> Observation:

@@ -189,7 +189,7 @@ def marginals(belief: Floats) -> Floats:
     The last axis is the probability that the user likes the first side, the second, or does not care.
     """
     liked = (belief @ _indicators()).reshape(*belief.shape[:-1], 2, len(DIMENSIONS))
-    neither = 1 - liked.sum(axis=-2, keepdims=True)
+    neither = np.maximum(1 - liked.sum(axis=-2, keepdims=True), 0)
     return np.asarray(np.concatenate([liked, neither], axis=-2).swapaxes(-1, -2), dtype=np.float32)
 
 

@@ -1,0 +1,110 @@
+"""Recipes: typed, frozen, and strict about what they do not know."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field
+
+from popi.errors import ConfigError, InputError
+from popi.io import validate
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Tokenizer(_Section):
+    """The tokenizer that is trained for a mini model.
+
+    Attributes:
+        kind: ``byte-level`` or ``metaspace``.
+        vocab_size: The number of tokens.
+    """
+
+    kind: Literal["byte-level", "metaspace"]
+    vocab_size: int = Field(ge=300)
+
+
+class Phase(_Section):
+    """A stretch of training with one mixture of lessons.
+
+    Attributes:
+        name: The model at its end is saved under this name.
+        steps: How many.
+        lessons: Lessons of each task in one step.
+        signals: The fewest and the most signals of a user.
+        learning_rate: At its first and at its last step, linear between.
+        dilution: Teach the writer to fall short: the chances ``dropped``, ``vague`` and ``turned`` of a claim.
+    """
+
+    name: str
+    steps: int = Field(ge=1)
+    lessons: dict[Literal["write", "raw", "summary", "bare"], int]
+    signals: tuple[int, int] = (8, 8)
+    learning_rate: tuple[float, float]
+    dilution: dict[Literal["dropped", "vague", "turned"], float] | None = None
+
+
+class PretrainRecipe(_Section):
+    """Trains a mini model from nothing on the mini world.
+
+    Attributes:
+        task: Tells recipes apart.
+        name: What the model is called.
+        seed: Decides the weights at the start and all lessons.
+        architecture: Arguments of the transformers config, ``model_type`` among them.
+        tokenizer: How text becomes tokens.
+        phases: One after the other.
+        batch_tokens: The most tokens of one forward pass, padding included.
+        evaluate_every: Steps between two looks at held-out users.
+        checkpoint_every: Steps between two checkpoints.
+    """
+
+    task: Literal["pretrain"]
+    name: str
+    seed: int = 0
+    architecture: dict[str, Any]
+    tokenizer: Tokenizer
+    phases: Annotated[tuple[Phase, ...], Field(min_length=1)]
+    batch_tokens: int = Field(default=4096, ge=256)
+    evaluate_every: int = Field(default=200, ge=1)
+    checkpoint_every: int = Field(default=100, ge=1)
+
+
+def load(path: Path, overrides: dict[str, Any] | None = None) -> PretrainRecipe:
+    """Reads a recipe.
+
+    Args:
+        path: A YAML file, or a folder with a ``config.yaml``.
+        overrides: Values that replace those of the file, by dotted name: ``{"phases.0.steps": 2}``.
+
+    Raises:
+        InputError: If the file cannot be read or does not fit; the field is named.
+    """
+    file = path / "config.yaml" if path.is_dir() else path
+    try:
+        tree = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"cannot be read ({error.strerror})", file=file, fix="give a recipe's YAML file") from error
+    except yaml.YAMLError as error:
+        line = error.problem_mark.line + 1 if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark else None
+        raise ConfigError("is not YAML", file=file, line=line, fix="mend the syntax") from error
+    for name, value in (overrides or {}).items():
+        _replace(tree, name, value, file)
+    return validate(PretrainRecipe, tree, file=file)
+
+
+def _replace(tree: Any, name: str, value: Any, file: Path) -> None:
+    *path, last = name.split(".")
+    try:
+        for part in path:
+            tree = tree[int(part)] if isinstance(tree, list) else tree[part]
+        if isinstance(tree, list):
+            tree[int(last)] = value
+        else:
+            tree[last] = value
+    except (KeyError, IndexError, ValueError, TypeError) as error:
+        raise ConfigError("there is no such place to override", file=file, field=name) from error

@@ -1,0 +1,221 @@
+"""Training a mini model from nothing on the mini world."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from popi.config import Phase, PretrainRecipe
+from popi.data.miniworld.curriculum import Dilution, Lesson, lesson
+from popi.training.lessons import SignalHeads, batches, encode, losses
+from popi.training.probes import probe_following, probe_writing
+from popi.training.run_folder import RunFolder
+from popi.training.tokenizer import train_tokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+TOKENIZER_LESSONS = 4000
+CLIP = 1.0
+WEIGHTS = {"response": 1.0, "styles": 0.2, "shows": 0.3, "believes": 0.3}
+"""Of the mean loss of a response token and of the three readers, which sum over ten dimensions."""
+
+PROBE_PAIRS, PROBE_USERS = 24, 96
+
+
+@dataclass(slots=True)
+class Learner:
+    """What is trained, with the state that a checkpoint must hold.
+
+    Attributes:
+        model: A causal language model of transformers.
+        heads: Thrown away at the end.
+        optimizers: Muon for the matrices inside the layers, AdamW for the rest.
+        step: The number of steps done.
+    """
+
+    model: PreTrainedModel
+    heads: SignalHeads
+    optimizers: list[torch.optim.Optimizer]
+    step: int = 0
+
+    def state(self) -> dict[str, Any]:
+        """Everything that the next step depends on; lessons depend on the number of the step alone."""
+        return {
+            "model": self.model.state_dict(),
+            "heads": self.heads.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+            "step": self.step,
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Undoes :meth:`state`."""
+        self.model.load_state_dict(state["model"])
+        self.heads.load_state_dict(state["heads"])
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+        self.step = state["step"]
+
+
+def build(architecture: dict[str, Any], tokenizer: PreTrainedTokenizerFast, seed: int) -> Learner:
+    """Makes a model with random weights and its optimizers."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(seed)
+    config = AutoConfig.for_model(
+        **architecture,
+        vocab_size=len(tokenizer),
+        tie_word_embeddings=False,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    model = AutoModelForCausalLM.from_config(config)
+    heads = SignalHeads(config.hidden_size)
+    inside = {id(p) for p in model.base_model.layers.parameters() if p.ndim == 2}
+    matrices = [p for p in model.parameters() if id(p) in inside]
+    rest = [p for p in (*model.parameters(), *heads.parameters()) if id(p) not in inside]
+    muon = torch.optim.Muon(matrices, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")
+    adam = torch.optim.AdamW(rest, betas=(0.9, 0.98), weight_decay=0.0)
+    return Learner(model, heads, [muon, adam])
+
+
+def tokenizer_texts(seed: int) -> Iterator[str]:
+    """What a tokenizer is trained on: prompts and answers of every task."""
+    for place in range(TOKENIZER_LESSONS):
+        made = lesson(("write", "raw", "summary", "bare")[place % 4], seed, place, signals=6)
+        yield made.messages[-1].content
+        yield made.response
+
+
+def lessons_of(phase: Phase, seed: int, step: int) -> list[Lesson]:
+    """The lessons of one step; no two steps of a run share a user or an answer."""
+    rng = np.random.default_rng([seed, step, 7])
+    dilution = Dilution(**phase.dilution) if phase.dilution else None
+    made, place = [], step * 4096
+    for task, count in phase.lessons.items():
+        for _ in range(count):
+            signals = int(rng.integers(phase.signals[0], phase.signals[1] + 1))
+            made.append(lesson(task, seed, place, signals=signals, dilution=dilution if task == "write" else None))
+            place += 1
+    return made
+
+
+def learn(
+    learner: Learner,
+    tokenizer: PreTrainedTokenizerFast,
+    lessons: Sequence[Lesson],
+    *,
+    lr: float,
+    bf16: bool,
+    batch_tokens: int,
+) -> dict[str, float]:
+    """One step: the mean over response tokens, and the readings of answers and signals, weighted and added.
+
+    Returns:
+        What was measured on the way: losses in nats, shares.
+    """
+    encoded = encode(tokenizer, lessons)
+    counts = {
+        "response": sum(len(item.ids) - item.prompt for item in encoded),
+        "styles": sum(len(item.answer_marks) for item in encoded),
+        "shows": sum(len(item.marks) for item in encoded),
+        "believes": sum(len(item.marks) for item in encoded),
+    }
+    measured = dict.fromkeys(counts, 0.0)
+    right, cells = 0, 0
+    for batch in batches(encoded, int(tokenizer.pad_token_id), batch_tokens):
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            part = losses(learner.model, learner.heads, batch)
+        means = {name: getattr(part, name).sum() / max(1, count) for name, count in counts.items()}
+        torch.stack([WEIGHTS[name] * mean for name, mean in means.items()]).sum().backward()
+        for name, mean in means.items():
+            measured[name] += mean.item()
+        right, cells = right + int(part.reading.sum()), cells + len(part.reading)
+    norm = nn.utils.clip_grad_norm_((*learner.model.parameters(), *learner.heads.parameters()), CLIP)
+    for optimizer in learner.optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    learner.step += 1
+    tokens = sum(len(item.ids) for item in encoded)
+    return {**measured, "reading": right / max(1, cells), "grad_norm": float(norm), "lr": lr, "tokens": tokens}
+
+
+def run(recipe: PretrainRecipe, out: Path, *, report: Callable[[dict[str, Any], int], None]) -> None:
+    """Trains a mini model, or goes on where an earlier run into the same folder was stopped.
+
+    The model at the end of each phase stands in ``out/<phase>``, the last one is the result. A resumed run ends with
+    the same weights as an undisturbed one.
+
+    Args:
+        recipe: What to do.
+        out: The run folder; see :class:`popi.training.run_folder.RunFolder`.
+        report: Called after each step with what was measured and the total number of steps.
+
+    Raises:
+        InputError: If the folder holds another run.
+    """
+    folder = RunFolder.open(out, recipe)
+    tokenizer = _tokenizer(recipe, folder)
+    learner = build(recipe.architecture, tokenizer, recipe.seed)
+    if (state := folder.load_checkpoint()) is not None:
+        learner.restore(state)
+    total = sum(phase.steps for phase in recipe.phases)
+    bf16 = bf16_is_faster()
+    first = 0
+    for phase in recipe.phases:
+        for step in range(max(first, learner.step), first + phase.steps):
+            began = time.perf_counter()
+            share = (step - first) / max(1, phase.steps - 1)
+            rate = phase.learning_rate[0] + share * (phase.learning_rate[1] - phase.learning_rate[0])
+            lessons = lessons_of(phase, recipe.seed, step)
+            measured: dict[str, Any] = {"step": learner.step + 1, "phase": phase.name}
+            measured |= learn(learner, tokenizer, lessons, lr=rate, bf16=bf16, batch_tokens=recipe.batch_tokens)
+            measured["seconds"] = time.perf_counter() - began
+            if learner.step % recipe.evaluate_every == 0 or learner.step == first + phase.steps:
+                measured |= evaluate(learner, tokenizer, recipe.name)
+            folder.log(measured)
+            report(measured, total)
+            if learner.step % recipe.checkpoint_every == 0:
+                folder.save_checkpoint(learner.state())
+        first += phase.steps
+        if learner.step == first and not (out / phase.name / "config.json").exists():
+            folder.save_model(phase.name, learner.model, tokenizer)
+            folder.save_checkpoint(learner.state())
+
+
+def _tokenizer(recipe: PretrainRecipe, folder: RunFolder) -> PreTrainedTokenizerFast:
+    """Trained anew each time: it depends on the recipe alone and takes seconds."""
+    return train_tokenizer(tokenizer_texts(recipe.seed), recipe.tokenizer.vocab_size, recipe.tokenizer.kind)
+
+
+def evaluate(learner: Learner, tokenizer: PreTrainedTokenizerFast, name: str) -> dict[str, Any]:
+    """Probes the model as it would be used, through its backend."""
+    from popi.backends.transformers import TransformersBackend
+
+    async def probe() -> dict[str, Any]:
+        backend = TransformersBackend.from_model(learner.model, tokenizer, name=name)
+        following = await probe_following(backend, PROBE_PAIRS)
+        writing = await probe_writing(backend, PROBE_USERS)
+        return {"following": following, "writing": writing}
+
+    learner.model.eval()
+    try:
+        return asyncio.run(probe())
+    finally:
+        learner.model.train()
+
+
+def bf16_is_faster() -> bool:
+    """Whether this processor multiplies in bfloat16 natively; where it must emulate, autocast halves the speed."""
+    return bool(torch.cpu._is_avx512_bf16_supported())

@@ -1,0 +1,138 @@
+"""The run folder: what a training run leaves behind, and what it resumes from."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import tempfile
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+from pydantic import BaseModel
+
+from popi import __version__
+from popi.errors import InputError, PopiError
+from popi.io import write_text
+from popi.prompts import template_hash
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+CONFIG, METRICS, CHECKPOINT = "config.json", "metrics.jsonl", "checkpoint.pt"
+_LIBRARIES = ("torch", "transformers", "tokenizers", "numpy")
+
+
+class RunFolder:
+    """A folder with ``config.json`` (recipe, versions, template hash), ``metrics.jsonl``, checkpoint and models.
+
+    Args:
+        path: The folder.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @classmethod
+    def open(cls, path: Path, recipe: BaseModel) -> Self:
+        """Makes the folder, or opens it again for the same recipe.
+
+        Raises:
+            InputError: If it holds a run of another recipe or other templates.
+        """
+        config = {
+            "recipe": recipe.model_dump(mode="json"),
+            "template_hash": template_hash(),
+            "versions": {"popi": __version__, **{name: importlib.metadata.version(name) for name in _LIBRARIES}},
+        }
+        file = path / CONFIG
+        if file.exists():
+            known = json.loads(file.read_text(encoding="utf-8"))
+            for key, value in config.items():
+                if known.get(key) != value:
+                    raise InputError(
+                        f"holds a run with another {key.replace('_', ' ')}",
+                        file=file,
+                        fix="choose another folder, or remove this one",
+                    )
+        else:
+            machine = {"python": platform.python_version(), "machine": platform.machine(), "cores": os.cpu_count()}
+            started = datetime.now(UTC).isoformat(timespec="seconds")
+            write_text(file, json.dumps({**config, "machine": machine, "started": started}, indent=2) + "\n")
+        return cls(path)
+
+    def log(self, measured: dict[str, Any]) -> None:
+        """Adds one line to the metrics."""
+        with (self.path / METRICS).open("a", encoding="utf-8") as lines:
+            lines.write(json.dumps(measured) + "\n")
+
+    def save_checkpoint(self, state: dict[str, Any]) -> None:
+        """Replaces the checkpoint, whole or not at all.
+
+        Raises:
+            PopiError: If the disk is full; the earlier checkpoint is as it was.
+        """
+        import torch
+
+        temporary = self.path / f".{CHECKPOINT}.part"
+        try:
+            torch.save(state, temporary)
+            os.replace(temporary, self.path / CHECKPOINT)
+        except (OSError, RuntimeError) as error:
+            temporary.unlink(missing_ok=True)
+            raise PopiError(f"cannot write the checkpoint in {self.path}: {error}; the last one is intact") from error
+
+    def load_checkpoint(self) -> dict[str, Any] | None:
+        """The last checkpoint, if there is one; metrics logged after it are forgotten.
+
+        Raises:
+            InputError: If the checkpoint cannot be read.
+        """
+        import torch
+
+        file = self.path / CHECKPOINT
+        if not file.exists():
+            (self.path / METRICS).unlink(missing_ok=True)
+            return None
+        try:
+            state: dict[str, Any] = torch.load(file, weights_only=True)
+        except Exception as error:
+            raise InputError("is not a checkpoint of this version", file=file, fix="remove it to start anew") from error
+        self._forget_after(state["step"])
+        return state
+
+    def _forget_after(self, step: int) -> None:
+        file = self.path / METRICS
+        if not file.exists():
+            return
+        kept = []
+        for line in file.read_text(encoding="utf-8").splitlines():
+            try:
+                if json.loads(line)["step"] <= step:
+                    kept.append(line)
+            except ValueError:  # the last line of a killed run may be cut
+                continue
+        write_text(file, "".join(f"{line}\n" for line in kept))
+
+    def save_model(self, name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> Path:
+        """Saves a model in bfloat16 with its tokenizer under ``path/name``, whole or not at all."""
+        import torch
+
+        with tempfile.TemporaryDirectory(dir=self.path, prefix=f".{name}.") as folder:
+            half = {key: value.to(torch.bfloat16) for key, value in model.state_dict().items()}
+            model.save_pretrained(folder, state_dict=half)
+            tokenizer.save_pretrained(folder)
+            _declare_dtype(Path(folder) / "config.json")
+            target = self.path / name
+            shutil.rmtree(target, ignore_errors=True)
+            os.replace(folder, target)
+            Path(folder).mkdir()  # the context manager wants to remove it
+        return target
+
+
+def _declare_dtype(config: Path) -> None:
+    content = json.loads(config.read_text(encoding="utf-8"))
+    write_text(config, json.dumps({**content, "dtype": "bfloat16"}, indent=2) + "\n")
