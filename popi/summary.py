@@ -8,12 +8,17 @@ from datetime import UTC, datetime
 from enum import StrEnum
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field, field_validator
+
+from popi.signals import FROZEN
 
 NO_EVIDENCE = "Not enough evidence."
 """What a writer says, and what a generator reads, when the signals show no preference."""
 
-_CITED = re.compile(r"\s*\[(\d+(?:\s*,\s*\d+)*)\]\s*[.;]?\s*$")
+_NUMBERS = re.compile(r"(\d{1,6})(?:\s*[-\u2013]\s*(\d{1,6}))?")
+_CITATION = re.compile(
+    r"\[(?:signals?\s+)?(?P<numbers>\d{1,6}(?:\s*(?:,|;|&|and|-|\u2013)\s*\d{1,6})*)\]\s*[.,;]?", re.IGNORECASE
+)
 _BULLET = re.compile(r"^\s*(?:[-*\u2022]|\d+[.)])\s+")
 
 
@@ -30,14 +35,21 @@ class Claim(BaseModel):
     """One line of a summary.
 
     Attributes:
-        text: The claim, without list mark and citation.
+        text: The claim on one line, without list mark and citation.
         evidence: Ids of the signals that the writer gave as its support.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = FROZEN
 
-    text: str = Field(min_length=1)
+    text: str
     evidence: tuple[str, ...] = ()
+
+    @field_validator("text")
+    @classmethod
+    def _one_line(cls, text: str) -> str:
+        if not (line := " ".join(text.split())):
+            raise ValueError("a claim needs words")
+        return line
 
 
 class Provenance(BaseModel):
@@ -52,7 +64,7 @@ class Provenance(BaseModel):
         time: When, in UTC.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+    model_config = FROZEN
 
     author: Author
     model: str = ""
@@ -73,7 +85,7 @@ class PreferenceSummary(BaseModel):
         provenance: Where it came from.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = FROZEN
 
     user_id: str
     text: str
@@ -97,7 +109,7 @@ class PreferenceSummary(BaseModel):
 
 
 def parse_claims(text: str, shown: Sequence[str] = ()) -> tuple[Claim, ...]:
-    """Reads the lines of a summary, each with an optional citation such as ``[1, 3]`` at its end.
+    """Reads the lines of a summary, each with optional citations such as ``[1, 3]`` or ``[2-4]`` at its end.
 
     Args:
         text: What a writer wrote.
@@ -105,18 +117,27 @@ def parse_claims(text: str, shown: Sequence[str] = ()) -> tuple[Claim, ...]:
             writer may cite what does not exist.
 
     Returns:
-        The claims, without repetitions; none when the text says that there is not enough evidence.
+        The claims, a repeated one with the evidence of all; none when the text says that there is not enough.
     """
-    claims: dict[str, Claim] = {}
+    evidence: dict[str, dict[str, None]] = {}
     for line in text.splitlines():
-        cited = _CITED.search(line)
-        body = _BULLET.sub("", line[: cited.start()] if cited else line).strip()
-        if not body or body.rstrip(".").lower() == NO_EVIDENCE.rstrip(".").lower():
-            continue
-        numbers = [int(number) for number in cited.group(1).split(",")] if cited else []
-        evidence = tuple(dict.fromkeys(shown[number - 1] for number in numbers if 0 < number <= len(shown)))
-        claims.setdefault(body, Claim(text=body, evidence=evidence))
-    return tuple(claims.values())
+        words, numbers = _split_citations(line, len(shown))
+        claim = _BULLET.sub("", words).strip()
+        says_nothing = claim.strip(" .*_\"'").lower() == NO_EVIDENCE.rstrip(".").lower()
+        if not says_nothing and any(char.isalnum() for char in claim):
+            evidence.setdefault(" ".join(claim.split()), {}).update((shown[number - 1], None) for number in numbers)
+    return tuple(Claim(text=claim, evidence=tuple(ids)) for claim, ids in evidence.items())
+
+
+def _split_citations(line: str, count: int) -> tuple[str, list[int]]:
+    """A line without the citations at its end, and those of their numbers that are from 1 to ``count``."""
+    words, cited = line.rstrip(), ""
+    while found := _CITATION.fullmatch(words, words.rfind("[")):
+        words, cited = words[: found.start()].rstrip(), f"{found['numbers']}, {cited}"
+    numbers: list[int] = []
+    for first, last in _NUMBERS.findall(cited):
+        numbers += range(max(int(first), 1), min(int(last or first), count) + 1)
+    return words, numbers
 
 
 def as_text(claims: Sequence[Claim]) -> str:
@@ -165,7 +186,7 @@ def read_reply(user_id: str, reply: str, shown: Sequence[str], provenance: Prove
     claims = parse_claims("\n".join(line for line in lines if not _is_heading(line)), shown)
     if not claims or all(_BULLET.match(line) for line in lines):
         return summarize_claims(user_id, claims, provenance)
-    text = "\n".join(_CITED.sub("", line).rstrip() for line in lines)
+    text = "\n".join(_split_citations(line, 0)[0] for line in lines)
     return PreferenceSummary(user_id=user_id, text=text, claims=claims, provenance=provenance)
 
 
