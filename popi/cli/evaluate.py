@@ -1,0 +1,189 @@
+"""``popi eval``: what summaries are worth, with controls and intervals."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Sequence
+from contextlib import AsyncExitStack
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from popi.cli.output import JsonFlag, note, print_json, print_records, progress, wants_json
+from popi.errors import ConfigError, MissingExtra
+
+if TYPE_CHECKING:
+    from popi.evaluation.folder import Folder, RunConfig
+    from popi.evaluation.results import Results
+    from popi.evaluation.rows import Row
+    from popi.evaluation.samples import Sample
+
+JUDGED = 200
+"""Users of each sample whose answers are judged: writing an answer costs far more than scoring one."""
+
+WORLD_USERS = 1000
+
+
+def evaluate(
+    out: Annotated[Path, typer.Option(help="Folder for the figures and for what they rest on, user by user.")],
+    data: Annotated[Path | None, typer.Option(help="JSON lines: examples with test pairs.")] = None,
+    world: Annotated[str | None, typer.Option(help="Make the users instead: miniworld.")] = None,
+    split: Annotated[str | None, typer.Option(help="Of the world [default: unseen-combinations].")] = None,
+    users: Annotated[
+        int | None, typer.Option(min=1, help="Of each sample [default: 1000 of a world, all of a file].")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of the first sample.")] = 0,
+    seeds: Annotated[int, typer.Option(min=1, help="Samples of users, each with a seed of its own.")] = 1,
+    writer: Annotated[str, typer.Option(help="Name, path or hub id: writes the summaries.")] = "popi-mini-base",
+    generator: Annotated[
+        list[str] | None,
+        typer.Option(help="Likewise: a column; may be repeated [default: popi-mini-base, popi-mini-reader]."),
+    ] = None,
+    rows: Annotated[str, typer.Option(help="Names of rows, with commas between [default: all].")] = "",
+    json: JsonFlag = False,
+) -> None:
+    """Measure what a generator gains by the summaries of a writer.
+
+    OUT receives results.json, results.md, accuracy_vs_context.png and config.json. The same command goes on where it
+    was interrupted; more rows, generators and seeds may be added to a folder, other settings are refused.
+    """
+    from popi.registry import load
+
+    load("numpy")  # the base installation has none, and the error has to name the extra
+    from popi.cli.batches import identity, telling
+    from popi.evaluation import rows as table
+    from popi.evaluation.folder import Folder
+
+    chosen = table.choose([name.strip() for name in rows.split(",") if name.strip()])
+    columns = list(dict.fromkeys(map(identity, generator or ["popi-mini-base", "popi-mini-reader"])))
+    writer = identity(writer)
+    samples, source = _samples(data, world, split, users, list(range(seed, seed + seeds)))
+    folder = Folder(out)
+    config = folder.open(_config(source, samples, chosen, columns, writer))
+    start = time.monotonic()
+    with telling(f"what is measured is kept in {out}, and the same command goes on"):
+        try:
+            results = _measure(samples, chosen, columns, writer, folder, config)
+        finally:
+            folder.close(config, time.monotonic() - start)
+        _write(results, folder)
+    show(results, json_flag=json)
+    note(f"written to {out}")
+
+
+def show(results: Results, *, json_flag: bool) -> None:
+    """Prints the tables with what has to be said beside them; as JSON lines, each figure is one."""
+    from popi.evaluation.report import remarks, tables
+
+    if wants_json(json_flag):
+        for kind in ("cells", "controls", "summaries"):
+            for figure in getattr(results, kind):
+                print_json({"kind": kind, **figure.model_dump()})
+        print_json({"kind": "remarks", "remarks": remarks(results)})
+        return
+    for table in tables(results):
+        print_records(table.records, json_flag=False, title=table.title)
+    for remark in remarks(results):
+        typer.echo(remark)
+
+
+def _samples(
+    data: Path | None, world: str | None, split: str | None, users: int | None, seeds: Sequence[int]
+) -> tuple[list[Sample], dict[str, object]]:
+    """The users, and where they come from, as settings."""
+    from popi.evaluation import samples
+    from popi.evaluation.folder import fingerprint
+
+    if (data is None) == (world is None):
+        raise ConfigError("the users come from --data FILE or from --world miniworld", fix="give one of the two")
+    if data is not None:
+        if split is not None:
+            raise ConfigError("a file has no splits", field="split", fix="leave --split out")
+        made = samples.from_file(data, users=users, seeds=seeds)
+        source = {"data": str(data.resolve()), "data_files": fingerprint(data), "dealt_by_seed": seeds[0]}
+    else:
+        assert world is not None
+        split = split or "unseen-combinations"
+        made = samples.from_world(world, split=split, users=users or WORLD_USERS, seeds=seeds)
+        source = {"world": world, "split": split}
+    return made, {**source, "users_of_a_sample": len(made[0].examples)}
+
+
+def _config(
+    source: dict[str, object], samples: Sequence[Sample], rows: Sequence[Row], columns: Sequence[str], writer: str
+) -> RunConfig:
+    from popi.cli.batches import versions
+    from popi.evaluation.folder import RunConfig, fingerprint
+    from popi.models import find
+    from popi.prompts import template_hash
+
+    found = versions()
+    return RunConfig(
+        settings={
+            **source,
+            "writer": writer,
+            "judged": JUDGED,
+            "template_hash": template_hash(),
+            "popi": found["popi"],
+        },
+        models={name: fingerprint(Path(find(name))) for name in (writer, *columns)},
+        rows=[row.name for row in rows],
+        columns=list(columns),
+        seeds=[sample.seed for sample in samples],
+        versions=found,
+        started=datetime.now(UTC).isoformat(timespec="seconds"),
+    )
+
+
+def _measure(
+    samples: Sequence[Sample],
+    rows: Sequence[Row],
+    columns: Sequence[str],
+    writer: str,
+    folder: Folder,
+    config: RunConfig,
+) -> Results:
+    from popi import registry
+    from popi.cli.batches import load_backend
+    from popi.evaluation.measure import Column
+    from popi.evaluation.run import evaluate
+
+    async def run() -> Results:
+        async with AsyncExitStack() as open_backends:
+            backends = {
+                name: await open_backends.enter_async_context(load_backend(name))
+                for name in dict.fromkeys((writer, *columns))
+            }
+            prompted = registry.generator("prompted")
+            with progress("evaluation", users * len(rows) * len(columns)) as shown:
+                return await evaluate(
+                    samples,
+                    rows=rows,
+                    columns=[Column(name, prompted(backends[name]), backends[name]) for name in columns],
+                    writer=registry.inference("llm")(backends[writer]),
+                    folder=folder,
+                    judged=JUDGED,
+                    settings={**config.settings, "seeds": config.seeds},
+                    advance=shown.advance,
+                )
+
+    users = sum(len(sample.examples) for sample in samples)
+    return asyncio.run(run())
+
+
+def _write(results: Results, folder: Folder) -> None:
+    from popi.evaluation.figure import draw_accuracy
+    from popi.evaluation.report import FIGURE, markdown
+
+    folder.write("results.json", results.model_dump_json(indent=2) + "\n")
+    try:
+        draw_accuracy(results, folder.path / FIGURE)
+    except MissingExtra as error:
+        note(f"no figure: {error}")
+        drawn = False
+    else:
+        drawn = True
+    folder.write("results.md", markdown(results, figure=drawn))

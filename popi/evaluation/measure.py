@@ -1,0 +1,186 @@
+"""Measuring one cell of the table, user by user."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from pydantic import BaseModel, ConfigDict
+
+from popi.backends.base import Backend
+from popi.data.example import PersonalizationExample
+from popi.evaluation.judges import Comparison, Judge
+from popi.roles import Candidate, Conditioned, ConditionedGenerator
+from popi.summary import PreferenceSummary
+
+Failable = float | None
+"""A figure in nats, or ``None`` where a score failed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """A generator under test.
+
+    Attributes:
+        name: Names it in tables.
+        generator: Scores and answers.
+        backend: The model behind it.
+    """
+
+    name: str
+    generator: ConditionedGenerator
+    backend: Backend
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    user_id: str
+
+
+class Plain(_Record):
+    """What a generator does for a user on the bare prompts.
+
+    Attributes:
+        differences: log pi(y_w | x) - log pi(y_l | x) of each test pair.
+        answer: Its answer to the first test prompt; ``None`` when it was not asked, or failed.
+    """
+
+    differences: tuple[Failable, ...]
+    answer: str | None = None
+
+
+class Measured(_Record):
+    """What a generator does for a user under a row's summary.
+
+    Attributes:
+        margins: h of each test pair.
+        context_tokens: Length of what it was told of the user, by its own tokenizer.
+        answer: Its answer to the first test prompt; ``None`` when it was not asked, or failed.
+        won: Whether the judge prefers that answer to the bare prompt's: 1, 0, or 1/2 for a tie; ``None`` for a user
+            who was not judged. A failed answer ties.
+    """
+
+    margins: tuple[Failable, ...]
+    context_tokens: int
+    answer: str | None = None
+    won: float | None = None
+
+
+async def measure_plain(column: Column, examples: Sequence[PersonalizationExample], *, judged: int) -> list[Plain]:
+    """Measures every user on the bare prompts; the first ``judged`` of them get an answer too."""
+    nothing = [None] * len(examples)
+    differences = await _differences(column.generator, examples, nothing)
+    answers = await _answers(column.generator, examples[:judged], nothing[:judged])
+    answers += nothing[judged:]
+    return [
+        Plain(user_id=example.user.user_id, differences=tuple(found), answer=answer)
+        for example, found, answer in zip(examples, differences, answers, strict=True)
+    ]
+
+
+def measure_nothing(plain: Sequence[Plain], *, judged: int) -> list[Measured]:
+    """The row without any context. Its prompt is the bare one, so every margin is zero and every answer ties."""
+    return [
+        Measured(
+            user_id=bare.user_id,
+            margins=(0.0,) * len(bare.differences),
+            context_tokens=0,
+            answer=bare.answer,
+            won=0.5 if place < judged else None,
+        )
+        for place, bare in enumerate(plain)
+    ]
+
+
+async def measure(
+    column: Column,
+    examples: Sequence[PersonalizationExample],
+    summaries: Sequence[PreferenceSummary],
+    plain: Sequence[Plain],
+    *,
+    judge: Judge | None,
+    judged: int,
+) -> list[Measured]:
+    """Measures every user under a row's summaries.
+
+    Args:
+        column: The generator.
+        examples: The users.
+        summaries: One for each user.
+        plain: What the same generator does for them on the bare prompts.
+        judge: Compares the answers.
+        judged: How many of the first users get an answer that is compared; none without a judge.
+    """
+    asked = judged if judge else 0
+    differences = await _differences(column.generator, examples, summaries)
+    answers = await _answers(column.generator, examples[:asked], summaries[:asked])
+    won = await _compare(judge, examples[:asked], answers, plain[:asked]) if judge else []
+    return [
+        Measured(
+            user_id=example.user.user_id,
+            margins=tuple(map(_minus, differences[place], plain[place].differences)),
+            context_tokens=column.backend.count_tokens(summaries[place].text),
+            answer=answers[place] if place < asked else None,
+            won=won[place] if place < asked else None,
+        )
+        for place, example in enumerate(examples)
+    ]
+
+
+async def _differences(
+    generator: ConditionedGenerator,
+    examples: Sequence[PersonalizationExample],
+    summaries: Sequence[PreferenceSummary | None],
+) -> list[list[Failable]]:
+    """What sets the two answers of every pair apart, all asked in one call so that the backend can batch."""
+    candidates = [
+        Candidate(Conditioned(pair.prompt, summary), response)
+        for example, summary in zip(examples, summaries, strict=True)
+        for pair in example.tests
+        for response in (pair.chosen, pair.rejected)
+    ]
+    scores = iter([None if score.error else score.logprob for score in await generator.score(candidates)])
+    return [[_minus(next(scores), next(scores)) for _ in example.tests] for example in examples]
+
+
+async def _answers(
+    generator: ConditionedGenerator,
+    examples: Sequence[PersonalizationExample],
+    summaries: Sequence[PreferenceSummary | None],
+) -> list[str | None]:
+    """The answer to each user's first test prompt."""
+    if not examples:
+        return []
+    asked = [
+        Conditioned(example.tests[0].prompt, summary) for example, summary in zip(examples, summaries, strict=True)
+    ]
+    return [None if result.error else result.text for result in await generator.respond(asked)]
+
+
+async def _compare(
+    judge: Judge,
+    examples: Sequence[PersonalizationExample],
+    answers: Sequence[str | None],
+    plain: Sequence[Plain],
+) -> list[float]:
+    """Has each answer judged against the bare prompt's, in an order that a judge cannot guess."""
+    items: dict[int, Comparison] = {}
+    for place, (example, answer, bare) in enumerate(zip(examples, answers, plain, strict=True)):
+        if answer is not None and bare.answer is not None:
+            first, second = (bare.answer, answer) if _swapped(example) else (answer, bare.answer)
+            items[place] = Comparison(example, example.tests[0].prompt, first, second)
+    won = [0.5] * len(examples)
+    for place, score in zip(items, await judge.compare(list(items.values())), strict=True):
+        won[place] = 1 - score if _swapped(examples[place]) else score
+    return won
+
+
+def _swapped(example: PersonalizationExample) -> bool:
+    """A coin for each user, which falls the same in every row."""
+    return bool(hashlib.sha256(example.user.user_id.encode("utf-8", "surrogatepass")).digest()[0] & 1)
+
+
+def _minus(first: Failable, second: Failable) -> Failable:
+    return None if first is None or second is None else first - second

@@ -1,0 +1,146 @@
+"""Results as tables for people: on a terminal, and in Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from popi.evaluation.results import Cell, Control, Faithfulness, Results
+from popi.evaluation.rows import REFERENCES, UNTRAINED
+from popi.evaluation.statistics import LEVEL, QUANTILES, Estimate
+
+FIGURE = "accuracy_vs_context.png"
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """A table of texts.
+
+    Attributes:
+        title: What it shows.
+        records: One for each line, all with the same keys: the heads of its columns.
+    """
+
+    title: str
+    records: Sequence[dict[str, str]]
+
+
+def tables(results: Results) -> Iterator[Table]:
+    """The tables of an evaluation: one for each generator, then what the summaries are like."""
+    for column in dict.fromkeys(cell.column for cell in results.cells):
+        cells = [cell for cell in results.cells if cell.column == column]
+        controls = [control for control in results.controls if control.column in (None, column)]
+        references = [name for name in REFERENCES if any(cell.row == name for cell in cells)]
+        yield Table(
+            f"{column}: preference accuracy in %, {LEVEL:.0%} interval by user",
+            [
+                *(_cell_record(cell, references) for cell in cells),
+                *(_control_record(control, references) for control in controls),
+            ],
+        )
+    if any(report.truth for report in results.summaries):
+        yield Table("summaries: faithfulness of the claimed tastes in %", list(_faithfulness_records(results)))
+        yield Table("summaries: what is claimed, in %", list(_claim_records(results)))
+    if any(cell.row == UNTRAINED for cell in results.cells):
+        yield Table(f"{UNTRAINED}: how single users and summaries spread", list(_spread_records(results)))
+
+
+def markdown(results: Results, *, figure: bool) -> str:
+    """The whole report.
+
+    Args:
+        results: The figures.
+        figure: Whether :data:`FIGURE` stands beside it.
+    """
+    settings = ", ".join(f"{name} {value}" for name, value in results.settings.items() if value is not None)
+    parts = ["# Evaluation", f"{results.users} users. Settings: {settings}."]
+    parts += [f"> {remark}" for remark in remarks(results)]
+    for table in tables(results):
+        parts += [f"## {table.title[0].upper()}{table.title[1:]}", _markdown_table(table.records)]
+    if figure:
+        parts.append(f"![Preference accuracy against context tokens]({FIGURE})")
+    return "\n\n".join(parts) + "\n"
+
+
+def remarks(results: Results) -> list[str]:
+    """What stands beside the tables, one line each."""
+    return [*results.notes, *(f"{row} is left out: {why}." for row, why in results.left_out.items())]
+
+
+def _cell_record(cell: Cell, references: Sequence[str]) -> dict[str, str]:
+    return {
+        "row": cell.row,
+        "accuracy": _percent(cell.accuracy),
+        **{f"minus {name}": _percent(cell.differences.get(name), sign="+") for name in references},
+        "win rate": _percent(cell.win_rate),
+        "context tokens": f"{cell.context_tokens:.1f}",
+    }
+
+
+def _control_record(control: Control, references: Sequence[str]) -> dict[str, str]:
+    return {
+        "row": f"({control.name})",
+        "accuracy": _percent(control.accuracy),
+        **{f"minus {name}": "" for name in references},
+        "win rate": "",
+        "context tokens": "",
+    }
+
+
+def _faithfulness_records(results: Results) -> Iterator[dict[str, str]]:
+    for report in results.summaries:
+        yield {
+            "row": report.row,
+            **_faithfulness("truth", report.truth),
+            **_faithfulness("evidence", report.evidence),
+            "not enough evidence": f"{100 * report.not_enough_evidence:.1f}",
+        }
+
+
+def _faithfulness(what: str, found: Faithfulness | None) -> dict[str, str]:
+    return {
+        f"precision ({what})": _percent(found.precision if found else None),
+        f"recall ({what})": _percent(found.recall if found else None),
+    }
+
+
+def _claim_records(results: Results) -> Iterator[dict[str, str]]:
+    for report in results.summaries:
+        yield {
+            "row": report.row,
+            **{name: f"{100 * share:.1f}" for name, share in report.claims.items()},
+        }
+
+
+def _spread_records(results: Results) -> Iterator[dict[str, str]]:
+    for report in results.summaries:
+        if report.row == UNTRAINED:
+            yield _spread("claims of a summary", report.claims_quantiles)
+            if report.precision_quantiles:
+                yield _spread("precision of a summary, %", [100 * value for value in report.precision_quantiles])
+    for cell in results.cells:
+        if cell.row == UNTRAINED:
+            yield _spread(f"tokens of a summary ({cell.column})", cell.context_quantiles)
+            yield _spread(f"accuracy of a user, % ({cell.column})", [100 * value for value in cell.accuracy_quantiles])
+
+
+def _spread(what: str, values: Sequence[float]) -> dict[str, str]:
+    heads = ("median" if quantile == 0.5 else f"{100 * quantile:.0f}th percentile" for quantile in QUANTILES)
+    return {"of": what, **{head: f"{value:.4g}" for head, value in zip(heads, values, strict=True)}}
+
+
+def _percent(estimate: Estimate | None, *, sign: str = "") -> str:
+    if estimate is None:
+        return ""
+    value, low, high = (f"{100 * number:{sign}.1f}" for number in (estimate.value, estimate.low, estimate.high))
+    return f"{value} [{low}, {high}]"
+
+
+def _markdown_table(records: Sequence[dict[str, str]]) -> str:
+    heads = list(records[0])
+    lines = [heads, ["---"] * len(heads), *(list(record.values()) for record in records)]
+    return "\n".join(f"| {' | '.join(_escape(text) for text in line)} |" for line in lines)
+
+
+def _escape(text: str) -> str:
+    return text.replace("|", "\\|")

@@ -1,0 +1,206 @@
+"""``popi eval`` as it is typed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from popi.backends.base import ChatRequest, ScoreRequest
+from popi.cli import main
+from popi.data.miniworld import generate
+from popi.evaluation.results import Results
+from popi.io import write_jsonl
+from popi.prompts import OPEN
+from popi.testing import ScriptedBackend
+
+
+@pytest.fixture
+def backends(monkeypatch: pytest.MonkeyPatch) -> dict[str, ScriptedBackend]:
+    """Lets a scripted double run every model; under any context it likes long answers."""
+    made: dict[str, ScriptedBackend] = {}
+
+    def answer(request: ChatRequest) -> str:
+        return "- bullet points [1]" if "Signals of one user" in request.messages[-1].content else "One thing."
+
+    def score(request: ScoreRequest) -> float:
+        return float(len(request.response)) if OPEN in request.messages[-1].content else 0.0
+
+    def make(model: str) -> ScriptedBackend:
+        made[model] = ScriptedBackend(answer, score, model=model)
+        return made[model]
+
+    monkeypatch.setattr("popi.registry.backend", lambda name: make)
+    return made
+
+
+@pytest.fixture
+def models(tmp_path: Path) -> dict[str, str]:
+    """Two folders that a model could be in."""
+    for name in ("writer", "reader"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.safetensors").write_text(name)
+    return {name: str(tmp_path / name) for name in ("writer", "reader")}
+
+
+@pytest.fixture
+def evaluate(models: dict[str, str], tmp_path: Path) -> Callable[..., int]:
+    """Runs the command on eight users of the mini world with both models."""
+
+    def run(*more: str, out: str = "out", users: str = "8") -> int:
+        given = ["--writer", models["writer"], "--generator", models["writer"], "--generator", models["reader"]]
+        source = [] if "--data" in more else ["--world", "miniworld"]
+        return main(["eval", *source, "--users", users, *given, "--out", str(tmp_path / out), *more])
+
+    return run
+
+
+def printed(capsys: pytest.CaptureFixture[str]) -> list[dict[str, object]]:
+    return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+
+
+def test_the_folder_holds_the_figures_and_what_they_rest_on(
+    evaluate: Callable[..., int],
+    backends: dict[str, ScriptedBackend],
+    models: dict[str, str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert evaluate("--seeds", "2") == 0
+    assert list(backends) == list(models.values())
+    results = Results.model_validate_json((tmp_path / "out/results.json").read_text())
+    assert len(results.cells) == 7 * 2
+    assert results.users == 16
+    assert set(results.cells[0].by_seed) == {0, 1}
+    assert results.settings["seeds"] == [0, 1]
+    longest = next(control for control in results.controls if control.name == "longest-answer")
+    told = [cell for cell in results.cells if cell.row == "untrained-summary"]
+    assert [cell.accuracy for cell in told] == [longest.accuracy] * 2
+    report = (tmp_path / "out/results.md").read_text()
+    assert "miniature" in report
+    assert (tmp_path / "out/accuracy_vs_context.png").exists() == ("](accuracy_vs_context.png)" in report)
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    assert config["settings"]["split"] == "unseen-combinations"
+    assert set(config["versions"]) >= {"popi", "python"}
+    assert config["seconds"] > 0
+    lines = printed(capsys)
+    assert [line["kind"] for line in lines].count("cells") == 14
+    assert any("miniature" in remark for remark in lines[-1]["remarks"])  # type: ignore[attr-defined]
+
+
+def test_the_same_command_measures_nothing_again(
+    evaluate: Callable[..., int],
+    backends: dict[str, ScriptedBackend],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert evaluate() == 0
+    first = (tmp_path / "out/results.json").read_bytes()
+    assert evaluate() == 0
+    assert all(backend.scored == [] and backend.chats == [] for backend in backends.values())
+    assert (tmp_path / "out/results.json").read_bytes() == first
+
+
+def test_other_settings_are_refused_in_one_line(
+    evaluate: Callable[..., int],
+    backends: dict[str, ScriptedBackend],
+    models: dict[str, str],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert evaluate() == 0
+    capsys.readouterr()
+    assert evaluate(users="9") == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "made with users_of_a_sample 8, not 9" in error
+    Path(models["reader"], "model.safetensors").write_text("trained anew")
+    assert evaluate() == 2
+    assert "other files of the model" in capsys.readouterr().err
+
+
+def test_ctrl_c_keeps_what_is_measured(
+    evaluate: Callable[..., int],
+    backends: dict[str, ScriptedBackend],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    real = ScriptedBackend.score
+
+    async def interrupted(self: ScriptedBackend, requests: list[ScoreRequest]) -> object:
+        if len(self.scored) > 100:
+            raise KeyboardInterrupt
+        return await real(self, requests)
+
+    monkeypatch.setattr(ScriptedBackend, "score", interrupted)
+    assert evaluate() == 130
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "interrupted; what is measured is kept in" in error
+    assert list((tmp_path / "out/users").rglob("*.jsonl"))
+    assert not (tmp_path / "out/results.json").exists()
+    monkeypatch.setattr(ScriptedBackend, "score", real)
+    assert evaluate() == 0
+
+
+def test_a_file_of_users_with_some_rows(
+    evaluate: Callable[..., int],
+    backends: dict[str, ScriptedBackend],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    path = tmp_path / "users.jsonl"
+    examples = [
+        example.model_copy(update={"oracles": {}, "facts": {}})
+        for example in generate(split="unseen-users", users=6, seed=0)
+    ]
+    write_jsonl(path, examples)
+    rows = "no-context, raw-signals,true-taste-oracle"
+    assert evaluate("--data", str(path), "--rows", rows, "--json", users="5") == 0
+    lines = printed(capsys)
+    assert {line["row"] for line in lines if line["kind"] == "cells"} == {"no-context", "raw-signals"}
+    assert any("true-taste-oracle is left out" in remark for remark in lines[-1]["remarks"])  # type: ignore[attr-defined]
+    assert not any("miniature" in remark for remark in lines[-1]["remarks"])  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        (["--rows", "raw-signal"], "did you mean raw-signals"),
+        (["--split", "moon"], "no split 'moon'"),
+        (["--world", "minworld"], "did you mean miniworld"),
+        (["--data", "absent.jsonl", "--world", "miniworld"], "give one of the two"),
+        (["--data", "absent.jsonl"], "absent.jsonl: cannot be read"),
+        (["--data", "absent.jsonl", "--split", "train"], "a file has no splits"),
+        (["--generator", "no-such-model"], "no model 'no-such-model'"),
+    ],
+)
+def test_bad_input_is_one_line_and_leaves_no_folder(
+    more: list[str],
+    says: str,
+    evaluate: Callable[..., int],
+    backends: dict[str, ScriptedBackend],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert evaluate(*more) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.count("\n") == 1
+    assert says in captured.err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_terminal_gets_tables(
+    evaluate: Callable[..., int],
+    backends: dict[str, ScriptedBackend],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("popi.cli.evaluate.wants_json", lambda flag: False)
+    monkeypatch.setattr("popi.cli.output.wants_json", lambda flag: False)
+    assert evaluate() == 0
+    out = capsys.readouterr().out
+    assert "another-users-summary" in out
+    assert "The mini world is a miniature" in out

@@ -1,0 +1,94 @@
+"""What each row tells a generator."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from popi.data.example import PersonalizationExample
+from popi.errors import ConfigError
+from popi.evaluation.rows import ROWS, Materials, Row, RowUnavailable, WrittenOnce, choose
+from popi.registry import inference
+from popi.summary import PreferenceSummary
+from popi.testing import ScriptedBackend
+
+Make = Callable[..., PersonalizationExample]
+ROW = {row.name: row for row in ROWS}
+
+
+@pytest.fixture
+def users(make_example: Make) -> list[PersonalizationExample]:
+    made = [make_example(name, ("good", "bad")) for name in ("ann", "bob", "cho")]
+    return [one.model_copy(update={"oracles": {"truth": f"- the truth of {one.user.user_id}"}}) for one in made]
+
+
+def materials(users: list[PersonalizationExample], backend: ScriptedBackend) -> Materials:
+    writer = inference("llm")(backend)
+    signals = [example.user for example in users]
+    return Materials(WrittenOnce(writer.name, lambda: writer.infer(signals)), backend, users)
+
+
+async def texts(row: Row, given: Materials) -> list[str]:
+    assert row.build is not None
+    users = [example.user for example in given.examples]
+    summaries = await row.build(given).infer(users)
+    assert [summary.user_id for summary in summaries] == [user.user_id for user in users]
+    return [summary.text for summary in summaries]
+
+
+def statement_writer() -> ScriptedBackend:
+    """Writes down what the user stated."""
+    return ScriptedBackend(lambda request: request.messages[-1].content.split("said: ")[1].split("\n")[0])
+
+
+async def test_the_writer_is_asked_once_for_each_user(users: list[PersonalizationExample]) -> None:
+    backend = statement_writer()
+    given = materials(users, backend)
+    own = await texts(ROW["untrained-summary"], given)
+    other = await texts(ROW["another-users-summary"], given)
+    assert own == ["I am ann.", "I am bob.", "I am cho."]
+    assert sorted(other) == own
+    assert all(first != second for first, second in zip(own, other, strict=True))
+    assert len(backend.chats) == 3
+
+
+async def test_rows_that_need_no_writer_ask_none(users: list[PersonalizationExample]) -> None:
+    backend = statement_writer()
+    given = materials(users, backend)
+    assert await texts(ROW["empty-summary"], given) == ["", "", ""]
+    assert await texts(ROW["true-taste-oracle"], given) == [f"- the truth of {name}" for name in ("ann", "bob", "cho")]
+    assert "said: I am ann." in (await texts(ROW["raw-signals"], given))[0]
+    assert backend.chats == []
+
+
+def test_what_the_data_lack_is_said(users: list[PersonalizationExample]) -> None:
+    evidence, another = ROW["evidence-oracle"].build, ROW["another-users-summary"].build
+    assert evidence is not None
+    assert another is not None
+    with pytest.raises(RowUnavailable, match="3 of 3 users have no evidence oracle"):
+        evidence(materials(users, statement_writer()))
+    with pytest.raises(RowUnavailable, match="no other user"):
+        another(materials(users[:1], statement_writer()))
+
+
+async def test_summaries_are_had_when_they_are_asked_for(users: list[PersonalizationExample]) -> None:
+    asked = []
+
+    async def have() -> list[PreferenceSummary]:
+        asked.append("all")
+        return await inference("empty")().infer([example.user for example in users])
+
+    writer = WrittenOnce("kept", have)
+    assert asked == []
+    for example in users:
+        [summary] = await writer.infer([example.user])
+        assert summary.user_id == example.user.user_id
+    assert asked == ["all"]
+
+
+def test_rows_are_chosen_by_name_in_the_order_of_the_table() -> None:
+    assert [row.name for row in choose(["true-taste-oracle", "no-context"])] == ["no-context", "true-taste-oracle"]
+    assert choose([]) == ROWS
+    with pytest.raises(ConfigError, match="unknown row 'raw-signal'; did you mean raw-signals"):
+        choose(["raw-signal"])

@@ -1,0 +1,136 @@
+"""Whole evaluations, in a world whose truth is known and with a model that does what it is told."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from popi.data.example import PersonalizationExample
+from popi.errors import BackendError
+from popi.evaluation.folder import Folder
+from popi.evaluation.measure import Column
+from popi.evaluation.results import Cell, Results
+from popi.evaluation.rows import ROWS, choose
+from popi.evaluation.run import evaluate
+from popi.evaluation.samples import Sample, from_world
+from popi.registry import inference
+from popi.testing import ScriptedBackend
+
+USERS = 20
+
+
+@pytest.fixture(scope="module")
+def samples() -> list[Sample]:
+    return from_world("miniworld", split="unseen-combinations", users=USERS, seeds=[0, 1])
+
+
+async def run(samples: list[Sample], column: Column, folder: Path, **options: object) -> Results:
+    given = {"rows": ROWS, "judged": 10, "settings": {"world": "miniworld"}, **options}
+    writer = inference("llm")(column.backend)
+    return await evaluate(samples, columns=[column], writer=writer, folder=Folder(folder), **given)  # type: ignore[arg-type]
+
+
+def cell(results: Results, row: str) -> Cell:
+    [found] = [cell for cell in results.cells if cell.row == row]
+    return found
+
+
+async def test_a_reader_that_obeys_chooses_as_well_as_can_be(
+    samples: list[Sample], column: Column, tmp_path: Path
+) -> None:
+    results = await run(samples, column, tmp_path)
+    assert [found.row for found in results.cells] == [row.name for row in ROWS]
+    assert results.users == 2 * USERS
+    perfect = next(control for control in results.controls if control.name == "perfect-chooser")
+    truth = cell(results, "true-taste-oracle")
+    assert truth.accuracy == perfect.accuracy
+    assert truth.by_seed == perfect.by_seed
+    for row in ("no-context", "empty-summary"):
+        assert (cell(results, row).accuracy.value, cell(results, row).accuracy.low) == (0.5, 0.5)
+    evidence, untrained = cell(results, "evidence-oracle"), cell(results, "untrained-summary")
+    assert truth.accuracy.value > evidence.accuracy.value > untrained.accuracy.high
+    difference = evidence.accuracy.value - untrained.accuracy.value
+    assert evidence.differences["untrained-summary"].value == pytest.approx(difference)
+    assert set(untrained.differences) == {"no-context"}
+    assert all(found.unscored == 0 for found in results.cells)
+
+
+async def test_answers_are_judged_by_true_tastes(samples: list[Sample], column: Column, tmp_path: Path) -> None:
+    results = await run(samples, column, tmp_path)
+    # It always answers in bullets under its own summary, and the bare prompt's answer is the same but for these.
+    liked = [example.facts["tastes"].get("format") for sample in samples for example in sample.examples[:10]]
+    wins = sum({"bullets": 1.0, "prose": 0.0, None: 0.5}[side] for side in liked)
+    untrained = cell(results, "untrained-summary")
+    assert untrained.win_rate is not None
+    assert untrained.win_rate.value == pytest.approx(wins / 20)
+    assert untrained.judged == 20
+    assert cell(results, "empty-summary").win_rate == cell(results, "no-context").win_rate
+
+
+async def test_faithfulness_knows_the_oracles(samples: list[Sample], column: Column, tmp_path: Path) -> None:
+    reports = {report.row: report for report in (await run(samples, column, tmp_path)).summaries}
+    assert set(reports) == {"untrained-summary", "another-users-summary", "evidence-oracle", "true-taste-oracle"}
+    for row, to in (("true-taste-oracle", "truth"), ("evidence-oracle", "evidence")):
+        found = getattr(reports[row], to)
+        assert (found.precision.value, found.recall.value) == (1, 1)
+    assert reports["untrained-summary"].claims["unchecked"] == 0.5  # one of its two claims names nothing
+    assert reports["untrained-summary"].truth == reports["another-users-summary"].truth  # it tells everybody the same
+
+
+async def test_bare_prompts_are_scored_once_and_summaries_written_once(
+    samples: list[Sample], column: Column, obedient: ScriptedBackend, tmp_path: Path
+) -> None:
+    done = []
+    await run(samples, column, tmp_path, judged=0, advance=done.append)
+    users, pairs = 2 * USERS, sum(len(example.tests) for sample in samples for example in sample.examples)
+    assert len(obedient.scored) == 2 * pairs * len(ROWS)  # the bare prompts, and every row but the one without context
+    assert len(obedient.chats) == users
+    assert sum(done) == users * len(ROWS)
+
+
+async def test_an_interrupted_evaluation_goes_on(
+    samples: list[Sample], column: Column, obedient: ScriptedBackend, tmp_path: Path
+) -> None:
+    straight = await run(samples, column, tmp_path / "straight")
+
+    def die_after_three_rows(users: int) -> None:
+        rows.append(users)
+        if len(rows) == 3:
+            obedient.dead = "out of memory"
+
+    rows: list[int] = []
+    with pytest.raises(BackendError, match="out of memory"):
+        await run(samples, column, tmp_path / "resumed", advance=die_after_three_rows)
+    obedient.dead = None
+    obedient.scored.clear()
+    obedient.chats.clear()
+    assert await run(samples, column, tmp_path / "resumed") == straight
+    tests = len(samples[0].examples[0].tests)
+    assert len(obedient.scored) == 2 * USERS * tests * (4 + len(ROWS))  # four rows of one sample and all of the other
+    written = ["Signals of one user" in request.messages[-1].content for request in obedient.chats]
+    assert sum(written) == USERS  # the summaries of the first sample were there
+    obedient.dead = "nobody is to ask"
+    assert await run(samples, column, tmp_path / "resumed") == straight
+
+
+async def test_rows_that_the_data_cannot_have_are_named(
+    column: Column, tmp_path: Path, make_example: Callable[..., PersonalizationExample]
+) -> None:
+    users = [make_example(name, ("- One thing.", "One thing.")) for name in ("ann", "bob")]
+    results = await run([Sample(0, users)], column, tmp_path)
+    assert results.left_out == {
+        "evidence-oracle": "2 of 2 users have no evidence oracle",
+        "true-taste-oracle": "2 of 2 users have no truth oracle",
+    }
+    assert cell(results, "untrained-summary").accuracy.value == 1
+    assert all(found.win_rate is None for found in results.cells)
+    assert all(report.truth is None for report in results.summaries)
+    assert any("no win rate" in note for note in results.notes)
+
+
+async def test_a_row_and_a_seed_can_be_added(samples: list[Sample], column: Column, tmp_path: Path) -> None:
+    await run(samples[:1], column, tmp_path, rows=choose(["no-context", "raw-signals"]))
+    both = await run(samples, column, tmp_path)
+    assert both == await run(samples, column, tmp_path / "straight")

@@ -1,0 +1,58 @@
+"""Where the users of an evaluation come from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from popi.data.example import PersonalizationExample
+from popi.errors import ConfigError, InputError
+from popi.evaluation.samples import Sample, from_file, from_world
+from popi.io import write_jsonl
+
+Make = Callable[..., PersonalizationExample]
+
+
+@pytest.fixture
+def ten_users(tmp_path: Path, make_example: Make) -> Path:
+    """Ten users with a pair each, and two without any."""
+    path = tmp_path / "users.jsonl"
+    write_jsonl(path, [make_example(f"user {place}", *[("good", "bad")] * (place < 10)) for place in range(12)])
+    return path
+
+
+def ids(sample: Sample) -> list[str]:
+    return [example.user.user_id for example in sample.examples]
+
+
+def test_a_world_makes_other_users_for_another_seed() -> None:
+    first, second = from_world("miniworld", split="unseen-users", users=3, seeds=[4, 5])
+    assert (first.seed, second.seed) == (4, 5)
+    assert len(set(ids(first)) | set(ids(second))) == 6
+    assert from_world("miniworld", split="unseen-users", users=3, seeds=[5])[0].examples == second.examples
+
+
+def test_a_file_is_dealt_out_and_nobody_is_dealt_twice(ten_users: Path) -> None:
+    samples = from_file(ten_users, users=None, seeds=[0, 1, 2])
+    assert [len(sample.examples) for sample in samples] == [3, 3, 3]
+    assert len({name for sample in samples for name in ids(sample)}) == 9
+    assert ids(from_file(ten_users, users=3, seeds=[0])[0]) == ids(samples[0])
+    assert sorted(ids(from_file(ten_users, users=None, seeds=[1])[0])) == sorted(f"user {n}" for n in range(10))
+
+
+def test_a_file_with_too_few_users_says_how_many_are_needed(ten_users: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="10 users with test pairs, and 12 are needed; ask for fewer"):
+        from_file(ten_users, users=4, seeds=[0, 1, 2])
+    empty = tmp_path / "empty.jsonl"
+    empty.touch()
+    with pytest.raises(InputError, match=r"0 users with test pairs.*field tests"):
+        from_file(empty, users=None, seeds=[0])
+
+
+def test_unknown_worlds_and_splits() -> None:
+    with pytest.raises(ConfigError, match="did you mean miniworld"):
+        from_world("minworld", split="train", users=1, seeds=[0])
+    with pytest.raises(InputError, match="no split 'moon'"):
+        from_world("miniworld", split="moon", users=1, seeds=[0])

@@ -1,0 +1,148 @@
+"""Figures from what was measured, worked out by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from random import Random
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from popi.data.example import PersonalizationExample, TestPair
+from popi.evaluation.measure import Measured, Plain
+from popi.evaluation.tabulate import MeasuredUser, Tabulator
+from popi.signals import UserSignals
+from popi.summary import Author, Claim, PreferenceSummary, Provenance, summarize_claims
+
+PAIR = TestPair(prompt="Why?", chosen="Because it is so.", rejected="So.")
+
+
+def user(
+    name: str,
+    margins: Mapping[str, tuple[float | None, ...]],
+    *,
+    seed: int = 0,
+    won: float | None = None,
+    tokens: int = 5,
+) -> MeasuredUser:
+    pairs = len(next(iter(margins.values())))
+    example = PersonalizationExample(user=UserSignals(user_id=name), tests=(PAIR,) * pairs)
+    cells = {
+        (row, "model"): Measured(user_id=name, margins=found, context_tokens=tokens, won=won)
+        for row, found in margins.items()
+    }
+    plain = {"model": Plain(user_id=name, differences=(-1.0,) * pairs)}
+    return MeasuredUser(seed, example, plain=plain, cells=cells)
+
+
+FOUR = [
+    user("ann", {"told": (2.0,), "other": (1.0,)}, won=1.0, tokens=10),
+    user("bob", {"told": (-1.0,), "other": (-1.0,)}, won=0.5, tokens=20),
+    user("cho", {"told": (0.0,), "other": (-3.0,)}, seed=1, tokens=30),
+    user("dee", {"told": (None,), "other": (-3.0,)}, seed=1, tokens=0),
+]
+
+
+def test_a_cell() -> None:
+    [cell] = Tabulator(FOUR).cells(["told"], ["model"], ["other"])
+    assert cell.accuracy.value == 0.5  # (1 + 0 + 1/2 + 1/2) / 4
+    assert cell.by_seed == {0: 0.5, 1: 0.5}
+    assert cell.differences == {}  # the reference is not in the table
+    assert cell.win_rate is not None
+    assert (cell.win_rate.value, cell.judged) == (0.75, 2)
+    assert (cell.context_tokens, cell.pairs, cell.unscored) == (15, 4, 1)
+
+
+def test_differences_are_paired_and_told_from_the_references_that_are_there() -> None:
+    told, other = Tabulator(FOUR).cells(["told", "other"], ["model"], ["other", "absent"])
+    assert told.differences["other"].value == 0.25  # .5 - .25
+    assert other.differences == {}
+    steps = [user(str(place), {"told": (1.0, 1.0), "other": (1.0, -1.0)}) for place in range(5)]
+    [difference] = [
+        cell.differences["other"] for cell in Tabulator(steps).cells(["told", "other"], ["model"], ["other"])[:1]
+    ]
+    assert (difference.low, difference.value, difference.high) == (0.5, 0.5, 0.5)
+
+
+def test_a_win_rate_without_a_judge_is_left_open() -> None:
+    [cell] = Tabulator([user("ann", {"told": (1.0,)})]).cells(["told"], ["model"], [])
+    assert (cell.win_rate, cell.judged) == (None, 0)
+
+
+@given(st.randoms(use_true_random=False))
+def test_the_order_of_the_users_changes_nothing(random: Random) -> None:
+    shuffled = random.sample(FOUR, len(FOUR))
+    table, other = Tabulator(FOUR), Tabulator(shuffled)
+    for make in (lambda t: t.cells(["told", "other"], ["model"], ["other"]), lambda t: t.controls(["model"])):
+        assert make(table) == make(other)
+
+
+def test_controls_need_no_summary() -> None:
+    ann, bob = user("ann", {"told": (1.0, 1.0)}), user("bob", {"told": (1.0,)})
+    controls = {control.name: control for control in Tabulator([ann, bob]).controls(["model"])}
+    assert set(controls) == {"longest-answer", "plain-likelihood"}
+    assert controls["longest-answer"].accuracy.value == 1
+    assert controls["plain-likelihood"].accuracy.value == 0
+    for one, known in ((ann, [1.0, 0.0]), (bob, [1.0])):
+        one.example = one.example.model_copy(update={"facts": {"perfect_choice": known}})
+    [perfect] = [c for c in Tabulator([ann, bob]).controls(["model"]) if c.name == "perfect-chooser"]
+    assert perfect.accuracy.value == pytest.approx(2 / 3)
+    assert perfect.column is None
+
+
+class Words:
+    """Reads a taste off every claim "dimension: side"; the truth is in the facts."""
+
+    def claimed(self, summary: str) -> dict[str, str]:
+        lines = (line.removeprefix("- ").partition(": ") for line in summary.splitlines())
+        return {dimension: side for dimension, _, side in lines if side}
+
+    def true(self, example: PersonalizationExample) -> dict[str, str] | None:
+        return example.facts.get("tastes")
+
+    def evident(self, example: PersonalizationExample) -> dict[str, str] | None:
+        return None
+
+
+def written(one: MeasuredUser, *claims: str) -> PreferenceSummary:
+    provenance = Provenance(author=Author.INFERRED)
+    return summarize_claims(one.example.user.user_id, [Claim(text=claim) for claim in claims], provenance)
+
+
+def summarized(name: str, tastes: dict[str, str], *claims: str) -> MeasuredUser:
+    one = user(name, {"told": (1.0,)})
+    one.example = one.example.model_copy(update={"facts": {"tastes": tastes}})
+    one.summaries["told"] = written(one, *claims)
+    return one
+
+
+def test_faithfulness_is_pooled_over_claims() -> None:
+    ann = summarized("ann", {"length": "short", "tone": "dry", "emoji": "none"}, "length: short", "tone: warm")
+    bob = summarized("bob", {"length": "long"}, "length: long", "format: list", "something nice")
+    report = Tabulator([ann, bob, summarized("cho", {"tone": "dry"})]).summaries("told", Words())
+    assert report.truth is not None
+    assert report.truth.precision is not None
+    assert report.truth.recall is not None
+    assert report.truth.precision.value == 0.5  # 2 of 4
+    assert report.truth.recall.value == 0.4  # 2 of 5
+    assert report.evidence is None
+    assert report.not_enough_evidence == pytest.approx(1 / 3)
+    assert report.claims == {"true": 0.4, "opposite": 0.2, "idle": 0.2, "unchecked": 0.2}
+    assert report.claims_quantiles[2] == 2  # of 0, 2 and 3 claims
+    assert report.precision_quantiles == [0.5] * 5  # who claims nothing has none
+
+
+def test_nobody_claims_anything() -> None:
+    report = Tabulator([summarized("ann", {"tone": "dry"})]).summaries("told", Words())
+    assert report.truth is not None
+    assert report.truth.precision is None
+    assert report.truth.recall is not None
+    assert report.truth.recall.value == 0
+    assert set(report.claims.values()) == {0}
+
+
+def test_without_a_reader_claims_are_only_counted() -> None:
+    report = Tabulator([summarized("ann", {}, "length: short")]).summaries("told", None)
+    assert (report.truth, report.evidence, report.claims) == (None, None, {})
+    assert report.claims_quantiles == [1] * 5
