@@ -31,7 +31,7 @@ class PopiError(Exception):
     exit_code = 1
 
     def __init__(self, message: str = "") -> None:
-        super().__init__(_one_line(message))
+        super().__init__(one_line(message))
 
 
 class BackendError(PopiError):
@@ -88,15 +88,16 @@ class MissingExtra(InputError):
         self.module, self.extra = module, extra
 
 
-def _one_line(message: str) -> str:
-    line = " ".join(part for part in map(str.strip, message.splitlines()) if part)
-    if len(line) > LONGEST:
-        line = f"{line[: LONGEST // 2]} ... {line[-LONGEST // 2 :]}"
-    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode("ascii") for char in line)
-
-
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """What to do about an unknown name, as a ``fix``: the nearest known ones, or all there are."""
     names = sorted(known)
     near = get_close_matches(name, names, n=3)
     return f"did you mean {' or '.join(near)}?" if near else f"there are: {', '.join(names) or 'none'}"
+
+
+def one_line(message: str) -> str:
+    """A text from anywhere as one line for a terminal: no breaks, no control characters, not too long."""
+    line = " ".join(part for part in map(str.strip, message.splitlines()) if part)
+    if len(line) > LONGEST:
+        line = f"{line[: LONGEST // 2]} ... {line[-LONGEST // 2 :]}"
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode("ascii") for char in line)

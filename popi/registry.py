@@ -140,11 +140,11 @@ def _resolve(kind: str, name: str, known: Mapping[str, str], base: type) -> Any:
         raise ConfigError(f"unknown {kind} {name!r}", fix=did_you_mean(name, known))
     try:
         found = load(known.get(name, name))
-    except (ModuleNotFoundError, AttributeError) as error:
+    except (ImportError, AttributeError) as error:
         raise ConfigError(
             f"the {kind} {name!r} cannot be imported ({error})",
             fix="give module:Class of an installed module",
         ) from error
     if not (isinstance(found, type) and issubclass(found, base)):
-        raise ConfigError(f"{name!r} is not a {kind}", fix=f"it has to be a subclass of {base.__name__}")
+        raise ConfigError(f"{name!r} is no {kind} class", fix=f"it has to be a subclass of {base.__name__}")
     return found

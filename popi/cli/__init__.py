@@ -12,6 +12,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable, Sequence
 from importlib import import_module
+from io import TextIOWrapper
 from typing import Annotated
 
 import typer
@@ -44,13 +45,16 @@ def main(args: Sequence[str] | None = None) -> int:
     """Runs a command and returns its exit code."""
     words = list(sys.argv[1:] if args is None else args) or ["--help"]
     names = words[:1] if words[0] in COMMANDS else list(COMMANDS)
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
     try:
         code = _app(names)(args=words, prog_name="popi", standalone_mode=False)
     except PopiError as error:
         note(str(error))
         return error.exit_code
     except typer.TyperException as error:
-        note(f"{error.format_message()} (see popi {names[0] if len(names) == 1 else ''} --help)")
+        asked = [*names, "--help"] if len(names) == 1 else ["--help"]
+        note(f"{error.format_message()} (see popi {' '.join(asked)})")
         return error.exit_code
     except BrokenPipeError:
         sys.stdout = None  # nobody reads it, so nothing is left to be flushed

@@ -34,11 +34,11 @@ def load_backend(model: str) -> Backend:
     """
     from popi.registry import backend
 
-    return backend("transformers")(model)
+    return backend("transformers")(identity(model))
 
 
 def identity(model: str) -> str:
-    """The model as it stands in settings: a path does not depend on the folder where the command was typed."""
+    """The model as it stands in settings and provenance: a path whole, wherever the command was typed."""
     from popi.models import shipped
 
     return str(Path(model).resolve()) if model not in shipped() and Path(model).exists() else model

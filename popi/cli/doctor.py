@@ -1,7 +1,183 @@
-"""``popi doctor``."""
+"""``popi doctor``: what is here, what is missing, and the command that mends it."""
 
-from popi.cli.output import JsonFlag
+from __future__ import annotations
+
+import os
+import platform
+import re
+import shutil
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from importlib.util import find_spec
+from pathlib import Path
+
+from popi.cli.output import JsonFlag, print_records
+from popi.errors import PopiError
+
+CPU_FEATURES = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "bf16")
+"""What decides how fast a model runs on a CPU: bfloat16 pays where ``avx512_bf16``, ``amx_bf16`` or ``bf16`` is."""
+
+FOR_DEVELOPERS = ("dev",)
+"""Extras whose absence is no lack."""
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One line of the report.
+
+    Attributes:
+        part: What was looked at.
+        found: What is there.
+        state: ``ok``, or what is wrong with it.
+        mend: The command that mends it, or nothing.
+    """
+
+    part: str
+    found: str
+    state: str = "ok"
+    mend: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Requirement:
+    """A distribution that popi needs: its name, the versions that were tested, the extra that asks for it."""
+
+    name: str
+    versions: str
+    extra: str
 
 
 def doctor(json: JsonFlag = False) -> None:
-    """Say what is installed, and what is missing."""
+    """Say what is installed and on what it runs, what is missing, and the command that mends it."""
+    needed = _requirements()
+    base = _check_group("base", needed.get("", []), "pip install popi")
+    extras = (
+        _check_group(f"extra {extra}", group, f"pip install 'popi[{extra}]'")
+        for extra, group in needed.items()
+        if extra and extra not in FOR_DEVELOPERS
+    )
+    packages = [base, *extras] if needed else []
+    findings = [_popi(), *packages, _device(), _cpu(), _compiler(), _models()]
+    print_records(map(asdict, findings), json_flag=json, title="popi doctor")
+    if base.state != "ok":
+        raise PopiError(f"popi itself is broken: {base.state}; mend it with: {base.mend}")
+
+
+def _requirements() -> Mapping[str, list[Requirement]]:
+    """What popi needs, by extra, as its distribution declares it; the base has no name."""
+    try:
+        declared = metadata.requires("popi") or []
+    except metadata.PackageNotFoundError:
+        return {}
+    groups: dict[str, list[Requirement]] = {}
+    for requirement in map(parse_requirement, declared):
+        if requirement.name != "popi":
+            groups.setdefault(requirement.extra, []).append(requirement)
+    return groups
+
+
+def parse_requirement(text: str) -> Requirement:
+    """Reads a line such as ``torch<2.14,>=2.13; extra == "local"``."""
+    what, _, marker = text.partition(";")
+    name = re.match(r"[\w.-]+", what.strip())
+    extra = re.search(r"extra\s*==\s*['\"]([\w-]+)['\"]", marker)
+    return Requirement(
+        name=name.group() if name else what.strip(),
+        versions=re.sub(r"^[\w.-]+\s*(\[[^\]]*\])?", "", what.strip()).strip(" ()"),
+        extra=extra.group(1) if extra else "",
+    )
+
+
+def is_within(version: str, bounds: str) -> bool:
+    """Whether a version lies within bounds such as ``>=2.13,<2.14``; only release numbers are compared."""
+    compare = {
+        ">=": lambda found, bound: found >= bound,
+        "<": lambda found, bound: found < bound,
+        "==": lambda found, bound: found == bound,
+        "!=": lambda found, bound: found != bound,
+        "<=": lambda found, bound: found <= bound,
+        ">": lambda found, bound: found > bound,
+    }
+    clauses = re.findall(r"(>=|<=|==|!=|<|>)\s*([\d.]+)", bounds)
+    return all(compare[sign](_release(version), _release(bound)) for sign, bound in clauses)
+
+
+def _release(version: str) -> tuple[int, ...]:
+    numbers = re.match(r"\d+(?:\.\d+)*", version)
+    release = [int(number) for number in numbers.group().split(".")] if numbers else []
+    while release and release[-1] == 0:
+        release.pop()
+    return tuple(release)
+
+
+def _check_group(part: str, group: list[Requirement], mend: str) -> Finding:
+    found, wrong = [], []
+    for requirement in group:
+        try:
+            version = metadata.version(requirement.name)
+        except metadata.PackageNotFoundError:
+            wrong.append(f"{requirement.name} is missing")
+            continue
+        found.append(f"{requirement.name} {version}")
+        if not is_within(version, requirement.versions):
+            wrong.append(f"{requirement.name} {version} is outside {requirement.versions}, which was tested")
+    return Finding(part, ", ".join(found), ", ".join(wrong) or "ok", mend if wrong else "")
+
+
+def _popi() -> Finding:
+    from popi import __version__
+
+    here = Path(__file__).parents[1]
+    found = f"{__version__} in {here}, Python {platform.python_version()}"
+    try:
+        metadata.version("popi")
+    except metadata.PackageNotFoundError:
+        return Finding("popi", found, "not installed, so its dependencies are unknown", f"pip install -e {here.parent}")
+    return Finding("popi", found)
+
+
+def _device() -> Finding:
+    mend = "pip install 'popi[local]'"
+    if find_spec("torch") is None:
+        return Finding("device", "", "torch is missing, so no model runs in this process", mend)
+    try:
+        import torch
+    except (ImportError, OSError, RuntimeError) as error:
+        return Finding("device", "", f"torch cannot be imported: {error}", f"{mend} --force-reinstall")
+    if torch.cuda.is_available():
+        return Finding("device", f"cuda, {torch.cuda.get_device_name()}")
+    return Finding("device", f"cpu, {torch.get_num_threads()} threads")
+
+
+def _cpu() -> Finding:
+    has = _flags()
+    features = [feature for feature in CPU_FEATURES if feature in has] if has else ["features unknown"]
+    return Finding("cpu", ", ".join([platform.machine(), f"{os.cpu_count()} cores", *features]))
+
+
+def _flags() -> set[str]:
+    try:
+        info = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return set()
+    flags = re.search(r"^(?:flags|Features)\s*:(.*)$", info, re.MULTILINE)
+    return set(flags.group(1).split()) if flags else set()
+
+
+def _compiler() -> Finding:
+    names = [os.environ.get("CXX", ""), "c++", "g++", "clang++"]
+    found = next((path for path in map(shutil.which, filter(None, names)) if path), None)
+    if found is None:
+        mend = "xcode-select --install" if sys.platform == "darwin" else "apt-get install g++"
+        return Finding("C++ compiler", "", "missing: DeepSpeed builds its operators with one", mend)
+    return Finding("C++ compiler", found)
+
+
+def _models() -> Finding:
+    from popi.models import shipped
+
+    if not shipped():
+        return Finding("shipped models", "", "missing", "pip install --force-reinstall popi")
+    return Finding("shipped models", ", ".join(shipped()))

@@ -37,6 +37,9 @@ def generate(
     Many: the same command again goes on where it stopped. Beside the answers lies a file .meta.json with the
     settings; a file made with others is refused.
     """
+    for name, text in {"--prompt": prompt, "--summary": summary}.items():
+        if text is not None and not is_utf8(text):
+            raise ConfigError(f"{name} is not UTF-8 text")
     options = {"max_tokens": max_tokens, "temperature": temperature, "seed": seed}
     if prompts is not None and out is not None:
         _refuse({"--prompt": prompt, "--summary": summary, "--user": user, "--stream": stream}, beside="--prompts")
@@ -48,6 +51,11 @@ def generate(
         _answer(prompt, _choose_summary(summary, summaries, user), model, options, stream=stream, json=json)
     else:
         raise ConfigError("nothing is asked", fix="give --prompt TEXT, or --prompts FILE and --out FILE")
+
+
+def is_utf8(text: str) -> bool:
+    """Whether a word of the command line came as UTF-8: other bytes arrive as halves of surrogate pairs."""
+    return not any("\ud800" <= char <= "\udfff" for char in text)
 
 
 def _refuse(options: dict[str, object], *, beside: str) -> None:

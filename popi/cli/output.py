@@ -11,6 +11,8 @@ from typing import Annotated, Any, Protocol
 
 import typer
 
+from popi.errors import one_line
+
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON lines, also on a terminal.")]
 """The option of every command that prints a result, for :func:`wants_json` or :func:`print_records`."""
 
@@ -24,8 +26,7 @@ def wants_json(flag: bool) -> bool:
 
 def print_json(record: Mapping[str, Any]) -> None:
     """Prints one JSON line."""
-    line = json.dumps(record, ensure_ascii=False, default=str)
-    sys.stdout.write(line.encode("utf-8", "replace").decode("utf-8") + "\n")
+    sys.stdout.write(json.dumps(record, ensure_ascii=False, default=str) + "\n")
     sys.stdout.flush()
 
 
@@ -58,7 +59,7 @@ def _cell(value: Any) -> str:
 
 def note(text: str) -> None:
     """Prints one line on standard error."""
-    sys.stderr.write(" ".join(f"popi: {text}".split()) + "\n")
+    sys.stderr.write(f"popi: {one_line(text)}\n")
     sys.stderr.flush()
 
 
@@ -130,5 +131,4 @@ class _Bar:
         self._shown.advance(self._task, count)
 
     def note(self, text: str) -> None:
-        line = " ".join(f"popi: {text}".split())
-        self._shown.console.print(line, markup=False, highlight=False, soft_wrap=True)
+        self._shown.console.print(f"popi: {one_line(text)}", markup=False, highlight=False, soft_wrap=True)

@@ -1,0 +1,150 @@
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from popi import registry
+from popi.backends.base import ChatRequest, ChatResult
+from popi.errors import BackendError, ConfigError
+from popi.personalizer import Personalizer
+from popi.signals import Statement
+from popi.summary import NO_EVIDENCE, Author
+from popi.testing import ScriptedBackend
+from popi_generators import PromptedGenerator
+from popi_inference import LLMSummarizer
+
+SHORT, LONG = Statement(text="short please"), Statement(text="longer please")
+
+
+def script(request: ChatRequest) -> str | ChatResult:
+    """Summarizes by counting what the user said, and answers with what it was shown."""
+    content = request.messages[-1].content
+    if content.startswith("Signals of one user"):
+        return f"- Said {content.count('said:')} things [1]"
+    if "fail" in content:
+        return ChatResult("", "error", error="cannot")
+    return f"Answered under {content.partition('<<<')[2].partition('>>>')[0].strip()}"
+
+
+@pytest.fixture
+def backend() -> ScriptedBackend:
+    return ScriptedBackend(script)
+
+
+@pytest.fixture
+def personalizer(backend: ScriptedBackend) -> Personalizer:
+    return Personalizer(LLMSummarizer(backend), PromptedGenerator(backend), backends=(backend,))
+
+
+async def test_observes_infers_and_responds(personalizer: Personalizer) -> None:
+    personalizer.observe("ann", SHORT)
+    personalizer.observe("ann", LONG, SHORT)
+    assert personalizer.signals("ann").signals == (SHORT, LONG)
+    assert (await personalizer.infer("ann")).text == "- Said 2 things"
+    assert await personalizer.respond("ann", "How?") == "Answered under - Said 2 things"
+    assert "".join([piece async for piece in personalizer.stream("ann", "How?")]) == "Answered under - Said 2 things"
+
+
+async def test_infers_again_only_when_the_signals_changed(personalizer: Personalizer, backend: ScriptedBackend) -> None:
+    personalizer.observe("ann", SHORT)
+    first = await personalizer.infer("ann")
+    personalizer.observe("ann", SHORT)
+    personalizer.observe("bob", LONG)
+    assert await personalizer.infer("ann") is first
+    assert len(backend.chats) == 1
+    personalizer.observe("ann", LONG)
+    assert (await personalizer.infer("ann")).provenance.signals_digest != first.provenance.signals_digest
+    assert len(backend.chats) == 2
+
+
+async def test_infers_again_when_the_templates_changed(
+    personalizer: Personalizer, backend: ScriptedBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    personalizer.observe("ann", SHORT)
+    await personalizer.infer("ann")
+    monkeypatch.setattr("popi.personalizer.template_hash", lambda: "other")
+    await personalizer.infer("ann")
+    assert len(backend.chats) == 2
+
+
+async def test_many_at_once_infer_once(personalizer: Personalizer, backend: ScriptedBackend) -> None:
+    asked = asyncio.Event()
+    chat = backend.chat
+
+    async def slow(requests: list[ChatRequest]) -> list[ChatResult]:
+        await asked.wait()
+        return await chat(requests)
+
+    backend.chat = slow  # type: ignore[assignment, method-assign]
+    personalizer.observe("ann", SHORT)
+    waiting = [asyncio.create_task(personalizer.infer("ann")) for _ in range(5)]
+    await asyncio.sleep(0)
+    asked.set()
+    assert len({id(summary) for summary in await asyncio.gather(*waiting)}) == 1
+    assert len(backend.chats) == 1
+
+
+async def test_a_failure_is_not_remembered(personalizer: Personalizer, backend: ScriptedBackend) -> None:
+    personalizer.observe("ann", SHORT)
+    backend.dead = "gone"
+    with pytest.raises(BackendError, match="gone"):
+        await personalizer.infer("ann")
+    backend.dead = None
+    assert (await personalizer.infer("ann")).text == "- Said 1 things"
+
+
+async def test_a_persons_edit_holds_until_it_is_withdrawn(personalizer: Personalizer) -> None:
+    personalizer.observe("ann", SHORT)
+    edited = await personalizer.edit("ann", "- Said 1 things\n- Loves rhyme")
+    assert edited.provenance.author is Author.EDITED
+    assert [claim.evidence for claim in edited.claims] == [(SHORT.id,), ()]
+    personalizer.observe("ann", LONG)
+    assert await personalizer.respond("ann", "How?") == "Answered under - Said 1 things\n- Loves rhyme"
+    personalizer.withdraw_edit("ann")
+    assert (await personalizer.infer("ann")).text == "- Said 2 things"
+
+
+async def test_a_stranger_is_answered_without_a_preference(personalizer: Personalizer) -> None:
+    assert await personalizer.respond("stranger", "How?") == f"Answered under {NO_EVIDENCE}"
+
+
+async def test_an_answer_that_fails_names_the_user(personalizer: Personalizer) -> None:
+    with pytest.raises(BackendError, match="no answer for user 'ann': cannot"):
+        await personalizer.respond("ann", "fail")
+
+
+def test_works_without_an_event_loop(personalizer: Personalizer) -> None:
+    personalizer.observe("ann", SHORT)
+    assert personalizer.infer_sync("ann").text == "- Said 1 things"
+    assert personalizer.respond_sync("ann", "How?") == "Answered under - Said 1 things"
+
+
+async def test_load_makes_both_roles_from_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[Named] = []
+
+    class Named(ScriptedBackend):
+        closed = 0
+
+        def __init__(self, model: str) -> None:
+            super().__init__(script, model=model)
+            made.append(self)
+
+        async def close(self) -> None:
+            self.closed += 1
+
+    monkeypatch.setattr(registry, "load", lambda target: Named if "transformers" in target else _load(target))
+    async with Personalizer.load("one") as personalizer:
+        personalizer.observe("ann", SHORT)
+        assert (await personalizer.infer("ann")).provenance.model == "one"
+    assert [backend.model for backend in made] == ["one"]
+    assert made[0].closed
+
+    async with Personalizer.load("one", generator="two") as personalizer:
+        await personalizer.respond("ann", "How?")
+    assert [len(backend.chats) for backend in made] == [1, 0, 1]
+    with pytest.raises(ConfigError, match="did you mean transformers"):
+        Personalizer.load("one", backend="transformer")
+
+
+_load = registry.load
