@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -108,3 +109,21 @@ def _replace(tree: Any, name: str, value: Any, file: Path) -> None:
             tree[last] = value
     except (KeyError, IndexError, ValueError, TypeError) as error:
         raise ConfigError("there is no such place to override", file=file, field=name) from error
+
+
+def parse_overrides(words: Sequence[str]) -> dict[str, Any]:
+    """Reads ``field=value`` words; values are YAML.
+
+    Raises:
+        ConfigError: If a word has no ``=`` or its value is not YAML.
+    """
+    parsed = {}
+    for word in words:
+        name, equals, value = word.partition("=")
+        try:
+            if not equals:
+                raise ValueError
+            parsed[name] = yaml.safe_load(value)
+        except (ValueError, yaml.YAMLError) as error:
+            raise ConfigError(f"{word!r} is not an override", fix="write it as phases.0.steps=2") from error
+    return parsed

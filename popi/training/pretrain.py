@@ -151,7 +151,7 @@ def learn(
     return {**measured, "reading": right / max(1, cells), "grad_norm": float(norm), "lr": lr, "tokens": tokens}
 
 
-def run(recipe: PretrainRecipe, out: Path, *, report: Callable[[dict[str, Any], int], None]) -> None:
+def run(recipe: PretrainRecipe, out: Path, *, report: Callable[[dict[str, Any]], None]) -> None:
     """Trains a mini model, or goes on where an earlier run into the same folder was stopped.
 
     The model at the end of each phase stands in ``out/<phase>``, the last one is the result. A resumed run ends with
@@ -160,7 +160,7 @@ def run(recipe: PretrainRecipe, out: Path, *, report: Callable[[dict[str, Any], 
     Args:
         recipe: What to do.
         out: The run folder; see :class:`popi.training.run_folder.RunFolder`.
-        report: Called after each step with what was measured and the total number of steps.
+        report: Called after each step with what was measured.
 
     Raises:
         InputError: If the folder holds another run.
@@ -170,7 +170,6 @@ def run(recipe: PretrainRecipe, out: Path, *, report: Callable[[dict[str, Any], 
     learner = build(recipe.architecture, tokenizer, recipe.seed)
     if (state := folder.load_checkpoint()) is not None:
         learner.restore(state)
-    total = sum(phase.steps for phase in recipe.phases)
     bf16 = bf16_is_faster()
     first = 0
     for phase in recipe.phases:
@@ -185,7 +184,7 @@ def run(recipe: PretrainRecipe, out: Path, *, report: Callable[[dict[str, Any], 
             if learner.step % recipe.evaluate_every == 0 or learner.step == first + phase.steps:
                 measured |= evaluate(learner, tokenizer, recipe.name)
             folder.log(measured)
-            report(measured, total)
+            report(measured)
             if learner.step % recipe.checkpoint_every == 0:
                 folder.save_checkpoint(learner.state())
         first += phase.steps
