@@ -1,0 +1,1 @@
+"""Causal language models in this process: their tokens, their caches, decoding and scoring."""

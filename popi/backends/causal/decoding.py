@@ -1,0 +1,187 @@
+"""Decoding: prompts in, new tokens out, in batches that change nothing about the answers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence, Set
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from popi.backends.causal.cache import OwnCache, PrefixedRows
+
+# Dropping rows copies the rest of the cache, which costs about one step: it pays once a quarter of the rows is done.
+COMPACT_BELOW = 0.75
+
+
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """A prompt to be continued.
+
+    Attributes:
+        prompt: Token ids, at least one.
+        limit: The most new tokens, at least one.
+        temperature: 0 is greedy.
+        top_p: Nucleus of the sampling.
+        seed: Seeds the sampling.
+        watch: Shown all new tokens so far after each; ends the answer by saying true.
+    """
+
+    prompt: list[int]
+    limit: int
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+    watch: Callable[[Sequence[int]], bool] | None = None
+
+
+def decode(
+    model: PreTrainedModel,
+    drafts: Sequence[Draft],
+    *,
+    end_tokens: Set[int],
+    batch_tokens: int,
+    share: bool,
+    check: Callable[[], None],
+) -> list[list[int]]:
+    """Continues every prompt until an end token, its limit, or its watcher's word.
+
+    Identical prompts of a batch are computed once. What a draft becomes does not depend on what it is batched with.
+
+    Args:
+        model: The model, in evaluation mode.
+        drafts: The prompts.
+        end_tokens: Ids that end an answer; they stand at the end of its tokens.
+        batch_tokens: The most tokens of the rows of a batch, room for their answers included.
+        share: Whether the model has a plain cache; otherwise every draft runs alone.
+        check: Called before every step; stops the work by raising.
+
+    Returns:
+        The new tokens of each draft, in order.
+    """
+    answers: list[list[int]] = [[] for _ in drafts]
+    for batch in _batches(drafts, batch_tokens if share else 0):
+        check()
+        chosen = [drafts[index] for index in batch]
+        rows = _shared_rows(model, chosen) if share else OwnCache(model, chosen[0].prompt[:-1])
+        _decode_batch(rows, chosen, [answers[index] for index in batch], end_tokens, model.device, check)
+    return answers
+
+
+def choose(logits_R_V: Tensor, temperature_R: Tensor, top_p_R: Tensor, uniform_R: Tensor) -> Tensor:
+    """Chooses a token for each row: the likeliest where the temperature is 0, else by inverting the distribution.
+
+    The nucleus is the smallest set of likeliest tokens whose probability reaches ``top_p`` (Holtzman et al., 2020).
+
+    Args:
+        logits_R_V: Logits, ``[R, V]``.
+        temperature_R: Temperatures, ``[R]``.
+        top_p_R: Nuclei, ``[R]``.
+        uniform_R: Draws from [0, 1), ``[R]``.
+
+    Returns:
+        Token ids, ``[R]``.
+    """
+    greedy_R = logits_R_V.argmax(dim=-1)
+    heat_R = temperature_R.where(temperature_R > 0, 1.0)
+    probs_R_V = (logits_R_V.double() / heat_R[:, None]).softmax(dim=-1)
+    if bool((top_p_R < 1).any()):
+        sorted_R_V, order_R_V = probs_R_V.sort(dim=-1, descending=True)
+        outside_R_V = sorted_R_V.cumsum(dim=-1) - sorted_R_V >= top_p_R[:, None]
+        outside_R_V[:, 0] = False
+        probs_R_V = probs_R_V.masked_fill(outside_R_V.scatter(-1, order_R_V, outside_R_V), 0.0)
+    reached_R_V = probs_R_V.cumsum(dim=-1)
+    targets_R_1 = uniform_R[:, None] * reached_R_V[:, -1:]
+    sampled_R = torch.searchsorted(reached_R_V, targets_R_1, right=True)[:, 0]
+    return sampled_R.clamp(max=logits_R_V.shape[-1] - 1).where(temperature_R > 0, greedy_R)
+
+
+def _batches(drafts: Sequence[Draft], batch_tokens: int) -> Iterator[list[int]]:
+    """Indices of drafts of like length, identical prompts side by side."""
+    batch: list[int] = []
+    width = room = 0
+    for index in sorted(range(len(drafts)), key=lambda i: (len(drafts[i].prompt), drafts[i].prompt)):
+        width, room = max(width, len(drafts[index].prompt)), max(room, drafts[index].limit)
+        if batch and (len(batch) + 1) * (width + room) > batch_tokens:
+            yield batch
+            batch, width, room = [], len(drafts[index].prompt), drafts[index].limit
+        batch.append(index)
+    if batch:
+        yield batch
+
+
+def _shared_rows(model: PreTrainedModel, drafts: Sequence[Draft]) -> PrefixedRows:
+    """Caches all but the last token of each prompt: that one is the first step's, which gives the first logits."""
+    prefixes: list[list[int]] = []
+    sources: list[int] = []
+    for row, draft in enumerate(drafts):
+        if row == 0 or draft.prompt != drafts[row - 1].prompt:
+            prefixes.append(draft.prompt[:-1])
+        sources.append(len(prefixes) - 1)
+    return PrefixedRows(model, prefixes, sources, room=max(draft.limit for draft in drafts))
+
+
+def _decode_batch(
+    rows: PrefixedRows | OwnCache,
+    drafts: Sequence[Draft],
+    answers: Sequence[list[int]],
+    end_tokens: Set[int],
+    device: torch.device,
+    check: Callable[[], None],
+) -> None:
+    running = list(range(len(drafts)))
+    live = set(running)
+    sampling = _Sampling(drafts, device)
+    last_R = torch.tensor([draft.prompt[-1] for draft in drafts], device=device)
+    step = 0
+    while True:
+        logits_R_V = rows(last_R[:, None])[:, -1]
+        if bool(logits_R_V[:, 0].isnan().any()):
+            raise ArithmeticError("the model's logits are not numbers")
+        last_R = sampling.next_tokens(logits_R_V, step)
+        step += 1
+        for index, token in zip(running, last_R.tolist(), strict=True):
+            if index not in live:
+                continue
+            draft, answer = drafts[index], answers[index]
+            answer.append(token)
+            if token in end_tokens or step == draft.limit or (draft.watch and draft.watch(answer)):
+                live.discard(index)
+        if not live:
+            return
+        check()
+        if len(live) < COMPACT_BELOW * len(running) and isinstance(rows, PrefixedRows):
+            kept = [place for place, index in enumerate(running) if index in live]
+            rows.keep(kept)
+            sampling.keep(kept)
+            last_R = last_R[kept]
+            running = [running[place] for place in kept]
+
+
+class _Sampling:
+    """What the rows of a batch need to choose their tokens; all draws are made ahead, each row's from its own seed."""
+
+    def __init__(self, drafts: Sequence[Draft], device: torch.device) -> None:
+        self._greedy = all(draft.temperature <= 0 for draft in drafts)
+        if self._greedy:
+            return
+        room = max(draft.limit for draft in drafts)
+        # Drawn on the CPU, so that a seed means the same on every device.
+        draws = [
+            torch.rand(room, generator=torch.Generator().manual_seed(draft.seed), dtype=torch.float64)
+            for draft in drafts
+        ]
+        self._uniform_R_T = torch.stack(draws).to(device)
+        self._temperature_R = torch.tensor([max(draft.temperature, 0.0) for draft in drafts], device=device)
+        self._top_p_R = torch.tensor([draft.top_p for draft in drafts], device=device)
+
+    def next_tokens(self, logits_R_V: Tensor, step: int) -> Tensor:
+        if self._greedy:
+            return logits_R_V.argmax(dim=-1)
+        return choose(logits_R_V, self._temperature_R, self._top_p_R, self._uniform_R_T[:, step])
+
+    def keep(self, rows: Sequence[int]) -> None:
+        if not self._greedy:
+            self._uniform_R_T = self._uniform_R_T[rows]
+            self._temperature_R, self._top_p_R = self._temperature_R[rows], self._top_p_R[rows]

@@ -1,0 +1,163 @@
+"""Scoring: the log-probability of given responses, with what they share in front computed once."""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import groupby
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from transformers import PreTrainedModel
+
+from popi.backends.causal.cache import PrefixedRows, pad
+
+# Logits are the largest thing in the work of scoring: at most 2^28 of them at once, 1 GiB in fp32.
+MAX_LOGITS = 2**28
+
+
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """A response to be scored: token ids of the prompt, at least one, and of the response, at least one."""
+
+    prompt: list[int]
+    response: list[int]
+
+
+def score(
+    model: PreTrainedModel,
+    items: Sequence[Scored],
+    *,
+    batch_tokens: int,
+    share: bool,
+    check: Callable[[], None],
+) -> list[float]:
+    """Sums the log-probabilities of each response's tokens given its prompt, in nats.
+
+    Args:
+        model: The model, in evaluation mode.
+        items: What to score.
+        batch_tokens: The most tokens of the rows of a batch.
+        share: Whether the model has a plain cache, so that prompts can share the prefix that they have in common.
+        check: Called before every batch; stops the work by raising.
+    """
+    prefix_lengths = shared_prefixes([item.prompt for item in items]) if share else [0] * len(items)
+    sums = [0.0] * len(items)
+    for batch in _batches(items, prefix_lengths, batch_tokens, MAX_LOGITS // model.config.get_text_config().vocab_size):
+        check()
+        chosen, lengths = [items[index] for index in batch], [prefix_lengths[index] for index in batch]
+        for index, logprob in zip(batch, _score_batch(model, chosen, lengths), strict=True):
+            sums[index] = logprob
+    if any(map(math.isnan, sums)):
+        raise ArithmeticError("the model's logits are not numbers")
+    return sums
+
+
+def shared_prefixes(prompts: Sequence[list[int]]) -> list[int]:
+    """How many leading tokens of each prompt are computed once for several prompts.
+
+    A prefix of k tokens that n prompts share saves (n - 1) k tokens. Neighbours in sorted order join the group in
+    front of them when the whole group then saves more than it and they would apart. The last token of a prompt stays
+    out of it: the logits behind that one are of the response.
+
+    Returns:
+        One length for each prompt, 0 for one that shares with none. The prompts of a group are equal up to it.
+    """
+    lengths = [0] * len(prompts)
+    group: list[int] = []
+    length = 0
+    in_order = sorted(range(len(prompts)), key=lambda index: prompts[index])
+    for prompt, same in groupby(in_order, key=lambda index: prompts[index]):
+        equals, own = list(same), len(prompt) - 1
+        common = _common_prefix(prompts[group[0]][:length], prompt[:own]) if group else 0
+        apart = max(len(group) - 1, 0) * length + (len(equals) - 1) * own
+        if (len(group) + len(equals) - 1) * common > apart:
+            group, length = group + equals, common
+        else:
+            group, length = equals, own
+        for index in group if len(group) > 1 else ():
+            lengths[index] = length
+    return lengths
+
+
+def _common_prefix(first: Sequence[int], second: Sequence[int]) -> int:
+    # Slices are compared in C: a search by halves is faster than a walk.
+    return bisect_left(range(1, min(len(first), len(second)) + 1), True, key=lambda end: first[:end] != second[:end])
+
+
+def _batches(
+    items: Sequence[Scored], prefix_lengths: Sequence[int], batch_tokens: int, max_scored: int
+) -> Iterator[list[int]]:
+    """Indices of items of like lengths, those with a common prefix side by side."""
+
+    def like(index: int) -> tuple[int, list[int], int]:
+        length, item = prefix_lengths[index], items[index]
+        return length, item.prompt[:length], len(item.prompt) - length + len(item.response)
+
+    batch: list[int] = []
+    prefix = rest = scored = 0
+    for index in sorted(range(len(items)), key=like):
+        length, _, own = like(index)
+        prefix, rest, scored = max(prefix, length), max(rest, own), scored + len(items[index].response)
+        if batch and ((len(batch) + 1) * (prefix + rest) > batch_tokens or scored > max_scored):
+            yield batch
+            batch, prefix, rest, scored = [], length, own, len(items[index].response)
+        batch.append(index)
+    if batch:
+        yield batch
+
+
+def _score_batch(model: PreTrainedModel, items: Sequence[Scored], prefix_lengths: Sequence[int]) -> list[float]:
+    rests = [[*item.prompt[length:], *item.response] for item, length in zip(items, prefix_lengths, strict=True)]
+    tokens_R_T = pad(rests, model.device)
+    # The logits behind a token are those of the next one.
+    places = [
+        (row, column)
+        for row, (item, rest) in enumerate(zip(items, rests, strict=True))
+        for column in range(len(rest) - len(item.response) - 1, len(rest) - 1)
+    ]
+    rows_N, columns_N = torch.tensor(places, device=model.device).unbind(dim=1)
+    with _head_at(model, rows_N, columns_N):
+        logits_N_V = _run(model, items, prefix_lengths, tokens_R_T[:, :-1])
+    targets_N = tokens_R_T[rows_N, columns_N + 1]
+    logprobs_N = -cross_entropy(logits_N_V.float(), targets_N, reduction="none")
+    sums_R = logprobs_N.new_zeros(len(items), dtype=torch.float64)
+    sums: list[float] = sums_R.index_add(0, rows_N, logprobs_N.double()).tolist()
+    return sums
+
+
+def _run(model: PreTrainedModel, items: Sequence[Scored], prefix_lengths: Sequence[int], tokens_R_T: Tensor) -> Tensor:
+    """The model's logits behind the tokens; right padding needs no mask, as a causal model looks only back."""
+    if not any(prefix_lengths):
+        logits: Tensor = model(input_ids=tokens_R_T, use_cache=False).logits
+        return logits[0]
+    prefixes: list[list[int]] = []
+    sources: list[int] = []
+    named = (item.prompt[:length] for item, length in zip(items, prefix_lengths, strict=True))
+    for source, (prefix, rows) in enumerate(groupby(named)):
+        prefixes.append(prefix)
+        sources.extend(source for _ in rows)
+    return PrefixedRows(model, prefixes, sources, room=tokens_R_T.shape[1])(tokens_R_T)[0]
+
+
+@contextmanager
+def _head_at(model: PreTrainedModel, rows_N: Tensor, columns_N: Tensor) -> Iterator[None]:
+    """Within it, the model gives logits at these places alone, ``[1, N, V]``.
+
+    The hidden states are picked in front of the head, inside the model's own forward pass: what a family does to its
+    logits afterwards (scales, soft caps) still happens.
+    """
+
+    def pick(module: torch.nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return (args[0][rows_N, columns_N][None], *args[1:])
+
+    head: torch.nn.Module = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+    hook = head.register_forward_pre_hook(pick)
+    try:
+        yield
+    finally:
+        hook.remove()

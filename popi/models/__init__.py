@@ -1,0 +1,37 @@
+"""The models that ship with popi, and where a model's name leads.
+
+Each folder beside this file that holds a ``config.json`` is a model, with its card in ``README.md``.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from popi.errors import ModelError, did_you_mean
+
+FOLDER = Path(__file__).parent
+HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+
+
+def shipped() -> list[str]:
+    """The names of the models that ship with popi, sorted."""
+    return sorted(config.parent.name for config in FOLDER.glob("*/config.json"))
+
+
+def find(name_or_path: str) -> str:
+    """Where a model is: the folder of a shipped one, a path that exists, or a Hugging Face hub id as it stands.
+
+    Raises:
+        ModelError: If it is none of these. Whether the hub has such an id is seen when the model is loaded.
+    """
+    if name_or_path in shipped():
+        return str(FOLDER / name_or_path)
+    if name_or_path and Path(name_or_path).expanduser().exists():
+        return str(Path(name_or_path).expanduser())
+    if HUB_ID.fullmatch(name_or_path):
+        return name_or_path
+    raise ModelError(
+        f"no model {name_or_path!r}: neither shipped with popi nor a path here nor a hub id (org/name)",
+        fix=did_you_mean(name_or_path, shipped()),
+    )
