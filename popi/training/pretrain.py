@@ -15,6 +15,7 @@ from torch import nn
 
 from popi.config import Phase, PretrainRecipe
 from popi.data.miniworld.curriculum import Dilution, Lesson, lesson
+from popi.training.attention import use_float32_attention
 from popi.training.lessons import SignalHeads, batches, encode, losses
 from popi.training.probes import probe_following, probe_writing
 from popi.training.run_folder import RunFolder
@@ -79,6 +80,7 @@ def build(architecture: dict[str, Any], tokenizer: PreTrainedTokenizerFast, seed
         pad_token_id=tokenizer.pad_token_id,
     )
     model = AutoModelForCausalLM.from_config(config)
+    use_float32_attention(model)
     heads = SignalHeads(config.hidden_size)
     inside = {id(p) for p in model.base_model.layers.parameters() if p.ndim == 2}
     matrices = [p for p in model.parameters() if id(p) in inside]
