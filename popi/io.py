@@ -44,14 +44,32 @@ def read_json_lines(path: Path) -> Iterator[tuple[int, Any]]:
         raise InputError(f"cannot be read ({error.strerror})", file=path, fix="check the path") from error
 
 
-def _parse(line: bytes, path: Path, number: int) -> Any:
+def read_json(path: Path) -> Any:
+    """Reads a file that is one JSON value.
+
+    Raises:
+        InputError: If it cannot be read or is not JSON.
+    """
     try:
-        return json.loads(line.decode("utf-8-sig"), parse_constant=_refuse)
+        content = path.read_bytes()
+    except OSError as error:
+        raise InputError(f"cannot be read ({error.strerror})", file=path, fix="check the path") from error
+    return _parse(content, path)
+
+
+def _parse(text: bytes, path: Path, number: int | None = None) -> Any:
+    """Parses a line of a file, or all of it where there is no number."""
+    try:
+        return json.loads(text.decode("utf-8-sig"), parse_constant=_refuse)
     except UnicodeDecodeError as error:
         raise InputError("is not UTF-8 text", file=path, line=number, fix="save the file as UTF-8") from error
+    except json.JSONDecodeError as error:
+        line, fix = (number, "write one JSON object a line") if number else (error.lineno, "")
+        raise InputError(
+            f"is not JSON ({error.msg} at character {error.colno})", file=path, line=line, fix=fix
+        ) from error
     except (ValueError, RecursionError) as error:
-        told = f"{error.msg} at character {error.pos + 1}" if isinstance(error, json.JSONDecodeError) else error
-        raise InputError(f"is not JSON ({told})", file=path, line=number, fix="write one JSON object a line") from error
+        raise InputError(f"is not JSON ({error})", file=path, line=number) from error
 
 
 def _refuse(constant: str) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import BaseModel, Field, field_validator, model_validator
 
-from popi.errors import InputError
+from popi.errors import InputError, MissingExtra
 from popi.io import read_json_lines, validate
 from popi.signals import FROZEN, Text, UserSignals
 
@@ -61,17 +61,18 @@ class PersonalizationExample(BaseModel):
 
 
 def read_examples(path: Path) -> Iterator[PersonalizationExample]:
-    """Reads examples; a line that holds bare signals becomes an example without test pairs.
+    """Reads examples, in constant memory but for the names of the users.
+
+    Args:
+        path: JSON lines, in which a line that holds bare signals is an example without test pairs; or the folder of a
+            ``datasets.Dataset`` that popi wrote.
 
     Raises:
         InputError: If a line is broken or a user appears twice.
+        MissingExtra: If a folder is given and ``datasets`` is not installed.
     """
     seen: dict[str, int] = {}
-    for number, record in read_json_lines(path):
-        if isinstance(record, dict) and "user" in record:
-            example = validate(PersonalizationExample, record, file=path, line=number)
-        else:
-            example = PersonalizationExample(user=validate(UserSignals, record, file=path, line=number))
+    for number, example in _from_folder(path) if path.is_dir() else _from_lines(path):
         user_id = example.user.user_id
         if user_id in seen:
             raise InputError(
@@ -83,3 +84,19 @@ def read_examples(path: Path) -> Iterator[PersonalizationExample]:
             )
         seen[user_id] = number
         yield example
+
+
+def _from_lines(path: Path) -> Iterator[tuple[int, PersonalizationExample]]:
+    for number, record in read_json_lines(path):
+        if isinstance(record, dict) and "user" in record:
+            yield number, validate(PersonalizationExample, record, file=path, line=number)
+        else:
+            yield number, PersonalizationExample(user=validate(UserSignals, record, file=path, line=number))
+
+
+def _from_folder(path: Path) -> Iterator[tuple[int, PersonalizationExample]]:
+    try:
+        from popi.data.dataset import load
+    except ModuleNotFoundError as error:
+        raise MissingExtra("datasets", "train") from error
+    return enumerate(load(path), start=1)

@@ -1,0 +1,145 @@
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from popi.data.dataset import load
+from popi.data.example import read_examples
+from popi.data.miniworld import SPLITS, generate
+
+from .conftest import Ran
+
+Run = Callable[..., Ran]
+
+
+@pytest.fixture
+def queries(tmp_path: Path) -> Path:
+    """Eight queries in the form of DSP; in the third, two answers are equal."""
+    audiences = ("academy", "business", "entertainment", "literature")
+    records = [{"query": f"q{n}", "responses": {name: f"{name} {n}" for name in audiences}} for n in range(8)]
+    records[2]["responses"] |= {"business": "same", "literature": "same"}  # type: ignore[operator]
+    path = tmp_path / "queries.json"
+    path.write_text(json.dumps(records))
+    return path
+
+
+def records(ran: Ran) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in ran.out.splitlines()]
+
+
+def test_converts_dsp_and_says_what_was_dropped(popi: Run, queries: Path, tmp_path: Path) -> None:
+    out = tmp_path / "users.jsonl"
+    ran = popi("data", "convert", "dsp", queries, "--out", out, "--signals", 2, "--tests", 1)
+    assert (ran.code, ran.err) == (0, "")
+    summary, *dropped = records(ran)
+    # Eight queries make two users of three queries for each audience; two queries are left for none of the four.
+    assert summary == {"users": 8, "signals": 16, "tests": 8, "dropped": 9, "out": str(out)}
+    assert dropped[0] == {
+        "reason": "the two answers are the same text",
+        "file": "queries.json",
+        "index": 2,
+        "field": "responses.business and literature",
+    }
+    assert len(dropped) == 9
+    assert len(list(read_examples(out))) == 8
+
+
+def test_on_a_terminal_the_report_is_by_reason(
+    popi: Run, queries: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "400")
+    ran = popi("data", "convert", "dsp", queries, "--out", tmp_path / "users.jsonl")
+    assert ran.code == 0
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in ran.out.splitlines() if line.startswith("│")]
+    assert rows == [
+        ["4", "16", "16", "1", str(tmp_path / "users.jsonl")],
+        ["the two answers are the same text", "1", "queries.json[2].responses.business and literature"],
+    ]
+
+
+def test_converts_prefeval(popi: Run, tmp_path: Path) -> None:
+    folder = tmp_path / "mcq_options"
+    folder.mkdir()
+    item = {"preference": "I like hats.", "question": "Which?", "classification_task_options": ["A hat.", "A cap."]}
+    (folder / "hats.json").write_text(json.dumps([item, {"preference": "I like caps."}]))
+    ran = popi("data", "convert", "prefeval", folder, "--out", tmp_path / "users.jsonl", "--seed", 1)
+    assert ran.code == 0
+    assert records(ran) == [
+        {"users": 1, "signals": 1, "tests": 1, "dropped": 1, "out": str(tmp_path / "users.jsonl")},
+        {"reason": "field required", "file": "hats.json", "index": 1, "field": "question"},
+    ]
+    [example] = read_examples(tmp_path / "users.jsonl")
+    assert example.tests[0].chosen == "A hat."
+
+
+def test_the_source_is_never_overwritten(popi: Run, queries: Path) -> None:
+    before = queries.read_text()
+    ran = popi("data", "convert", "dsp", queries, "--out", queries, "--signals", 1, "--tests", 1)
+    assert (ran.code, ran.err) == (2, f"popi: {queries}: is the file to be converted; give another --out\n")
+    assert queries.read_text() == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("convert", "dsp", "missing.json"), "missing.json: cannot be read"),
+        (("convert", "prefeval", "missing"), "missing: cannot be read"),
+        (("miniworld", "--users", "2", "--split", "everything"), "there is no split 'everything'; use one of train,"),
+        (("miniworld", "--users", "0"), "greater than or equal to 1"),
+        (("miniworld", "--users", "2", "--format", "csv"), "'csv' is not one of 'jsonl', 'dataset'"),
+    ],
+)
+def test_bad_input_is_one_line_and_leaves_no_file(
+    popi: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...], says: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    ran = popi("data", *arguments, "--out", "users")
+    assert ran.code == 2
+    assert says in ran.err.splitlines()[-1]
+    assert "Traceback" not in ran.err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_makes_a_mini_world(popi: Run, tmp_path: Path) -> None:
+    out = tmp_path / "world.jsonl"
+    options = ("--users", 3, "--split", "validation", "--seed", 7, "--signals", 5, "--tests", 2)
+    ran = popi("data", "miniworld", "--out", out, *options)
+    assert ran.code == 0
+    assert ran.record == {
+        "users": 3,
+        "split": "validation",
+        "seed": 7,
+        "signals": 5,
+        "tests": 2,
+        "out": str(out),
+    }
+    assert list(read_examples(out)) == list(generate(split="validation", users=3, seed=7, signals=5, tests=2))
+
+
+def test_a_data_set_holds_the_same_as_the_lines(popi: Run, tmp_path: Path) -> None:
+    lines, folder = tmp_path / "world.jsonl", tmp_path / "world"
+    assert popi("data", "miniworld", "--users", 3, "--out", lines).code == 0
+    assert popi("data", "miniworld", "--users", 3, "--out", folder, "--format", "dataset").code == 0
+    assert list(load(folder)) == list(read_examples(lines))
+
+
+def test_the_help_names_every_split(popi: Run) -> None:
+    helped = popi("data", "miniworld", "--help").out
+    assert all(split in " ".join(helped.replace("│", " ").split()) for split in SPLITS)
+
+
+def test_without_datasets_the_extra_is_named(popi: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    monkeypatch.delitem(sys.modules, "popi.data.dataset")
+    ran = popi("data", "miniworld", "--users", 1, "--out", tmp_path / "world", "--format", "dataset")
+    assert (ran.code, ran.err.splitlines()[-1]) == (
+        2,
+        "popi: datasets is not installed; install it with: pip install 'popi[train]'",
+    )
+    assert list(tmp_path.iterdir()) == []

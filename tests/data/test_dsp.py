@@ -1,0 +1,168 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from popi.data.convert import Conversion
+from popi.data.dsp import AUDIENCES, convert_dsp
+from popi.data.example import read_examples
+from popi.errors import InputError
+from popi.io import write_jsonl
+from popi.signals import PreferencePair
+
+
+def record(number: int, **changed: Any) -> dict[str, Any]:
+    answers = {audience: f"{audience} {number}" for audience in (*AUDIENCES, "normal")}
+    return {"query": f"query {number}", "responses": answers | changed}
+
+
+@pytest.fixture(scope="session")
+def save(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Any], Path]:
+    def write(content: Any) -> Path:
+        path = tmp_path_factory.mktemp("dsp") / "queries.json"
+        path.write_text(json.dumps(content))
+        return path
+
+    return write
+
+
+def check(conversion: Conversion, records: list[dict[str, Any]]) -> None:
+    """Every pair is the own audience's answer before another's, and no query serves an audience twice."""
+    answers = {entry["query"].strip(): entry["responses"] for entry in records}
+    asked: set[tuple[str, str]] = set()
+    for example in conversion.examples:
+        audience = example.user.user_id.split("-")[0]
+        assert example.facts["audience"] == audience
+        for pair in (*example.user.signals, *example.tests):
+            assert not isinstance(pair, PreferencePair) or pair.is_evidence
+            responses = answers[pair.prompt]
+            assert pair.chosen == responses[audience].strip() != pair.rejected
+            assert pair.rejected in {responses[other].strip() for other in AUDIENCES if other != audience}
+            assert (audience, pair.prompt) not in asked
+            asked.add((audience, pair.prompt))
+
+
+@given(st.integers(1, 20), st.integers(1, 4), st.integers(0, 4), st.integers(0, 3))
+def test_deals_every_query_once_to_users_of_each_audience(
+    save: Callable[[Any], Path], queries: int, signals: int, tests: int, seed: int
+) -> None:
+    records = [record(number) for number in range(queries)]
+    users, left = divmod(queries, signals + tests)
+    if not users:
+        with pytest.raises(InputError, match=f"has {queries} queries, too few for a user of {signals + tests}"):
+            convert_dsp(save(records), signals_per_user=signals, tests_per_user=tests, seed=seed)
+        return
+    conversion = convert_dsp(save(records), signals_per_user=signals, tests_per_user=tests, seed=seed)
+    check(conversion, records)
+    assert [example.user.user_id for example in conversion.examples] == [
+        f"{audience}-{number:03d}" for audience in AUDIENCES for number in range(users)
+    ]
+    assert {len(example.user.signals) for example in conversion.examples} == {signals}
+    assert {len(example.tests) for example in conversion.examples} == {tests}
+    assert len(conversion.dropped) == left * len(AUDIENCES)
+    assert conversion.summary() == {
+        "users": 4 * users,
+        "signals": 4 * users * signals,
+        "tests": 4 * users * tests,
+        "dropped": 4 * left,
+    }
+
+
+def test_the_seed_decides(save: Callable[[Any], Path]) -> None:
+    path = save([record(number) for number in range(16)])
+    assert convert_dsp(path, seed=1) == convert_dsp(path, seed=1) != convert_dsp(path, seed=2)
+
+
+def test_identical_answers_are_dropped_and_counted(save: Callable[[Any], Path]) -> None:
+    records = [record(number) for number in range(8)]
+    records[3]["responses"]["business"] = " academy 3\n"
+    records[5]["responses"] = dict.fromkeys((*AUDIENCES, "normal"), "the same for all")
+    conversion = convert_dsp(save(records), signals_per_user=3, tests_per_user=4)
+    check(conversion, records)
+    # Query 3 has one pair of equal answers, query 5 all six of them, and so no use to any of the four audiences.
+    assert [(entry["dropped because"], entry["count"]) for entry in conversion.reasons()] == [
+        ("the two answers are the same text", 7),
+        ("no other audience's answer is another text", 4),
+    ]
+    assert conversion.reasons()[0]["first"] == "queries.json[3].responses.academy and business"
+    assert len(conversion.examples) == 4
+
+
+def test_broken_records_are_dropped_with_index_field_and_reason(save: Callable[[Any], Path]) -> None:
+    good = [record(number) for number in range(4)]
+    bad = [
+        "text",
+        {"query": "q"},
+        record(9, business=5),
+        record(9, literature=" "),
+        {"query": "", "responses": record(9)["responses"]},
+        good[0],
+    ]
+    conversion = convert_dsp(save([*good, *bad]), signals_per_user=2, tests_per_user=2)
+    check(conversion, good)
+    assert [(item.file, item.index, item.field) for item in conversion.dropped] == [
+        ("queries.json", 4, ""),
+        ("queries.json", 5, "responses"),
+        ("queries.json", 6, "responses.business"),
+        ("queries.json", 7, "responses.literature"),
+        ("queries.json", 8, "query"),
+        ("queries.json", 9, "query"),
+    ]
+    assert [item.reason for item in conversion.dropped][::5] == ["is not a JSON object", "the same query stands before"]
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ({"query": "q"}, "is not a list of queries with their responses"),
+        ([], "no query with its responses in it; give"),
+        (
+            [{"preference": "x"}],
+            r"the first of 1 dropped: queries\.json\[0\]\.query, field required\)",
+        ),
+    ],
+)
+def test_another_file_is_refused(save: Callable[[Any], Path], content: Any, says: str) -> None:
+    with pytest.raises(InputError, match=says):
+        convert_dsp(save(content))
+
+
+def test_a_file_that_is_not_json_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "x.json").write_text('[{"query":\n"q",]')
+    with pytest.raises(InputError, match=r"x\.json:2: is not JSON \(.+ at character 5\)"):
+        convert_dsp(tmp_path / "x.json")
+    with pytest.raises(InputError, match="cannot be read"):
+        convert_dsp(tmp_path / "missing.json")
+
+
+@pytest.mark.parametrize(("signals", "tests"), [(0, 4), (4, -1)])
+def test_refuses_numbers_that_make_no_user(save: Callable[[Any], Path], signals: int, tests: int) -> None:
+    with pytest.raises(InputError, match="a user cannot have"):
+        convert_dsp(save([record(0)]), signals_per_user=signals, tests_per_user=tests)
+
+
+def test_the_publishers_file(shared_data: Path, tmp_path: Path) -> None:
+    path = shared_data / "dsp" / "domain_specific_preference.test.json"
+    records = json.loads(path.read_text(encoding="utf-8"))
+    conversion = convert_dsp(path)
+    check(conversion, records)
+    equal = [
+        (index, one, other)
+        for index, entry in enumerate(records)
+        for one, other in combinations(AUDIENCES, 2)
+        if entry["responses"][one].strip() == entry["responses"][other].strip()
+    ]
+    counts = {entry["dropped because"]: entry["count"] for entry in conversion.reasons()}
+    assert counts["the two answers are the same text"] == len(equal) > 0
+    # Every query is with a user of each audience, or is told to be dropped for it.
+    used = conversion.summary()["signals"] + conversion.summary()["tests"]
+    assert used + len(conversion.dropped) - len(equal) == len(records) * len(AUDIENCES)
+    write_jsonl(tmp_path / "dsp.jsonl", conversion.examples)
+    assert tuple(read_examples(tmp_path / "dsp.jsonl")) == conversion.examples
