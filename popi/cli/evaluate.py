@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
-from contextlib import AsyncExitStack
+from collections.abc import AsyncIterator, Iterable, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from popi.cli.output import JsonFlag, note, print_json, print_records, progress, wants_json
+from popi.cli.output import JsonFlag, note, print_json, progress, wants_json
 from popi.errors import ConfigError, MissingExtra
 
 if TYPE_CHECKING:
+    from pydantic import BaseModel
+
+    from popi.backends.base import Backend
     from popi.evaluation.folder import Folder, RunConfig
+    from popi.evaluation.measure import Column
     from popi.evaluation.results import Results
     from popi.evaluation.rows import Row
     from popi.evaluation.samples import Sample
@@ -66,28 +70,57 @@ def evaluate(
     start = time.monotonic()
     with telling(f"what is measured is kept in {out}, and the same command goes on"):
         try:
-            results = _measure(samples, chosen, columns, writer, folder, config)
+            results = asyncio.run(_measure(samples, chosen, columns, writer, folder, config))
         finally:
             folder.close(config, time.monotonic() - start)
         _write(results, folder)
-    show(results, json_flag=json)
+    show(results, as_json=wants_json(json))
     note(f"written to {out}")
 
 
-def show(results: Results, *, json_flag: bool) -> None:
+def show(results: Results, *, as_json: bool) -> None:
     """Prints the tables with what has to be said beside them; as JSON lines, each figure is one."""
     from popi.evaluation.report import remarks, tables
 
-    if wants_json(json_flag):
-        for kind in ("cells", "controls", "summaries"):
-            for figure in getattr(results, kind):
+    if as_json:
+        kinds: dict[str, Sequence[BaseModel]] = {
+            "cell": results.cells,
+            "control": results.controls,
+            "faithfulness": results.summaries,
+        }
+        for kind, figures in kinds.items():
+            for figure in figures:
                 print_json({"kind": kind, **figure.model_dump()})
         print_json({"kind": "remarks", "remarks": remarks(results)})
         return
-    for table in tables(results):
-        print_records(table.records, json_flag=False, title=table.title)
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(highlight=False, markup=False)
+    for table in tables(results, narrow=True):
+        shown = Table(*table.records[0], title=table.title, title_justify="left")
+        for record in table.records:
+            shown.add_row(*record.values())
+        console.print(shown)
     for remark in remarks(results):
-        typer.echo(remark)
+        console.print(remark)
+
+
+@asynccontextmanager
+async def opened(models: Iterable[str]) -> AsyncIterator[dict[str, Backend]]:
+    """Loads models, each once, and closes them in the end."""
+    from popi.cli.batches import load_backend
+
+    async with AsyncExitStack() as stack:
+        yield {name: await stack.enter_async_context(load_backend(name)) for name in dict.fromkeys(models)}
+
+
+def column(backend: Backend) -> Column:
+    """A model as a generator under test."""
+    from popi.evaluation.measure import Column
+    from popi.registry import generator
+
+    return Column(backend.model, generator("prompted")(backend), backend)
 
 
 def _samples(
@@ -138,7 +171,7 @@ def _config(
     )
 
 
-def _measure(
+async def _measure(
     samples: Sequence[Sample],
     rows: Sequence[Row],
     columns: Sequence[str],
@@ -146,32 +179,22 @@ def _measure(
     folder: Folder,
     config: RunConfig,
 ) -> Results:
-    from popi import registry
-    from popi.cli.batches import load_backend
-    from popi.evaluation.measure import Column
     from popi.evaluation.run import evaluate
-
-    async def run() -> Results:
-        async with AsyncExitStack() as open_backends:
-            backends = {
-                name: await open_backends.enter_async_context(load_backend(name))
-                for name in dict.fromkeys((writer, *columns))
-            }
-            prompted = registry.generator("prompted")
-            with progress("evaluation", users * len(rows) * len(columns)) as shown:
-                return await evaluate(
-                    samples,
-                    rows=rows,
-                    columns=[Column(name, prompted(backends[name]), backends[name]) for name in columns],
-                    writer=registry.inference("llm")(backends[writer]),
-                    folder=folder,
-                    judged=JUDGED,
-                    settings={**config.settings, "seeds": config.seeds},
-                    advance=shown.advance,
-                )
+    from popi.registry import inference
 
     users = sum(len(sample.examples) for sample in samples)
-    return asyncio.run(run())
+    async with opened((writer, *columns)) as backends:
+        with progress("evaluation", users * len(rows) * len(columns)) as shown:
+            return await evaluate(
+                samples,
+                rows=rows,
+                columns=[column(backends[name]) for name in columns],
+                writer=inference("llm")(backends[writer]),
+                folder=folder,
+                judged=JUDGED,
+                settings={**config.settings, "seeds": config.seeds},
+                advance=shown.advance,
+            )
 
 
 def _write(results: Results, folder: Folder) -> None:

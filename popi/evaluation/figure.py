@@ -8,14 +8,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from popi.errors import MissingExtra, PopiError
-from popi.evaluation.results import Results
+from popi.evaluation.results import PERFECT, Results
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
+MARKERS = "os^Dv<>Pp*"
+
+
 def draw_accuracy(results: Results, path: Path) -> None:
-    """Draws every cell as a point with its interval, a colour for each generator.
+    """Draws every cell as a point with its interval: a colour for each row, a shape for each generator.
 
     Raises:
         MissingExtra: If matplotlib is not installed.
@@ -25,29 +28,37 @@ def draw_accuracy(results: Results, path: Path) -> None:
         from matplotlib.figure import Figure
     except ModuleNotFoundError as error:
         raise MissingExtra("matplotlib", "bench") from error
-    figure = Figure(figsize=(8, 5), layout="constrained")
+    figure = Figure(figsize=(9, 5), layout="constrained")
     axes = figure.add_subplot()
+    rows = list(dict.fromkeys(cell.row for cell in results.cells))
     columns = list(dict.fromkeys(cell.column for cell in results.cells))
-    for place, column in enumerate(columns):
-        cells = [cell for cell in results.cells if cell.column == column]
-        x, y = [cell.context_tokens for cell in cells], [100 * cell.accuracy.value for cell in cells]
-        reach = [
-            [100 * (cell.accuracy.value - cell.accuracy.low) for cell in cells],
-            [100 * (cell.accuracy.high - cell.accuracy.value) for cell in cells],
-        ]
-        axes.errorbar(x, y, yerr=reach, fmt="os^Dv"[place % 5], capsize=3, label=column, color=f"C{place}")
-        for cell, across, up in zip(cells, x, y, strict=True):
-            axes.annotate(cell.row, (across, up), textcoords="offset points", xytext=(6, 4), fontsize=7)
-    for control in results.controls:
-        if control.column is None:
-            axes.axhline(100 * control.accuracy.value, linestyle="--", linewidth=0.8, color="grey")
-            axes.annotate(control.name, (0, 100 * control.accuracy.value), fontsize=7, color="grey")
-    axes.axhline(50, linewidth=0.8, color="black")
+    color = {row: f"C{place}" for place, row in enumerate(rows)}
+    marker = {column: MARKERS[place % len(MARKERS)] for place, column in enumerate(columns)}
+    for cell in results.cells:
+        value, low, high = (100 * part for part in (cell.accuracy.value, cell.accuracy.low, cell.accuracy.high))
+        axes.errorbar(
+            cell.context_tokens,
+            value,
+            yerr=[[value - low], [high - value]],
+            marker=marker[cell.column],
+            color=color[cell.row],
+            capsize=3,
+            linestyle="none",
+        )
+    levels = {"chance": 50.0, **{c.name: 100 * c.accuracy.value for c in results.controls if c.name == PERFECT}}
+    for name, level in levels.items():
+        axes.axhline(level, linestyle="--", linewidth=0.8, color="grey", zorder=0)
+        axes.annotate(name, (1, level), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=8)
     axes.set_xscale("symlog", linthresh=10)
-    axes.set_xlim(left=0)
+    axes.set_xlim(-1, 2 * max(10.0, *(cell.context_tokens for cell in results.cells)))
     axes.set_xlabel("context tokens, mean")
     axes.set_ylabel("preference accuracy, %")
-    axes.legend(loc="lower right")
+    points = [axes.plot([], [], marker="o", linestyle="none", color=color[row], label=row)[0] for row in rows]
+    figure.legend(handles=points, title="row", loc="outside right upper")
+    shapes = [
+        axes.plot([], [], marker=marker[column], linestyle="none", color="black", label=column)[0] for column in columns
+    ]
+    axes.legend(handles=shapes, title="generator")
     _save(figure, path)
 
 

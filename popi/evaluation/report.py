@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from popi.evaluation.results import Cell, Control, Faithfulness, Results
@@ -10,6 +10,9 @@ from popi.evaluation.rows import REFERENCES, UNTRAINED
 from popi.evaluation.statistics import LEVEL, QUANTILES, Estimate
 
 FIGURE = "accuracy_vs_context.png"
+
+Share = Callable[[Estimate | None, str], str]
+"""Writes a share in percent with its interval; the text is the sign of positive ones."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,24 +28,32 @@ class Table:
     records: Sequence[dict[str, str]]
 
 
-def tables(results: Results) -> Iterator[Table]:
-    """The tables of an evaluation: one for each generator, then what the summaries are like."""
+def tables(results: Results, *, narrow: bool = False) -> Iterator[Table]:
+    """The tables of an evaluation: one for each generator, then what the summaries are like.
+
+    Args:
+        results: The figures.
+        narrow: Whether an interval is told by half its width instead of its ends, as fits a terminal.
+    """
+    share = _short if narrow else _percent
     for column in dict.fromkeys(cell.column for cell in results.cells):
         cells = [cell for cell in results.cells if cell.column == column]
         controls = [control for control in results.controls if control.column in (None, column)]
         references = [name for name in REFERENCES if any(cell.row == name for cell in cells)]
         yield Table(
-            f"{column}: preference accuracy in %, {LEVEL:.0%} interval by user",
+            f"{column}: preference accuracy in %, with {LEVEL:.0%} intervals by user",
             [
-                *(_cell_record(cell, references) for cell in cells),
-                *(_control_record(control, references) for control in controls),
+                *(_cell_record(cell, references, share) for cell in cells),
+                *(_control_record(control, references, share) for control in controls),
             ],
         )
     if any(report.truth for report in results.summaries):
-        yield Table("summaries: faithfulness of the claimed tastes in %", list(_faithfulness_records(results)))
-        yield Table("summaries: what is claimed, in %", list(_claim_records(results)))
+        yield Table("Summaries: faithfulness of the claimed tastes in %", list(_faithfulness_records(results, share)))
+        yield Table("Summaries: what is claimed, in %", list(_claim_records(results)))
     if any(cell.row == UNTRAINED for cell in results.cells):
-        yield Table(f"{UNTRAINED}: how single users and summaries spread", list(_spread_records(results)))
+        yield Table(
+            f"The {_words(UNTRAINED)}: percentiles of single users and summaries", list(_spread_records(results))
+        )
 
 
 def markdown(results: Results, *, figure: bool) -> str:
@@ -56,7 +67,7 @@ def markdown(results: Results, *, figure: bool) -> str:
     parts = ["# Evaluation", f"{results.users} users. Settings: {settings}."]
     parts += [f"> {remark}" for remark in remarks(results)]
     for table in tables(results):
-        parts += [f"## {table.title[0].upper()}{table.title[1:]}", _markdown_table(table.records)]
+        parts += [f"## {table.title}", _markdown_table(table.records)]
     if figure:
         parts.append(f"![Preference accuracy against context tokens]({FIGURE})")
     return "\n\n".join(parts) + "\n"
@@ -64,50 +75,50 @@ def markdown(results: Results, *, figure: bool) -> str:
 
 def remarks(results: Results) -> list[str]:
     """What stands beside the tables, one line each."""
-    return [*results.notes, *(f"{row} is left out: {why}." for row, why in results.left_out.items())]
+    return [*results.notes, *(f"{_words(row)} is left out: {why}." for row, why in results.left_out.items())]
 
 
-def _cell_record(cell: Cell, references: Sequence[str]) -> dict[str, str]:
+def _cell_record(cell: Cell, references: Sequence[str], share: Share) -> dict[str, str]:
     return {
-        "row": cell.row,
-        "accuracy": _percent(cell.accuracy),
-        **{f"minus {name}": _percent(cell.differences.get(name), sign="+") for name in references},
-        "win rate": _percent(cell.win_rate),
+        "row": _words(cell.row),
+        "accuracy": share(cell.accuracy, ""),
+        **{f"minus {_words(name)}": share(cell.differences.get(name), "+") for name in references},
+        "win rate": share(cell.win_rate, ""),
         "context tokens": f"{cell.context_tokens:.1f}",
     }
 
 
-def _control_record(control: Control, references: Sequence[str]) -> dict[str, str]:
+def _control_record(control: Control, references: Sequence[str], share: Share) -> dict[str, str]:
     return {
-        "row": f"({control.name})",
-        "accuracy": _percent(control.accuracy),
-        **{f"minus {name}": "" for name in references},
+        "row": f"({_words(control.name)})",
+        "accuracy": share(control.accuracy, ""),
+        **{f"minus {_words(name)}": "" for name in references},
         "win rate": "",
         "context tokens": "",
     }
 
 
-def _faithfulness_records(results: Results) -> Iterator[dict[str, str]]:
+def _faithfulness_records(results: Results, share: Share) -> Iterator[dict[str, str]]:
     for report in results.summaries:
         yield {
-            "row": report.row,
-            **_faithfulness("truth", report.truth),
-            **_faithfulness("evidence", report.evidence),
+            "row": _words(report.row),
+            **_faithfulness("truth", report.truth, share),
+            **_faithfulness("evidence", report.evidence, share),
             "not enough evidence": f"{100 * report.not_enough_evidence:.1f}",
         }
 
 
-def _faithfulness(what: str, found: Faithfulness | None) -> dict[str, str]:
+def _faithfulness(what: str, found: Faithfulness | None, share: Share) -> dict[str, str]:
     return {
-        f"precision ({what})": _percent(found.precision if found else None),
-        f"recall ({what})": _percent(found.recall if found else None),
+        f"precision ({what})": share(found.precision if found else None, ""),
+        f"recall ({what})": share(found.recall if found else None, ""),
     }
 
 
 def _claim_records(results: Results) -> Iterator[dict[str, str]]:
     for report in results.summaries:
         yield {
-            "row": report.row,
+            "row": _words(report.row),
             **{name: f"{100 * share:.1f}" for name, share in report.claims.items()},
         }
 
@@ -125,15 +136,25 @@ def _spread_records(results: Results) -> Iterator[dict[str, str]]:
 
 
 def _spread(what: str, values: Sequence[float]) -> dict[str, str]:
-    heads = ("median" if quantile == 0.5 else f"{100 * quantile:.0f}th percentile" for quantile in QUANTILES)
+    heads = ("median" if quantile == 0.5 else f"{100 * quantile:.0f}th" for quantile in QUANTILES)
     return {"of": what, **{head: f"{value:.4g}" for head, value in zip(heads, values, strict=True)}}
 
 
-def _percent(estimate: Estimate | None, *, sign: str = "") -> str:
+def _percent(estimate: Estimate | None, sign: str) -> str:
     if estimate is None:
         return ""
     value, low, high = (f"{100 * number:{sign}.1f}" for number in (estimate.value, estimate.low, estimate.high))
     return f"{value} [{low}, {high}]"
+
+
+def _short(estimate: Estimate | None, sign: str) -> str:
+    if estimate is None:
+        return ""
+    return f"{100 * estimate.value:{sign}.1f} ±{50 * (estimate.high - estimate.low):.1f}"
+
+
+def _words(name: str) -> str:
+    return name.replace("-", " ")
 
 
 def _markdown_table(records: Sequence[dict[str, str]]) -> str:

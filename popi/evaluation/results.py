@@ -6,6 +6,9 @@ from pydantic import BaseModel, ConfigDict
 
 from popi.evaluation.statistics import Estimate
 
+PERFECT = "perfect-chooser"
+"""The control that knows each user's taste and errs only where the user acted against it."""
+
 
 class _Figures(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")

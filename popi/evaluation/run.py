@@ -65,7 +65,7 @@ async def evaluate(
         controls=table.controls(names),
         summaries=[table.summaries(row.name, world) for row in made if row.claims],
         left_out=left_out,
-        notes=_notes(cells, world, judged, [writer.name, *names]),
+        notes=_notes(cells, world, [writer.name, *names]),
     )
 
 
@@ -142,7 +142,7 @@ def _why_not(row: Row, benches: Sequence[_Bench], columns: Sequence[Column]) -> 
     return None
 
 
-def _notes(cells: Sequence[Cell], world: World | None, judged: int, models: Sequence[str]) -> list[str]:
+def _notes(cells: Sequence[Cell], world: World | None, models: Sequence[str]) -> list[str]:
     """What a reader of the table has to know."""
     miniatures = sorted(set(models) & set(shipped()))
     notes = [world.remark] if world else []
@@ -150,7 +150,7 @@ def _notes(cells: Sequence[Cell], world: World | None, judged: int, models: Sequ
         notes.append(f"{' and '.join(miniatures)} know the mini world alone: their scores mean nothing on these data.")
     if any(cell.row == NO_CONTEXT for cell in cells):
         notes.append(
-            f"{NO_CONTEXT} is 50 % by construction: with the same prompt on both sides of the margin every pair ties, "
+            "No context is 50 % by construction: with the same prompt on both sides of the margin every pair ties, "
             "and a tie counts one half."
         )
     unscored = sum(cell.unscored for cell in cells)
@@ -158,9 +158,9 @@ def _notes(cells: Sequence[Cell], world: World | None, judged: int, models: Sequ
         notes.append(f"{unscored} scores of pairs failed (most likely too long for a model) and count as ties.")
     if world is None:
         notes.append("Nothing is known of the truth behind these data: no win rate, no faithfulness.")
-    elif judged:
+    elif cells and cells[0].judged:
         notes.append(
             "The win rate is that of the answer to a user's first test prompt against the same generator's answer to "
-            f"the bare prompt, for {judged} users of each sample, in random order; a tie counts one half."
+            f"the bare prompt, for {cells[0].judged} users, in random order; a tie counts one half."
         )
     return notes

@@ -10,7 +10,7 @@ import numpy as np
 from popi.data.example import PersonalizationExample
 from popi.evaluation.judges import TasteReader, Tastes
 from popi.evaluation.measure import Measured, Plain
-from popi.evaluation.results import Cell, Control, Faithfulness, SummaryReport
+from popi.evaluation.results import PERFECT, Cell, Control, Faithfulness, SummaryReport
 from popi.evaluation.statistics import Bootstrap, Estimate, Floats, quantiles, wins
 from popi.summary import PreferenceSummary
 
@@ -69,7 +69,7 @@ class Tabulator:
             controls.append(self._control("plain-likelihood", column, plain))
         if all("perfect_choice" in user.example.facts for user in self._users):
             perfect = self._each(lambda user: sum(user.example.facts["perfect_choice"]))
-            controls.append(self._control("perfect-chooser", None, perfect))
+            controls.append(self._control(PERFECT, None, perfect))
         return controls
 
     def summaries(self, row: str, reader: TasteReader | None) -> SummaryReport:

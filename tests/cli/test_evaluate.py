@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -86,7 +87,7 @@ def test_the_folder_holds_the_figures_and_what_they_rest_on(
     assert set(config["versions"]) >= {"popi", "python"}
     assert config["seconds"] > 0
     lines = printed(capsys)
-    assert [line["kind"] for line in lines].count("cells") == 14
+    assert [line["kind"] for line in lines].count("cell") == 14
     assert any("miniature" in remark for remark in lines[-1]["remarks"])  # type: ignore[attr-defined]
 
 
@@ -159,8 +160,8 @@ def test_a_file_of_users_with_some_rows(
     rows = "no-context, raw-signals,true-taste-oracle"
     assert evaluate("--data", str(path), "--rows", rows, "--json", users="5") == 0
     lines = printed(capsys)
-    assert {line["row"] for line in lines if line["kind"] == "cells"} == {"no-context", "raw-signals"}
-    assert any("true-taste-oracle is left out" in remark for remark in lines[-1]["remarks"])  # type: ignore[attr-defined]
+    assert {line["row"] for line in lines if line["kind"] == "cell"} == {"no-context", "raw-signals"}
+    assert any("true taste oracle is left out" in remark for remark in lines[-1]["remarks"])  # type: ignore[attr-defined]
     assert not any("miniature" in remark for remark in lines[-1]["remarks"])  # type: ignore[attr-defined]
 
 
@@ -192,6 +193,14 @@ def test_bad_input_is_one_line_and_leaves_no_folder(
     assert not (tmp_path / "out").exists()
 
 
+def test_the_base_installation_lacks_numpy(
+    evaluate: Callable[..., int], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "numpy", None)
+    assert evaluate() == 2
+    assert "numpy is not installed; install it with: pip install 'popi[local]'" in capsys.readouterr().err
+
+
 def test_a_terminal_gets_tables(
     evaluate: Callable[..., int],
     backends: dict[str, ScriptedBackend],
@@ -199,8 +208,7 @@ def test_a_terminal_gets_tables(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr("popi.cli.evaluate.wants_json", lambda flag: False)
-    monkeypatch.setattr("popi.cli.output.wants_json", lambda flag: False)
     assert evaluate() == 0
     out = capsys.readouterr().out
-    assert "another-users-summary" in out
+    assert "±" in out
     assert "The mini world is a miniature" in out

@@ -66,21 +66,26 @@ RESULTS = Results(
 def test_one_table_a_generator_then_the_summaries() -> None:
     first, second, faithfulness, claims, spread = tables(RESULTS)
     assert first.title.startswith("base: ")
-    assert list(spread.records[0])[1:3] == ["5th percentile", "25th percentile"]
+    assert list(spread.records[0])[1:3] == ["5th", "25th"]
     assert first.records[1] == {
-        "row": "evidence-oracle",
+        "row": "evidence oracle",
         "accuracy": "81.2 [79.2, 84.2]",
-        "minus untrained-summary": "+21.2 [+19.2, +24.2]",
+        "minus untrained summary": "+21.2 [+19.2, +24.2]",
         "win rate": "50.0 [48.0, 53.0]",
         "context tokens": "12.3",
     }
-    assert [record["row"] for record in first.records[2:]] == ["(perfect-chooser)", "(plain-likelihood)"]
-    assert [record["row"] for record in second.records[2:]] == ["(perfect-chooser)"]
+    assert [record["row"] for record in first.records[2:]] == ["(perfect chooser)", "(plain likelihood)"]
+    assert [record["row"] for record in second.records[2:]] == ["(perfect chooser)"]
     assert second.records[0]["win rate"] == ""
     assert faithfulness.records[0]["precision (truth)"] == "30.0 [28.0, 33.0]"
     assert faithfulness.records[0]["recall (truth)"] == ""
-    assert claims.records[0] == {"row": "untrained-summary", "true": "30.0", "opposite": "70.0"}
+    assert claims.records[0] == {"row": "untrained summary", "true": "30.0", "opposite": "70.0"}
     assert [record["median"] for record in spread.records] == ["2", "3", "50", "3", "50"]
+
+
+def test_a_terminal_has_no_room_for_both_ends_of_an_interval() -> None:
+    record = next(tables(RESULTS, narrow=True)).records[1]
+    assert (record["accuracy"], record["minus untrained summary"]) == ("81.2 ±2.5", "+21.2 ±2.5")
 
 
 @pytest.mark.parametrize("table", list(tables(RESULTS)), ids=lambda table: table.title)
@@ -90,12 +95,12 @@ def test_every_line_of_a_table_has_the_same_columns(table: object) -> None:
 
 
 def test_what_has_to_be_said_is_said() -> None:
-    said = ["It is a miniature.", "true-taste-oracle is left out: 2 of 7 users have no truth oracle."]
+    said = ["It is a miniature.", "true taste oracle is left out: 2 of 7 users have no truth oracle."]
     assert remarks(RESULTS) == said
     text = markdown(RESULTS, figure=False)
     assert all(f"> {remark}" in text for remark in said)
     assert "7 users. Settings: world miniworld, split unseen-users." in text
-    assert "| evidence-oracle | 81.2 [79.2, 84.2] |" in text
+    assert "| evidence oracle | 81.2 [79.2, 84.2] |" in text
     assert ".png" not in text
     assert "](accuracy_vs_context.png)" in markdown(RESULTS, figure=True)
 

@@ -1,0 +1,167 @@
+"""``popi quickstart``: the main job, done for real with the models that ship."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Annotated, NamedTuple
+
+import typer
+
+from popi.cli.output import note, print_json, progress
+
+if TYPE_CHECKING:
+    from popi.backends.base import Backend
+    from popi.data.example import PersonalizationExample
+    from popi.evaluation.results import Results
+    from popi.evaluation.samples import Sample
+    from popi.roles import PreferenceInference
+    from popi.summary import PreferenceSummary
+
+WRITER, READER = "popi-mini-base", "popi-mini-reader"
+SPLIT, SEED = "unseen-combinations", 0
+
+USERS, JUDGED = 200, 50
+"""So many that the intervals say something, and two cores need less than three minutes."""
+
+PROMPTS = 2
+
+INTRODUCTION = """\
+This is popi in miniature: made-up users whose tastes are known, and language models of a few megabytes that were
+trained on their world alone. What they do is real, what they score says nothing of real users or models."""
+
+NEXT = """\
+Where to go next:
+  popi eval --world miniworld --seeds 3 --out FOLDER        the same table on 3,000 users, with all that it rests on
+  popi summarize --signals USERS.jsonl --model MODEL --out SUMMARIES.jsonl
+                                                            your own users; MODEL is any Hugging Face causal LM
+  popi generate --prompt "..." --summaries SUMMARIES.jsonl --user ID --model MODEL
+  popi data convert dsp|prefeval PATH --out USERS.jsonl     published data
+  popi doctor                                               what is installed, and what is missing"""
+
+
+class Answers(NamedTuple):
+    """One prompt, answered by the same model without and with the summary."""
+
+    prompt: str
+    plain: str
+    personalized: str
+
+
+def quickstart(json: Annotated[bool, typer.Option("--json", help="Print JSON lines.")] = False) -> None:
+    """Watch it work: a user's signals, the summary, answers without and with it, and the gain over 200 users."""
+    from popi.registry import load
+
+    load("numpy")  # the base installation has none, and the error has to name the extra
+    from popi.evaluation.samples import from_world
+
+    start = time.monotonic()
+    [sample] = from_world("miniworld", split=SPLIT, users=USERS, seeds=[SEED])
+    asyncio.run(_run(sample, as_json=json))
+    if not json:
+        typer.echo(NEXT)
+    note(f"all of this took {time.monotonic() - start:.0f} s")
+
+
+async def _run(sample: Sample, *, as_json: bool) -> None:
+    from popi.cli.evaluate import opened, show
+    from popi.registry import inference
+
+    example = sample.examples[0]
+    async with opened((WRITER, READER)) as models:
+        writer = inference("llm")(models[WRITER])
+        [summary] = await writer.infer([example.user])
+        answers = await _answer_twice(example, summary, models[WRITER])
+        (_print_lines if as_json else _print_story)(example, summary, answers)
+        results = await _measure(sample, writer, models)
+    show(results, as_json=as_json)
+
+
+async def _answer_twice(example: PersonalizationExample, summary: PreferenceSummary, backend: Backend) -> list[Answers]:
+    """Answers the user's first test prompts.
+
+    Raises:
+        BackendError: If an answer fails.
+    """
+    from popi.errors import BackendError
+    from popi.registry import generator
+    from popi.roles import Conditioned
+
+    prompts = [pair.prompt for pair in example.tests[:PROMPTS]]
+    asked = [Conditioned(prompt, given) for prompt in prompts for given in (None, summary)]
+    results = await generator("prompted")(backend).respond(asked)
+    for result in results:
+        if result.error is not None:
+            raise BackendError(f"no answer: {result.error}")
+    texts = iter([result.text for result in results])
+    return [Answers(prompt, next(texts), next(texts)) for prompt in prompts]
+
+
+async def _measure(sample: Sample, writer: PreferenceInference, models: Mapping[str, Backend]) -> Results:
+    from popi.cli.evaluate import column
+    from popi.evaluation.folder import Folder
+    from popi.evaluation.rows import ROWS
+    from popi.evaluation.run import evaluate
+
+    with (
+        TemporaryDirectory(prefix="popi-quickstart-") as folder,
+        progress("the table", len(sample.examples) * len(ROWS) * len(models)) as shown,
+    ):
+        return await evaluate(
+            [sample],
+            rows=ROWS,
+            columns=[column(backend) for backend in models.values()],
+            writer=writer,
+            folder=Folder(Path(folder)),
+            judged=JUDGED,
+            settings={"world": "miniworld", "split": SPLIT, "seeds": [SEED]},
+            advance=shown.advance,
+        )
+
+
+def _print_lines(example: PersonalizationExample, summary: PreferenceSummary, answers: Sequence[Answers]) -> None:
+    print_json({"kind": "user", **example.user.model_dump(mode="json")})
+    print_json({"kind": "summary", **summary.model_dump(mode="json")})
+    for pair in answers:
+        print_json({"kind": "answers", **pair._asdict()})
+
+
+def _print_story(example: PersonalizationExample, summary: PreferenceSummary, answers: Sequence[Answers]) -> None:
+    from rich.console import Console
+    from rich.panel import Panel
+    from rich.table import Table
+    from rich.text import Text
+
+    from popi.render import describe
+
+    console = Console(highlight=False)
+    console.print(INTRODUCTION)
+
+    def panel(title: str, body: str) -> None:
+        console.print(Panel(Text(body), title=title, title_align="left"))
+
+    number = {signal.id: place for place, signal in enumerate(example.user.signals, start=1)}
+    panel(
+        "What one user has shown of their preferences",
+        "\n".join(f"[{number[signal.id]}] {describe(signal)}" for signal in example.user.signals),
+    )
+    panel(f"What {summary.provenance.model} infers, with the signals it cites", _with_evidence(summary, number))
+    panel("The truth, which is known in this world and which no model has seen", example.oracles["truth"])
+    table = Table("prompt", "plain answer", "answer under the summary", title=f"{WRITER} answers", show_lines=True)
+    for pair in answers:
+        table.add_row(*map(Text, pair))
+    console.print(table)
+
+
+def _with_evidence(summary: PreferenceSummary, number: Mapping[str, int]) -> str:
+    """The claims, each with the numbers of the signals that the writer gave for it."""
+    if not summary.claims:
+        return summary.text
+    lines = []
+    for claim in summary.claims:
+        cited = ", ".join(map(str, sorted(number[signal_id] for signal_id in claim.evidence)))
+        lines.append(f"- {claim.text}  ({f'from {cited}' if cited else 'cites nothing'})")
+    return "\n".join(lines)
