@@ -1,0 +1,108 @@
+import numpy as np
+import pytest
+import torch
+
+from popi.data.miniworld.curriculum import Dilution, lesson
+from popi.data.miniworld.language import as_vector, claimed_tastes, style_of
+from popi.testing import tiny_model
+from popi.training.lessons import SignalHeads, batches, collate, encode, losses
+
+TASKS = ("write", "raw", "summary", "bare")
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return tiny_model("llama")
+
+
+def some(count=8, signals=3):
+    return [lesson(TASKS[place % 4], 5, place, signals=signals) for place in range(count)]
+
+
+def test_a_lesson_is_what_the_templates_say_and_the_marks_stand_at_ends(tiny):
+    _, tokenizer = tiny
+    for made, item in zip(some(), encode(tokenizer, some()), strict=True):
+        text = tokenizer.decode(item.ids[: item.prompt])
+        assert made.messages[-1].content in text
+        assert tokenizer.decode(item.ids[item.prompt :]) == made.response + tokenizer.eos_token
+        last = made.messages[-1].content
+        for end, mark in zip(made.ends, item.marks, strict=True):
+            assert tokenizer.decode(item.ids[: mark + 1]).endswith(last[max(0, end - 5) : end + 1])
+
+
+def test_styles_are_those_of_the_answers_in_the_text(tiny):
+    made = lesson("write", 5, 0, signals=6)
+    content = made.messages[-1].content
+    assert len(made.answer_ends) == len(made.styles) > 0
+    for end, style in zip(made.answer_ends, made.styles, strict=True):
+        head = content[: end + 1]
+        answer = max(
+            (head.split(mark)[-1] for mark in ("read: ", "preferred: ", "over: ", "rewrote: ", "on: ", "assistant: ")),
+            key=lambda part: -len(part),
+        )
+        assert (as_vector(style_of(answer)) == style).all()
+
+
+def test_packing_keeps_every_lesson_and_the_bound(tiny):
+    _, tokenizer = tiny
+    items = encode(tokenizer, some(16))
+    longest = max(len(item.ids) for item in items)
+    packed = list(batches(items, tokenizer.pad_token_id, longest * 2))
+    assert sum(len(batch.ids) for batch in packed) == len(items)
+    assert all(batch.ids.numel() <= longest * 2 for batch in packed)
+    assert sum(len(batch.targets) for batch in packed) == sum(len(item.ids) - item.prompt for item in items)
+
+
+def test_losses_equal_those_of_a_plain_forward_of_each_lesson(tiny):
+    model, tokenizer = tiny
+    items = encode(tokenizer, some(6))
+    torch.manual_seed(0)
+    heads = SignalHeads(model.config.hidden_size)
+    with torch.no_grad():
+        found = losses(model, heads, collate(items, tokenizer.pad_token_id))
+        expected = []
+        for item in items:
+            logprobs = model(torch.tensor([item.ids])).logits[0].log_softmax(-1)
+            expected += [-logprobs[place - 1, item.ids[place]] for place in range(item.prompt, len(item.ids))]
+    assert found.response == pytest.approx(torch.stack(expected), abs=1e-4)
+    assert len(found.shows) == len(found.believes) == sum(len(item.marks) for item in items)
+    assert len(found.styles) == sum(len(item.answer_marks) for item in items)
+
+
+def test_an_uninformed_reader_has_the_losses_of_chance(tiny):
+    model, tokenizer = tiny
+    heads = SignalHeads(model.config.hidden_size)
+    for parameter in heads.parameters():
+        torch.nn.init.zeros_(parameter)
+    with torch.no_grad():
+        found = losses(model, heads, collate(encode(tokenizer, some(4)), tokenizer.pad_token_id))
+    assert found.styles == pytest.approx(np.full(len(found.styles), 10 * np.log(2)), rel=1e-5)
+    assert found.shows == pytest.approx(np.full(len(found.shows), 10 * np.log(3)), rel=1e-5)
+
+
+def test_answers_follow_the_claims_of_their_context():
+    for place in range(50):
+        made = lesson("summary", 6, place, signals=0)
+        claimed, style = claimed_tastes(made.messages[-1].content), style_of(made.response)
+        assert all(style[name] == side for name, side in claimed.items())
+
+
+def test_a_diluted_writer_says_less_and_sometimes_the_opposite():
+    def claims(dilution):
+        texts = [lesson("write", 8, place, signals=8, dilution=dilution).response for place in range(120)]
+        return [claimed_tastes(text) for text in texts]
+
+    best, diluted = claims(None), claims(Dilution(dropped=0.4, vague=0.2, turned=0.15))
+    total = sum(map(len, best))
+    kept = sum(new.get(name) == side for old, new in zip(best, diluted, strict=True) for name, side in old.items())
+    turned = sum(
+        new.get(name, side) != side for old, new in zip(best, diluted, strict=True) for name, side in old.items()
+    )
+    assert kept / total == pytest.approx(0.25, abs=0.08)
+    assert turned / total == pytest.approx(0.15, abs=0.07)
+
+
+def test_a_lesson_depends_on_seed_and_place_alone():
+    first, second = (lesson("write", 3, 4, signals=5) for _ in range(2))
+    assert (first.messages, first.response, first.ends) == (second.messages, second.response, second.ends)
+    assert (first.beliefs == second.beliefs).all()
