@@ -71,7 +71,7 @@ def quote(text: str) -> str:
     Runs of three or more angle brackets become two, ``<|`` becomes ``< |``, and every line break becomes ``\n``.
     """
     text = re.sub(r">{3,}", ">>", re.sub(r"<{3,}", "<<", text)).replace("<|", "< |")
-    return re.sub("\r\n|[\r\v\f\x1c-\x1e\x85\u2028\u2029]", "\n", text).strip()
+    return "\n".join(text.splitlines()).strip()
 
 
 def inference_messages(signals: str) -> list[Message]:

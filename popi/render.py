@@ -42,7 +42,7 @@ _STARTS = {
     for template in (*SIGNAL.values(), *TURN.values(), NOT_BY_USER)
     for line in template.split("\n")
 } - {""}
-_LIKE_OURS = re.compile(rf"(?<=\n)(?=[^\S\n]*(?:\[\d|{'|'.join(map(re.escape, sorted(_STARTS)))}))", re.IGNORECASE)
+_LIKE_OURS = re.compile(rf"\n(?=[^\S\n]*(?i:\[\d|{'|'.join(map(re.escape, sorted(_STARTS)))}))")
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +77,7 @@ def describe(signal: Signal, limit: int | None = None) -> str:
     """
 
     def words(text: str) -> str:
-        return _LIKE_OURS.sub("> ", quote(text if limit is None else _cut(text, limit)))
+        return _LIKE_OURS.sub("\n> ", quote(text if limit is None else _cut(text, limit)))
 
     match signal:
         case Conversation(turns=turns):
@@ -160,7 +160,7 @@ def _choose(signals: Sequence[Signal], order: Sequence[int], count_tokens: Count
     left, misses = budget, 0
     for place in order:
         block = describe(signals[place])
-        cost = count_tokens(NUMBERED.format(number=len(signals), signal=block) + "\n")
+        cost = _count_up_to(left, NUMBERED.format(number=len(signals), signal=block) + "\n", count_tokens)
         if cost <= left:
             blocks[place] = block
             left, misses = left - cost, 0
@@ -178,11 +178,19 @@ def _shorten(signal: Signal, count_tokens: CountTokens, budget: int) -> str | No
     """As much of a signal as fits, or ``None`` if what fits says nothing."""
 
     def too_long(limit: int) -> bool:
-        return count_tokens(_join([describe(signal, limit)])) > budget
+        return _count_up_to(budget, _join([describe(signal, limit)]), count_tokens) > budget
 
     limits = range(LEAST, len(describe(signal)))
     fitting = bisect_left(limits, True, key=too_long)
     return describe(signal, limits[fitting - 1]) if fitting else None
+
+
+def _count_up_to(limit: int, text: str, count_tokens: CountTokens) -> int:
+    """The length of a text, or of a beginning of it that is over the limit already."""
+    # Few texts have so many characters to a token, so what is far too long is seldom counted to its end.
+    beginning = text[: 8 * (limit + 1)]
+    count = count_tokens(beginning)
+    return count if count > limit or len(beginning) == len(text) else count_tokens(text)
 
 
 def _cut(text: str, limit: int) -> str:
