@@ -164,7 +164,7 @@ async def _work(
         outcomes: list[Outcome] = []
         for question, result in zip(batch, results, strict=True):
             if result.error is not None:
-                outcomes.append((None, f"no answer to line {question.line}: {result.error}"))
+                outcomes.append(Outcome(error=f"no answer to line {question.line}: {result.error}"))
                 continue
             answer = Answer(
                 line=question.line,
@@ -178,7 +178,7 @@ async def _work(
                 asked=question.fingerprint(),
                 template_hash=template_hash(),
             )
-            outcomes.append((as_line(answer), ""))
+            outcomes.append(Outcome(as_line(answer)))
         return outcomes
 
     with progress("answers", pending) as shown:

@@ -6,6 +6,7 @@ import json
 import platform
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from itertools import islice
@@ -21,8 +22,21 @@ if TYPE_CHECKING:
     from popi.cli.output import Progress
 
 Item = TypeVar("Item")
-Outcome = tuple[str | None, str]
-"""The line of a finished item and nothing, or nothing and why there is none."""
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What became of an item.
+
+    Attributes:
+        line: What is kept of it, or ``None`` if it failed.
+        replaces: The number of the line whose place it takes; ``None`` is the end of the file.
+        error: Why it failed.
+    """
+
+    line: str | None = None
+    replaces: int | None = None
+    error: str = ""
 
 
 def load_backend(model: str) -> Backend:
@@ -104,7 +118,7 @@ async def append_batches(
 
     Args:
         items: What is to be done; read as it is needed.
-        work: Gives the line of each item of a batch, or why there is none.
+        work: Gives the outcome of each item of a batch.
         out: Where the lines go.
         shown: Told of progress and of each item that failed.
         batch_size: The most items at once.
@@ -119,14 +133,15 @@ async def append_batches(
     rest = iter(items)
     while batch := list(islice(rest, batch_size)):
         outcomes = await work(batch)
-        lines = [line for line, _ in outcomes if line is not None]
-        out.append(lines)
-        for line, error in outcomes:
-            if line is None:
-                shown.note(error)
-        finished += len(lines)
-        failed += len(batch) - len(lines)
-        shown.advance(len(batch))
+        done = [(outcome.line, outcome.replaces) for outcome in outcomes if outcome.line is not None]
+        out.replace({number: line for line, number in done if number is not None})
+        out.append(line for line, number in done if number is None)
+        for outcome in outcomes:
+            if outcome.line is None:
+                shown.note(outcome.error)
+        finished += len(done)
+        failed += len(outcomes) - len(done)
+        shown.advance(len(outcomes))
     return finished, failed
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from popi.cli.output import JsonFlag, print_json, wants_json
+from popi.cli.output import JsonFlag, print_json, shown, wants_json
 from popi.errors import BackendError, ConfigError, InputError, did_you_mean
 
 if TYPE_CHECKING:
@@ -116,7 +116,7 @@ def _answer(
             }
         )
     else:
-        typer.echo(result.text)
+        typer.echo(shown(result.text))
 
 
 async def _stream(answering: ConditionedGenerator, item: Conditioned, *, json: bool) -> None:
@@ -125,7 +125,7 @@ async def _stream(answering: ConditionedGenerator, item: Conditioned, *, json: b
         if json:
             print_json({"piece": piece})
         else:
-            sys.stdout.write(piece)
+            sys.stdout.write(shown(piece) if sys.stdout.isatty() else piece)
             sys.stdout.flush()
     if not json:
         sys.stdout.write("\n")

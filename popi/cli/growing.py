@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Self
@@ -69,18 +69,18 @@ class GrowingFile:
         except OSError as error:
             raise _cannot_write(self.path, error) from error
 
-    def drop(self, numbers: Collection[int]) -> None:
-        """Takes lines out, by their numbers from 1; the file is replaced as a whole or not at all.
+    def replace(self, lines: Mapping[int, str]) -> None:
+        """Puts lines in the place of others, by their numbers from 1; the file changes as a whole or not at all.
 
         Raises:
             PopiError: If it cannot be written.
         """
         from popi.io import replacing
 
-        if not numbers:
+        if not lines:
             return
-        with self.path.open(encoding="utf-8", newline="\n") as lines, replacing(self.path) as kept:
-            kept.writelines(line for number, line in enumerate(lines, start=1) if number not in numbers)
+        with self.path.open(encoding="utf-8", newline="\n") as before, replacing(self.path) as after:
+            after.writelines(lines.get(number, line) for number, line in enumerate(before, start=1))
 
     def _repair(self) -> None:
         with self.path.open("r+b") as file:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -45,7 +46,7 @@ def print_records(records: Iterable[Mapping[str, Any]], *, json_flag: bool, titl
     for name in rows[0] if rows else ():
         table.add_column(name)
     for row in rows:
-        table.add_row(*(Text(_cell(value)) for value in row.values()))
+        table.add_row(*(Text(shown(_cell(value))) for value in row.values()))
     Console().print(table)
 
 
@@ -55,6 +56,11 @@ def _cell(value: Any) -> str:
     if isinstance(value, list | tuple):
         return ", ".join(map(str, value))
     return "" if value is None else str(value)
+
+
+def shown(text: str) -> str:
+    """A text from anywhere with the control characters visible that a terminal would act on; lines stay lines."""
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda found: found.group().encode("unicode_escape").decode(), text)
 
 
 def note(text: str) -> None:
@@ -98,8 +104,8 @@ def progress(label: str, total: int) -> Iterator[Progress]:
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    with RichProgress(*columns, console=Console(stderr=True)) as shown:
-        yield _Bar(shown, shown.add_task(label, total=total))
+    with RichProgress(*columns, console=Console(stderr=True)) as display:
+        yield _Bar(display, display.add_task(label, total=total))
 
 
 class _Lines:
@@ -124,11 +130,11 @@ class _Lines:
 
 
 class _Bar:
-    def __init__(self, shown: Any, task: Any) -> None:
-        self._shown, self._task = shown, task
+    def __init__(self, display: Any, task: Any) -> None:
+        self._display, self._task = display, task
 
     def advance(self, count: int = 1) -> None:
-        self._shown.advance(self._task, count)
+        self._display.advance(self._task, count)
 
     def note(self, text: str) -> None:
-        self._shown.console.print(f"popi: {one_line(text)}", markup=False, highlight=False, soft_wrap=True)
+        self._display.console.print(f"popi: {one_line(text)}", markup=False, highlight=False, soft_wrap=True)

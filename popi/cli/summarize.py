@@ -14,7 +14,6 @@ from popi.cli.output import JsonFlag, note, print_records, progress
 from popi.errors import InputError, PopiError
 
 if TYPE_CHECKING:
-    from popi.cli.batches import Outcome
     from popi.cli.growing import GrowingFile
     from popi.roles import PreferenceInference
     from popi.signals import UserSignals
@@ -37,8 +36,8 @@ def summarize(
     """Read users' signals and write a summary for each.
 
     The same command again goes on where it stopped. A user whose signals have changed since is summarized anew,
-    unless a person has edited the summary: an edit stays. Beside FILE lies FILE.meta.json with the settings; a file
-    made with others is refused.
+    unless a person has edited the summary: an edit stays. Beside the summaries lies a file .meta.json with the
+    settings; a file made with others is refused.
     """
     from popi import registry
     from popi.cli.batches import closing, identity, keep_settings, load_backend, telling
@@ -63,9 +62,8 @@ def summarize(
                 backend = load_backend(model)
                 writer = registry.make_inference(inference, backend, **options)
                 _check_writer(out, done, writer.name)
-                lines.drop(plan.stale_lines)
-                users = _pending(signals, done, plan)
-                asyncio.run(closing(backend, _work(writer, users, lines, report, plan.pending, batch_size)))
+                work = _work(writer, _pending(signals, done, plan), lines, report, plan, batch_size)
+                asyncio.run(closing(backend, work))
     print_records([report.as_record(out)], json_flag=json)
     if report.failed:
         raise PopiError(f"{report.failed} of {report.users} users have no summary; the same command tries them again")
@@ -82,11 +80,18 @@ class Done(NamedTuple):
 
 @dataclass(slots=True)
 class Plan:
-    """What is to be done: users in all and still without a summary, lines that no longer hold, edits that stay."""
+    """What is to be done.
+
+    Attributes:
+        users: How many there are.
+        pending: How many need a summary.
+        stale: The line of each of these whose signals have changed since there was one.
+        edits_kept: How many have one that a person has edited, and other signals since.
+    """
 
     users: int = 0
     pending: int = 0
-    stale_lines: set[int] = field(default_factory=set)
+    stale: dict[str, int] = field(default_factory=dict)
     edits_kept: int = 0
 
 
@@ -142,7 +147,7 @@ def _survey(signals: Path, done: dict[str, Done]) -> Plan:
                 plan.edits_kept += 1
             else:
                 plan.pending += 1
-                plan.stale_lines.add(before.line)
+                plan.stale[example.user.user_id] = before.line
     return plan
 
 
@@ -150,8 +155,7 @@ def _pending(signals: Path, done: dict[str, Done], plan: Plan) -> Iterator[UserS
     from popi.data.example import read_examples
 
     for example in read_examples(signals):
-        before = done.get(example.user.user_id)
-        if before is None or before.line in plan.stale_lines:
+        if example.user.user_id not in done or example.user.user_id in plan.stale:
             yield example.user
 
 
@@ -168,22 +172,22 @@ async def _work(
     users: Iterator[UserSignals],
     lines: GrowingFile,
     report: Report,
-    pending: int,
+    plan: Plan,
     batch_size: int,
 ) -> None:
-    from popi.cli.batches import append_batches
+    from popi.cli.batches import Outcome, append_batches
     from popi.io import as_line
     from popi.roles import Failure
 
     async def infer(batch: list[UserSignals]) -> list[Outcome]:
-        outcomes: list[Outcome] = []
-        for outcome in await writer.try_infer(batch):
-            if isinstance(outcome, Failure):
-                outcomes.append((None, f"no summary of user {outcome.user_id!r}: {outcome.error}"))
+        outcomes = []
+        for found in await writer.try_infer(batch):
+            if isinstance(found, Failure):
+                outcomes.append(Outcome(error=f"no summary of user {found.user_id!r}: {found.error}"))
             else:
-                report.not_enough_evidence += outcome.status == "not_enough_evidence"
-                outcomes.append((as_line(outcome), ""))
+                report.not_enough_evidence += found.status == "not_enough_evidence"
+                outcomes.append(Outcome(as_line(found), plan.stale.get(found.user_id)))
         return outcomes
 
-    with progress("summaries", pending) as shown:
+    with progress("summaries", plan.pending) as shown:
         report.written, report.failed = await append_batches(users, infer, lines, shown, batch_size)

@@ -1,0 +1,120 @@
+from __future__ import annotations
+
+import errno
+import json
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from popi.cli.growing import GrowingFile
+from popi.errors import PopiError
+
+
+def grow(path: Path, *lines: str) -> bool:
+    """Adds lines and tells whether a half line was cut off before."""
+    with GrowingFile(path) as file:
+        file.append(f"{line}\n" for line in lines)
+        return file.repaired
+
+
+def test_lines_are_added_behind_those_that_are_there(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "out.jsonl"
+    assert not grow(path, '{"a": 1}')
+    assert not grow(path, '{"b": "שלום"}', '{"c": 3}')
+    assert path.read_text(encoding="utf-8") == '{"a": 1}\n{"b": "שלום"}\n{"c": 3}\n'
+
+
+def test_without_lines_there_is_no_file_of_lines(tmp_path: Path) -> None:
+    with GrowingFile(tmp_path / "out.jsonl"):
+        pass
+    assert not (tmp_path / "out.jsonl").exists()
+
+
+objects = st.dictionaries(st.text(max_size=3), st.text(max_size=200) | st.integers(), max_size=3)
+
+
+@given(st.lists(objects, min_size=1, max_size=4), st.data())
+def test_whatever_a_killed_process_left_only_whole_lines_stay(
+    tmp_path_factory: pytest.TempPathFactory, values: list[dict[str, object]], data: st.DataObject
+) -> None:
+    lines = [json.dumps(value, ensure_ascii=False).encode() + b"\n" for value in values]
+    written = b"".join(lines)
+    cut = data.draw(st.integers(0, len(written)))
+    path = tmp_path_factory.mktemp("cut") / "out.jsonl"
+    path.write_bytes(written[:cut])
+    repaired = grow(path, '"next"')
+
+    whole = [line for number, line in enumerate(lines) if cut >= sum(map(len, lines[: number + 1])) - 1]
+    assert path.read_bytes() == b"".join(whole) + b'"next"\n'
+    assert repaired == (cut > sum(map(len, whole)))
+
+
+def test_a_long_half_line_is_cut_off_too(tmp_path: Path) -> None:
+    path = tmp_path / "out.jsonl"
+    path.write_bytes(b'{"a": 1}\n{"b": "' + b"x" * 300_000)
+    assert grow(path)
+    assert path.read_bytes() == b'{"a": 1}\n'
+
+
+def test_only_one_process_writes(tmp_path: Path) -> None:
+    path = tmp_path / "out.jsonl"
+    code = "import sys; from pathlib import Path; from popi.cli.growing import GrowingFile as G; "
+    with GrowingFile(path):
+        with pytest.raises(PopiError, match="is being written by another process"), GrowingFile(path):
+            pass
+        other = subprocess.run(
+            [sys.executable, "-c", code + "G(Path(sys.argv[1])).__enter__()", str(path)], capture_output=True, text=True
+        )
+        assert "is being written by another process" in other.stderr
+    assert not grow(path, "1")
+
+
+def test_a_full_disk_leaves_what_was_whole(tmp_path: Path) -> None:
+    path = tmp_path / "out.jsonl"
+    grow(path, '{"a": 1}')
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with GrowingFile(path) as file:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20, hard))
+        try:
+            with pytest.raises(PopiError, match=r"cannot write .*out\.jsonl: File too large"):
+                file.append(['{"b": "' + "x" * 100 + '"}\n'])
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        assert path.read_bytes() == b'{"a": 1}\n'
+        file.append(['{"c": 3}\n'])
+    assert path.read_bytes() == b'{"a": 1}\n{"c": 3}\n'
+
+
+def test_what_is_not_on_the_disk_is_not_reported_as_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(handle: int) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with GrowingFile(tmp_path / "out.jsonl") as file:
+        monkeypatch.setattr(os, "fsync", fail)
+        with pytest.raises(PopiError, match="Input/output error"):
+            file.append(["1\n"])
+    assert (tmp_path / "out.jsonl").read_bytes() == b""
+
+
+def test_lines_can_take_the_place_of_others(tmp_path: Path) -> None:
+    path = tmp_path / "out.jsonl"
+    grow(path, "1", "2", "3")
+    with GrowingFile(path) as file:
+        file.replace({1: "one\n", 3: "three\n"})
+        file.append(["4\n"])
+        file.replace({})
+    assert path.read_text() == "one\n2\nthree\n4\n"
+
+
+def test_a_place_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    (tmp_path / "folder").mkdir()
+    for path in (tmp_path / "file" / "out.jsonl", tmp_path / "folder"):
+        with pytest.raises(PopiError, match="cannot write"), GrowingFile(path):
+            pass

@@ -1,0 +1,90 @@
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from popi.signals import Statement, UserSignals
+from popi.summary import PreferenceSummary
+from popi.testing import tiny_model
+
+from .conftest import Ran
+
+USERS = 24
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    folder = tmp_path / "model"
+    model, tokenizer = tiny_model()
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def users(tmp_path: Path) -> Path:
+    path = tmp_path / "users.jsonl"
+    signals = ((Statement(text=f"I like the number {n}"),) for n in range(USERS))
+    people = (UserSignals(user_id=f"user-{n}", signals=said) for n, said in enumerate(signals))
+    path.write_text("".join(f"{person.model_dump_json()}\n" for person in people))
+    return path
+
+
+def stop_midway(args: list[str], out: Path, lines: int, number: signal.Signals) -> tuple[int, str]:
+    """Runs a command and sends it a signal once a file has some lines; its exit code and error stream."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-m", "popi", *args]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as process:
+        while process.poll() is None and whole_lines(out) < lines:
+            time.sleep(0.005)
+        process.send_signal(number)
+        _, errors = process.communicate()
+    return process.returncode, errors
+
+
+def whole_lines(path: Path) -> int:
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+def texts(out: Path) -> dict[str, str]:
+    lines = out.read_text(encoding="utf-8").splitlines()
+    found = [PreferenceSummary.model_validate_json(line) for line in lines]
+    assert len({summary.user_id for summary in found}) == len(found)
+    return {summary.user_id: summary.text for summary in found}
+
+
+@pytest.mark.slow
+def test_after_kill_9_and_ctrl_c_the_same_command_ends_as_if_it_had_never_stopped(
+    popi: Callable[..., Ran], model: Path, users: Path, tmp_path: Path
+) -> None:
+    def command(out: Path) -> list[str]:
+        options = ["--batch-size", "2", "--max-tokens", "48"]
+        return ["summarize", "--signals", str(users), "--model", str(model), "--out", str(out), *options]
+
+    out, straight = tmp_path / "stopped.jsonl", tmp_path / "straight.jsonl"
+    code, _ = stop_midway(command(out), out, 4, signal.SIGKILL)
+    assert code == -signal.SIGKILL
+    killed = whole_lines(out)
+    assert 4 <= killed < USERS
+    with out.open("ab") as file:
+        file.write(b'{"user_id": "user-23", "te')
+
+    code, errors = stop_midway(command(out), out, killed + 2, signal.SIGINT)
+    assert code == 130
+    assert errors.splitlines()[0] == f"popi: {out} ended in half a line, which was dropped"
+    assert errors.splitlines()[-1].startswith("popi: interrupted; what is finished is kept in")
+    assert "Traceback" not in errors
+
+    interrupted = len(texts(out))
+    assert killed < interrupted < USERS
+    ran = popi(*command(out))
+    assert (ran.code, ran.record["already done"], ran.record["written"]) == (0, interrupted, USERS - interrupted)
+    assert popi(*command(straight)).code == 0
+    assert texts(out) == texts(straight)

@@ -1,0 +1,120 @@
+from __future__ import annotations
+
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import popi
+from popi import cli
+from popi.errors import BackendError, InputError
+
+
+def raising(error: BaseException) -> object:
+    def command() -> None:
+        """Fail."""
+        raise error
+
+    return command
+
+
+@pytest.fixture
+def fail(monkeypatch: pytest.MonkeyPatch) -> object:
+    """Puts a command ``fail`` in place that raises what it is given."""
+
+    def put(error: BaseException) -> None:
+        module = type(sys)("failing")
+        module.fail = raising(error)  # type: ignore[attr-defined]
+        monkeypatch.setitem(sys.modules, "failing", module)
+        monkeypatch.setitem(cli.COMMANDS, "fail", "failing:fail")
+
+    return put
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "says"),
+    [
+        (BackendError("the model is gone"), 1, "popi: the model is gone\n"),
+        (InputError("is odd", file="a.jsonl", line=3), 2, "popi: a.jsonl:3: is odd\n"),
+        (cli.Interrupted("interrupted; 3 are kept"), 130, "popi: interrupted; 3 are kept\n"),
+        (KeyboardInterrupt(), 130, "popi: interrupted\n"),
+        (PermissionError(13, "Permission denied", "/x"), 1, "popi: /x: Permission denied\n"),
+        (BrokenPipeError(), 1, ""),
+    ],
+)
+def test_an_error_is_one_line_and_an_exit_code(
+    error: BaseException, code: int, says: str, fail: object, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fail(error)  # type: ignore[operator]
+    stdout = sys.stdout
+    try:
+        assert cli.main(["fail"]) == code
+    finally:
+        sys.stdout = stdout
+    assert capsys.readouterr().err == says
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        (["sumarize"], "popi: No such command 'sumarize'. Did you mean 'summarize'? (see popi --help)\n"),
+        (["summarize", "--modl", "x"], "(see popi summarize --help)\n"),
+        (["summarize", "--model", "x"], "popi: Missing option '--signals'. (see popi summarize --help)\n"),
+        (["summarize", "--batch-size", "0"], "(see popi summarize --help)\n"),
+    ],
+)
+def test_a_wrong_word_is_one_line_and_exit_code_2(
+    args: list[str], says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(args) == 2
+    error = capsys.readouterr().err
+    assert error.endswith(says)
+    assert error.count("\n") == 1
+
+
+def test_tells_its_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out == f"popi {popi.__version__}\n"
+
+
+def test_without_a_word_it_tells_what_there_is(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([]) == 0
+    shown = capsys.readouterr().out
+    assert all(command in shown for command in ("summarize", "generate", "doctor"))
+
+
+def seconds(*args: str) -> float:
+    """The least processor time of a few runs: the load of the machine is not measured."""
+    times = []
+    for _ in range(3):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        subprocess.run([sys.executable, *args], capture_output=True, check=True)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        times.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+    return min(times)
+
+
+def test_help_is_there_at_once() -> None:
+    assert seconds("-m", "popi", "--help") - seconds("-c", "pass") < 0.5
+
+
+def test_help_loads_nothing_heavy() -> None:
+    code = """
+import sys
+from popi.cli import main
+main(["--help"])
+print(sorted({"torch", "transformers", "numpy", "openai", "pydantic"} & sys.modules.keys()), file=sys.stderr)
+"""
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ran.stderr == "[]\n"
+
+
+def test_a_reader_that_goes_away_is_no_traceback(tmp_path: Path) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    ran = subprocess.run([sys.executable, "-m", "popi", "doctor"], stdout=write, stderr=subprocess.PIPE, text=True)
+    os.close(write)
+    assert (ran.returncode, ran.stderr) == (1, "")

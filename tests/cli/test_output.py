@@ -1,0 +1,84 @@
+from __future__ import annotations
+
+import json
+import sys
+
+import pytest
+
+from popi.cli import output
+
+RECORDS = [{"user": "ann", "share": 0.25, "ids": ["a", "b"]}, {"user": "bob\x1b[31m", "share": None, "ids": []}]
+
+
+def on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Makes both streams, as captured in this very test, look like one."""
+    for stream in (sys.stdout, sys.stderr):
+        monkeypatch.setattr(stream, "isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "80")
+
+
+def test_records_are_json_lines_when_piped(capsys: pytest.CaptureFixture[str]) -> None:
+    output.print_records(RECORDS, json_flag=False, title="Users")
+    assert [json.loads(line) for line in capsys.readouterr().out.splitlines()] == RECORDS
+
+
+def test_records_are_a_table_on_a_terminal(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    on_a_terminal(monkeypatch)
+    output.print_records(RECORDS, json_flag=False, title="Users")
+    shown = capsys.readouterr().out
+    assert all(cell in shown for cell in ("Users", "user", "share", "ann", "0.250", "a, b"))
+    assert "\x1b[31m" not in shown
+
+
+def test_records_are_json_lines_on_a_terminal_when_asked(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    on_a_terminal(monkeypatch)
+    output.print_records(RECORDS, json_flag=True)
+    assert len(capsys.readouterr().out.splitlines()) == 2
+
+
+def test_no_records_are_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    output.print_records([], json_flag=False)
+    assert capsys.readouterr().out == ""
+
+
+def test_json_keeps_every_script_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+    output.print_json({"text": "👩‍👩‍👧 שלום 日本語\n"})
+    line = capsys.readouterr().out
+    assert line.count("\n") == 1
+    assert "שלום" in line
+    assert json.loads(line) == {"text": "👩‍👩‍👧 שלום 日本語\n"}
+
+
+def test_a_note_is_one_line_that_no_terminal_acts_on(capsys: pytest.CaptureFixture[str]) -> None:
+    output.note("user 'a\nb\x1b[2J' failed")
+    assert capsys.readouterr().err == "popi: user 'a b\\x1b[2J' failed\n"
+
+
+def test_progress_is_a_plain_line_now_and_then_when_piped(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = iter([0.0, 1.0, 6.0, 6.0, 7.0, 8.0])
+    monkeypatch.setattr(output.time, "monotonic", lambda: next(clock))
+    with output.progress("summaries", 3) as shown:
+        shown.advance()
+        shown.advance()
+        shown.note("user 'x' failed")
+        shown.advance()
+    assert capsys.readouterr().err.splitlines() == [
+        "popi: summaries: 2 of 3, 6 s",
+        "popi: user 'x' failed",
+        "popi: summaries: 3 of 3, 8 s",
+    ]
+
+
+def test_progress_is_a_bar_on_a_terminal(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    on_a_terminal(monkeypatch)
+    with output.progress("summaries", 2) as shown:
+        shown.advance(2)
+        shown.note("user [bold]x[/] failed")
+    drawn = capsys.readouterr()
+    assert "2/2" in drawn.err
+    assert "popi: user [bold]x[/] failed" in drawn.err
+    assert drawn.out == ""
