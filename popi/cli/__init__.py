@@ -84,12 +84,7 @@ def _app(names: Iterable[str]) -> typer.Typer:
     app.callback()(_options)
     for name in names:
         module, _, attribute = COMMANDS[name].partition(":")
-        try:
-            command = getattr(import_module(module), attribute)
-        except ModuleNotFoundError as error:  # TODO: goes when every command is there
-            if error.name != module:
-                raise
-            continue
+        command = getattr(import_module(module), attribute)
         if isinstance(command, typer.Typer):
             app.add_typer(command, name=name)
         else:
