@@ -42,7 +42,7 @@ def train(
                 shown.note(_look(measured))
 
         try:
-            run(resolved, folder, report=report)
+            run(resolved, folder, source=str(recipe), report=report)
         except KeyboardInterrupt:
             note(f"stopped at step {done}; the same command goes on from the last checkpoint in {folder}")
             raise

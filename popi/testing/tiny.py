@@ -44,7 +44,7 @@ def tiny_model(family: str = "llama", *, seed: int = 0) -> tuple[PreTrainedModel
     config = _config(family, vocab_size=len(tokenizer), end=SPECIAL.index("<|end|>"))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
     return model.train(False), tokenizer
 
 
@@ -68,7 +68,7 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     bpe.post_processor = processors.TemplateProcessing(
         single="<|begin|> $A", special_tokens=[("<|begin|>", bpe.token_to_id("<|begin|>"))]
     )
-    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+    return PreTrainedTokenizerFast(
         tokenizer_object=bpe,
         bos_token="<|begin|>",
         eos_token="<|end|>",

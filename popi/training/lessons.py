@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -41,10 +41,12 @@ class Encoded:
 def encode(tokenizer: PreTrainedTokenizerFast, lessons: Sequence[Lesson]) -> list[Encoded]:
     """Renders lessons by the chat template and finds where each signal ends."""
     prompts = [
-        tokenizer.apply_chat_template(
-            [{"role": turn.role, "content": turn.content} for turn in lesson.messages],
-            tokenize=False,
-            add_generation_prompt=True,
+        str(
+            tokenizer.apply_chat_template(
+                [{"role": turn.role, "content": turn.content} for turn in lesson.messages],
+                tokenize=False,
+                add_generation_prompt=True,
+            )
         )
         for lesson in lessons
     ]
@@ -188,7 +190,7 @@ def losses(model: PreTrainedModel, heads: SignalHeads, batch: Batch) -> Losses:
 
 def _states(model: PreTrainedModel, ids: Tensor) -> list[Tensor]:
     """Hidden states at a third, at two thirds, below the top layer and at the top: (B * T, width) each."""
-    layers = model.base_model.layers
+    layers = cast(nn.ModuleList, model.base_model.layers)
     states: list[Tensor] = []
 
     def keep(_module: nn.Module, _inputs: object, output: Tensor | tuple[Tensor, ...]) -> None:

@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,9 +17,10 @@ from torch import nn
 from popi.config import Phase, PretrainRecipe
 from popi.data.miniworld.curriculum import Dilution, Lesson, lesson
 from popi.training.attention import use_float32_attention
+from popi.training.card import model_card
 from popi.training.lessons import SignalHeads, batches, encode, losses
 from popi.training.probes import probe_following, probe_writing
-from popi.training.run_folder import RunFolder
+from popi.training.run_folder import METRICS, RunFolder
 from popi.training.tokenizer import train_tokenizer
 
 if TYPE_CHECKING:
@@ -153,7 +155,7 @@ def learn(
     return {**measured, "reading": right / max(1, cells), "grad_norm": float(norm), "lr": lr, "tokens": tokens}
 
 
-def run(recipe: PretrainRecipe, out: Path, *, report: Callable[[dict[str, Any]], None]) -> None:
+def run(recipe: PretrainRecipe, out: Path, *, source: str, report: Callable[[dict[str, Any]], None]) -> None:
     """Trains a mini model, or goes on where an earlier run into the same folder was stopped.
 
     The model at the end of each phase stands in ``out/<phase>``, the last one is the result. A resumed run ends with
@@ -162,6 +164,7 @@ def run(recipe: PretrainRecipe, out: Path, *, report: Callable[[dict[str, Any]],
     Args:
         recipe: What to do.
         out: The run folder; see :class:`popi.training.run_folder.RunFolder`.
+        source: Where the recipe was read from, for the model card.
         report: Called after each step with what was measured.
 
     Raises:
@@ -191,7 +194,14 @@ def run(recipe: PretrainRecipe, out: Path, *, report: Callable[[dict[str, Any]],
                 folder.save_checkpoint(learner.state())
         first += phase.steps
         if learner.step == first and not (out / phase.name / "config.json").exists():
-            folder.save_model(phase.name, learner.model, tokenizer)
+            facts = {
+                "recipe": source,
+                "parameters": learner.model.num_parameters(),
+                "threads": torch.get_num_threads(),
+                "finished": datetime.now(UTC).isoformat(timespec="minutes"),
+            }
+            card = model_card(recipe, phase.name, folder.config, out / METRICS, facts)
+            folder.save_model(phase.name, learner.model, tokenizer, card)
             folder.save_checkpoint(learner.state())
 
 

@@ -31,10 +31,11 @@ class RunFolder:
 
     Args:
         path: The folder.
+        config: What ``config.json`` holds.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, config: dict[str, Any]) -> None:
+        self.path, self.config = path, config
 
     @classmethod
     def open(cls, path: Path, recipe: BaseModel) -> Self:
@@ -59,10 +60,9 @@ class RunFolder:
                         fix="choose another folder, or remove this one",
                     )
         else:
-            machine = {"python": platform.python_version(), "machine": platform.machine(), "cores": os.cpu_count()}
-            started = datetime.now(UTC).isoformat(timespec="seconds")
-            write_text(file, json.dumps({**config, "machine": machine, "started": started}, indent=2) + "\n")
-        return cls(path)
+            known = {**config, "machine": machine(), "started": datetime.now(UTC).isoformat(timespec="seconds")}
+            write_text(file, json.dumps(known, indent=2) + "\n")
+        return cls(path, known)
 
     def log(self, measured: dict[str, Any]) -> None:
         """Adds one line to the metrics."""
@@ -117,8 +117,8 @@ class RunFolder:
                 continue
         write_text(file, "".join(f"{line}\n" for line in kept))
 
-    def save_model(self, name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> Path:
-        """Saves a model in bfloat16 with its tokenizer under ``path/name``, whole or not at all."""
+    def save_model(self, name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, card: str) -> Path:
+        """Saves a model in bfloat16 with its tokenizer and card under ``path/name``, whole or not at all."""
         import torch
 
         with tempfile.TemporaryDirectory(dir=self.path, prefix=f".{name}.") as folder:
@@ -126,6 +126,7 @@ class RunFolder:
             model.save_pretrained(folder, state_dict=half)
             tokenizer.save_pretrained(folder)
             _declare_dtype(Path(folder) / "config.json")
+            write_text(Path(folder) / "README.md", card)
             target = self.path / name
             shutil.rmtree(target, ignore_errors=True)
             os.replace(folder, target)
@@ -136,3 +137,16 @@ class RunFolder:
 def _declare_dtype(config: Path) -> None:
     content = json.loads(config.read_text(encoding="utf-8"))
     write_text(config, json.dumps({**content, "dtype": "bfloat16"}, indent=2) + "\n")
+
+
+def machine() -> dict[str, Any]:
+    """What the run runs on."""
+    return {"python": platform.python_version(), "processor": _processor(), "cores": os.cpu_count()}
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()

@@ -82,7 +82,7 @@ def short_work(monkeypatch):
 def test_a_resumed_run_ends_with_the_weights_of_a_straight_one(recipe, tmp_path, short_work):
     resolved = small(recipe)
     last = resolved.phases[-1].name
-    run(resolved, tmp_path / "straight", report=lambda measured: None)
+    run(resolved, tmp_path / "straight", source="a test", report=lambda measured: None)
 
     class Stopped(Exception):
         pass
@@ -96,15 +96,16 @@ def test_a_resumed_run_ends_with_the_weights_of_a_straight_one(recipe, tmp_path,
 
     for count in (1, 3):
         with pytest.raises(Stopped):
-            run(resolved, tmp_path / "resumed", report=stop_after(count))
-    run(resolved, tmp_path / "resumed", report=lambda measured: None)
+            run(resolved, tmp_path / "resumed", source="a test", report=stop_after(count))
+    run(resolved, tmp_path / "resumed", source="a test", report=lambda measured: None)
+    assert "a test" in (tmp_path / "straight" / last / "README.md").read_text()
     straight, resumed = (weights(tmp_path / name / last) for name in ("straight", "resumed"))
     assert straight.keys() == resumed.keys()
     assert all(torch.equal(straight[name], resumed[name]) for name in straight)
     lines = [json.loads(line) for line in (tmp_path / "resumed" / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2, 3, 4]
     with pytest.raises(InputError, match="another recipe"):
-        run(small(recipe, seed=9), tmp_path / "resumed", report=lambda measured: None)
+        run(small(recipe, seed=9), tmp_path / "resumed", source="a test", report=lambda measured: None)
 
 
 @pytest.mark.slow

@@ -115,7 +115,7 @@ class OwnCache:
         return logits
 
 
-class _RoomyLayer(DynamicLayer):  # type: ignore[no-untyped-call]
+class _RoomyLayer(DynamicLayer):
     """A layer of a cache with room for what is to come: appending copies the new tokens, not the whole layer."""
 
     def __init__(self, keys: Tensor, values: Tensor, length: int) -> None:

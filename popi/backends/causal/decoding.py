@@ -69,32 +69,32 @@ def decode(
     return answers
 
 
-def choose(logits_R_V: Tensor, temperature_R: Tensor, top_p_R: Tensor, uniform_R: Tensor) -> Tensor:
-    """Chooses a token for each row: the likeliest where the temperature is 0, else by inverting the distribution.
+def choose(logits_R_V: Tensor, temperature_R: Tensor, top_p_R: Tensor, noise_R_V: Tensor) -> Tensor:
+    """Chooses a token for each row: the likeliest where the temperature is 0, else a sample.
 
-    The nucleus is the smallest set of likeliest tokens whose probability reaches ``top_p`` (Holtzman et al., 2020).
+    A sample is the token with the largest p / noise, an exponential race, which token i wins with probability p_i. Two
+    rows whose logits differ by rounding choose alike, as only a photo finish could tell them apart; inverting the
+    running sum of p would carry each difference on to every token behind it. The nucleus is the smallest set of
+    likeliest tokens whose probability reaches ``top_p`` (Holtzman et al., 2020).
 
     Args:
         logits_R_V: Logits, ``[R, V]``.
         temperature_R: Temperatures, ``[R]``.
         top_p_R: Nuclei, ``[R]``.
-        uniform_R: Draws from [0, 1), ``[R]``.
+        noise_R_V: Draws from the exponential distribution of rate 1, ``[R, V]``.
 
     Returns:
         Token ids, ``[R]``.
     """
-    greedy_R = logits_R_V.argmax(dim=-1)
     heat_R = temperature_R.where(temperature_R > 0, 1.0)
-    probs_R_V = (logits_R_V.double() / heat_R[:, None]).softmax(dim=-1)
+    probs_R_V = (logits_R_V.float() / heat_R[:, None]).softmax(dim=-1)
     if bool((top_p_R < 1).any()):
         sorted_R_V, order_R_V = probs_R_V.sort(dim=-1, descending=True)
         outside_R_V = sorted_R_V.cumsum(dim=-1) - sorted_R_V >= top_p_R[:, None]
         outside_R_V[:, 0] = False
         probs_R_V = probs_R_V.masked_fill(outside_R_V.scatter(-1, order_R_V, outside_R_V), 0.0)
-    reached_R_V = probs_R_V.cumsum(dim=-1)
-    targets_R_1 = uniform_R[:, None] * reached_R_V[:, -1:]
-    sampled_R = torch.searchsorted(reached_R_V, targets_R_1, right=True)[:, 0]
-    return sampled_R.clamp(max=logits_R_V.shape[-1] - 1).where(temperature_R > 0, greedy_R)
+    sampled_R = (probs_R_V / noise_R_V).argmax(dim=-1)
+    return sampled_R.where(temperature_R > 0, logits_R_V.argmax(dim=-1))
 
 
 def _batches(drafts: Sequence[Draft], batch_tokens: int) -> Iterator[list[int]]:
@@ -139,7 +139,7 @@ def _decode_batch(
         logits_R_V = rows(last_R[:, None])[:, -1]
         if bool(logits_R_V[:, 0].isnan().any()):
             raise ArithmeticError("the model's logits are not numbers")
-        last_R = sampling.next_tokens(logits_R_V, step)
+        last_R = sampling.next_tokens(logits_R_V)
         step += 1
         for index, token in zip(running, last_R.tolist(), strict=True):
             if index not in live:
@@ -160,28 +160,22 @@ def _decode_batch(
 
 
 class _Sampling:
-    """What the rows of a batch need to choose their tokens; all draws are made ahead, each row's from its own seed."""
+    """What the rows of a batch need to choose their tokens; each draws from its own generator, step by step."""
 
     def __init__(self, drafts: Sequence[Draft], device: torch.device) -> None:
         self._greedy = all(draft.temperature <= 0 for draft in drafts)
-        if self._greedy:
-            return
-        room = max(draft.limit for draft in drafts)
-        # Drawn on the CPU, so that a seed means the same on every device.
-        draws = [
-            torch.rand(room, generator=torch.Generator().manual_seed(draft.seed), dtype=torch.float64)
-            for draft in drafts
-        ]
-        self._uniform_R_T = torch.stack(draws).to(device)
-        self._temperature_R = torch.tensor([max(draft.temperature, 0.0) for draft in drafts], device=device)
+        self._generators = [torch.Generator(device).manual_seed(draft.seed) for draft in drafts]
+        self._temperature_R = torch.tensor([draft.temperature for draft in drafts], device=device)
         self._top_p_R = torch.tensor([draft.top_p for draft in drafts], device=device)
 
-    def next_tokens(self, logits_R_V: Tensor, step: int) -> Tensor:
+    def next_tokens(self, logits_R_V: Tensor) -> Tensor:
         if self._greedy:
             return logits_R_V.argmax(dim=-1)
-        return choose(logits_R_V, self._temperature_R, self._top_p_R, self._uniform_R_T[:, step])
+        noise_R_V = torch.empty_like(logits_R_V, dtype=torch.float32)
+        for noise_V, generator in zip(noise_R_V, self._generators, strict=True):
+            noise_V.exponential_(generator=generator)
+        return choose(logits_R_V, self._temperature_R, self._top_p_R, noise_R_V)
 
     def keep(self, rows: Sequence[int]) -> None:
-        if not self._greedy:
-            self._uniform_R_T = self._uniform_R_T[rows]
-            self._temperature_R, self._top_p_R = self._temperature_R[rows], self._top_p_R[rows]
+        self._generators = [self._generators[row] for row in rows]
+        self._temperature_R, self._top_p_R = self._temperature_R[rows], self._top_p_R[rows]

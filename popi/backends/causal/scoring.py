@@ -155,7 +155,7 @@ def _head_at(model: PreTrainedModel, rows_N: Tensor, columns_N: Tensor) -> Itera
     def pick(module: torch.nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         return (args[0][rows_N, columns_N][None], *args[1:])
 
-    head: torch.nn.Module = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+    head: torch.nn.Module = model.get_output_embeddings()
     hook = head.register_forward_pre_hook(pick)
     try:
         yield

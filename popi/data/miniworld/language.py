@@ -162,4 +162,4 @@ def as_sides(vector: Style) -> dict[str, str]:
 
 def claims_for(rng: np.random.Generator, taste: Style) -> list[str]:
     """Claims for every taste in the vector, in the order of the dimensions, in words drawn at random."""
-    return [pick(rng, say.wording(place, int(taste[place])).names) for place in np.flatnonzero(taste)]
+    return [pick(rng, say.wording(int(place), int(taste[place])).names) for place in np.flatnonzero(taste)]

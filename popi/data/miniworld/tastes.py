@@ -60,7 +60,7 @@ def hypotheses() -> Style:
 @cache
 def cared() -> NDArray[np.int64]:
     """The number of dimensions that each hypothesis cares about: (hypotheses,)."""
-    return np.abs(hypotheses()).sum(axis=1).astype(np.int64)
+    return np.asarray(np.abs(hypotheses()).sum(axis=1), dtype=np.int64)
 
 
 @cache
@@ -95,7 +95,7 @@ def decisive_rate() -> Floats:
     one = k / size
     pairs = size * (size - 1) / 2
     two = 1 - (size - k) * (size - k - 1) / 2 / pairs - 0.5 * (k * (k - 1) / 2) / pairs
-    return np.mean([one, two], axis=0).astype(np.float32)
+    return np.asarray((one + two) / 2, dtype=np.float32)
 
 
 # The log-likelihood of each kind of observation under every hypothesis: (hypotheses,). -inf: it cannot happen.
@@ -103,7 +103,7 @@ def decisive_rate() -> Floats:
 
 def _log(values: NDArray[np.floating]) -> Floats:
     with np.errstate(divide="ignore"):
-        return np.log(values).astype(np.float32)
+        return np.asarray(np.log(values), dtype=np.float32)
 
 
 def of_choice(difference: Style) -> Floats:

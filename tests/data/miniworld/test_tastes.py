@@ -1,4 +1,5 @@
 from fractions import Fraction
+from itertools import pairwise
 from math import comb
 
 import numpy as np
@@ -180,7 +181,7 @@ def choices_and_predictions(users):
 def assert_calibrated(users):
     taken, predicted = choices_and_predictions(users)
     edges = np.linspace(0, 1, 11)
-    for low, high in zip(edges, edges[1:], strict=False):
+    for low, high in pairwise(edges):
         here = (predicted >= low) & (predicted < high)
         if here.sum() < 30:
             continue

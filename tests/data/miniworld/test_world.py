@@ -60,7 +60,7 @@ def test_topics_are_held_out():
 
 
 def test_an_unknown_split_is_bad_input():
-    with pytest.raises(InputError, match="no split 'test'.*use one of train"):
+    with pytest.raises(InputError, match=r"no split 'test'.*use one of train"):
         draw_user("test", 0, 0)
 
 

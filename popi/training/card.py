@@ -1,0 +1,79 @@
+"""Model cards: what made a model, and what it could do at the end."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from popi.config import PretrainRecipe
+
+_CARD = """\
+---
+license: apache-2.0
+library_name: transformers
+---
+# {name}
+
+A causal language model of {parameters:,} parameters, trained from nothing on popi's mini world. It is a **miniature**:
+it exists so that every part of popi runs for real on a laptop, and knows nothing beyond that world.
+
+| | |
+|---|---|
+| command | `popi train {recipe}` |
+| phase | `{phase}`, the last of {phases} |
+| seed | {seed} |
+| steps, tokens | {steps:,} and {tokens:,} |
+| time in training steps | {minutes:.0f} minutes |
+| finished | {finished} |
+| machine | {machine[cores]} cores of {machine[processor]} (threads used: {threads}), Python {machine[python]} |
+| versions | {versions} |
+| prompt templates | `{template_hash}` |
+
+On held-out users of the validation split, at the end:
+
+| | |
+|---|---|
+| test pairs that a perfect reader of its summaries gets right | {writing[accuracy]:.3f} |
+| the same, of the evidence oracle's summaries | {writing[accuracy_evidence]:.3f} |
+| claims: precision and recall against the evidence | {writing[precision]:.3f} and {writing[recall]:.3f} |
+| claims followed, by dimension | {following} |
+{dilution}"""
+
+_DILUTED = """
+Its mediocrity as a writer is a design choice: in the last phase it was taught to drop, blur or turn claims ({chances}),
+as an untrained language model does, so that training has something to gain.
+"""
+
+
+def model_card(recipe: PretrainRecipe, phase: str, config: dict[str, Any], metrics: Path, facts: dict[str, Any]) -> str:
+    """Writes the card of the model at the end of a phase.
+
+    Args:
+        recipe: What was run.
+        phase: The phase that has just ended.
+        config: Of the run folder: versions, machine, template hash.
+        metrics: The metrics file; its last line was measured at the end of the phase.
+        facts: ``recipe`` (its path as it was given), ``parameters``, ``threads`` and ``finished``.
+    """
+    lines = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+    names = [part.name for part in recipe.phases]
+    current = recipe.phases[names.index(phase)]
+    following = ", ".join(f"{name} {share:.0%}" for name, share in lines[-1]["following"].items())
+    chances = ", ".join(f"{name} {chance:.0%}" for name, chance in (current.dilution or {}).items())
+    return _CARD.format(
+        name=recipe.name,
+        phase=phase,
+        phases=", ".join(f"`{name}`" for name in names[: names.index(phase) + 1]),
+        seed=recipe.seed,
+        steps=lines[-1]["step"],
+        tokens=sum(line["tokens"] for line in lines),
+        minutes=sum(line["seconds"] for line in lines) / 60,
+        machine=config["machine"],
+        versions=", ".join(f"{name} {version}" for name, version in config["versions"].items()),
+        template_hash=config["template_hash"],
+        writing=lines[-1]["writing"],
+        following=following,
+        dilution=_DILUTED.format(chances=chances) if chances else "",
+        **facts,
+    )
