@@ -29,6 +29,20 @@ class Tokenizer(_Section):
     vocab_size: int = Field(ge=300)
 
 
+class Dilution(_Section):
+    """How the writer falls short; see :class:`popi.data.miniworld.curriculum.Dilution`.
+
+    Attributes:
+        blurred: Dimensions of which it does not say the side.
+        overlooked: Dimensions that it leaves out.
+        slip: The chance that it does otherwise with a claim.
+    """
+
+    blurred: tuple[str, ...]
+    overlooked: tuple[str, ...]
+    slip: float = Field(ge=0, le=1)
+
+
 class Phase(_Section):
     """A stretch of training with one mixture of lessons.
 
@@ -38,7 +52,7 @@ class Phase(_Section):
         lessons: Lessons of each task in one step.
         signals: The fewest and the most signals of a user.
         learning_rate: At its first and at its last step, linear between.
-        dilution: Teach the writer to fall short: the chances ``dropped``, ``vague`` and ``turned`` of a claim.
+        dilution: Teach the writer to fall short of the evidence.
     """
 
     name: str
@@ -46,7 +60,7 @@ class Phase(_Section):
     lessons: dict[Literal["write", "raw", "summary", "bare"], int]
     signals: tuple[int, int] = (8, 8)
     learning_rate: tuple[float, float]
-    dilution: dict[Literal["dropped", "vague", "turned"], float] | None = None
+    dilution: Dilution | None = None
 
 
 class PretrainRecipe(_Section):

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from popi.config import PretrainRecipe
+from popi.config import Dilution, PretrainRecipe
 
 _CARD = """\
 ---
@@ -41,8 +41,9 @@ On held-out users of the validation split, at the end:
 {dilution}"""
 
 _DILUTED = """
-Its mediocrity as a writer is a design choice: in the last phase it was taught to drop, blur or turn claims ({chances}),
-as an untrained language model does, so that training has something to gain.
+Its mediocrity as a writer is a design choice: in the last phase it was taught to be vague about {blurred}, to
+overlook {overlooked}, and to slip with {slip:.0%} of its claims, as an untrained language model does, so that
+training has something to gain.
 """
 
 
@@ -60,7 +61,6 @@ def model_card(recipe: PretrainRecipe, phase: str, config: dict[str, Any], metri
     names = [part.name for part in recipe.phases]
     current = recipe.phases[names.index(phase)]
     following = ", ".join(f"{name} {share:.0%}" for name, share in lines[-1]["following"].items())
-    chances = ", ".join(f"{name} {chance:.0%}" for name, chance in (current.dilution or {}).items())
     return _CARD.format(
         name=recipe.name,
         phase=phase,
@@ -74,6 +74,10 @@ def model_card(recipe: PretrainRecipe, phase: str, config: dict[str, Any], metri
         template_hash=config["template_hash"],
         writing=lines[-1]["writing"],
         following=following,
-        dilution=_DILUTED.format(chances=chances) if chances else "",
+        dilution=_diluted(current.dilution) if current.dilution else "",
         **facts,
     )
+
+
+def _diluted(how: Dilution) -> str:
+    return _DILUTED.format(blurred=", ".join(how.blurred), overlooked=", ".join(how.overlooked), slip=how.slip)

@@ -103,7 +103,7 @@ def tokenizer_texts(seed: int) -> Iterator[str]:
 def lessons_of(phase: Phase, seed: int, step: int) -> list[Lesson]:
     """The lessons of one step; no two steps of a run share a user or an answer."""
     rng = np.random.default_rng([seed, step, 7])
-    dilution = Dilution(**phase.dilution) if phase.dilution else None
+    dilution = Dilution(**phase.dilution.model_dump()) if phase.dilution else None
     made, place = [], step * 4096
     for task, count in phase.lessons.items():
         for _ in range(count):

@@ -4,6 +4,7 @@ import torch
 
 from popi.data.miniworld.curriculum import Dilution, lesson
 from popi.data.miniworld.language import as_vector, claimed_tastes, style_of
+from popi.data.miniworld.phrases import VAGUE
 from popi.testing import tiny_model
 from popi.training.lessons import SignalHeads, batches, collate, encode, losses
 
@@ -87,19 +88,25 @@ def test_answers_follow_the_claims_of_their_context():
         assert all(style[name] == side for name, side in claimed.items())
 
 
-def test_a_diluted_writer_says_less_and_sometimes_the_opposite():
-    def claims(dilution):
-        texts = [lesson("write", 8, place, signals=8, dilution=dilution).response for place in range(120)]
-        return [claimed_tastes(text) for text in texts]
+def test_a_diluted_writer_has_its_habits_and_slips():
+    def texts(dilution):
+        return [lesson("write", 8, place, signals=8, dilution=dilution).response for place in range(160)]
 
-    best, diluted = claims(None), claims(Dilution(dropped=0.4, vague=0.2, turned=0.15))
-    total = sum(map(len, best))
-    kept = sum(new.get(name) == side for old, new in zip(best, diluted, strict=True) for name, side in old.items())
-    turned = sum(
-        new.get(name, side) != side for old, new in zip(best, diluted, strict=True) for name, side in old.items()
-    )
-    assert kept / total == pytest.approx(0.25, abs=0.08)
-    assert turned / total == pytest.approx(0.15, abs=0.07)
+    blurred, overlooked, slip = ("stance", "level", "examples"), ("opening", "units", "closing"), 0.4
+    best = [claimed_tastes(text) for text in texts(None)]
+    diluted = texts(Dilution(blurred, overlooked, slip))
+    fates = {"seen": [], "blurred": [], "overlooked": []}
+    for before, text in zip(best, diluted, strict=True):
+        after = claimed_tastes(text)
+        for name, side in before.items():
+            habit = "blurred" if name in blurred else "overlooked" if name in overlooked else "seen"
+            fate = "gone" if name not in after else "kept" if after[name] == side else "turned"
+            fates[habit].append("vague" if VAGUE[name] in text else fate)
+    for habit, usual in (("seen", "kept"), ("blurred", "vague"), ("overlooked", "gone")):
+        for fate in ("kept", "vague", "gone", "turned"):
+            expected = slip / 4 + (1 - slip) * (fate == usual)
+            share = fates[habit].count(fate) / len(fates[habit])
+            assert share == pytest.approx(expected, abs=4 * (expected * (1 - expected) / len(fates[habit])) ** 0.5)
 
 
 def test_a_lesson_depends_on_seed_and_place_alone():

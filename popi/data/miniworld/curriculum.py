@@ -16,9 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from popi.data.miniworld import phrases as say
-from popi.data.miniworld.language import as_vector, claimed_tastes, claims_for, pick, write_answer
+from popi.data.miniworld.language import claimed_tastes, claims_for, pick, write_answer
 from popi.data.miniworld.observe import Observation, draw_style
-from popi.data.miniworld.tastes import DIMENSIONS, Floats, Style, best_claims, draw_taste, marginals
+from popi.data.miniworld.tastes import DIMENSIONS, SIDES, Floats, Style, best_claims, draw_taste, marginals
 from popi.data.miniworld.world import User, draw_user, evidence_for, training_question
 from popi.prompts import Message, answer_messages, inference_messages
 from popi.render import render_signals
@@ -29,11 +29,20 @@ Task = Literal["write", "raw", "summary", "bare"]
 
 @dataclass(frozen=True, slots=True)
 class Dilution:
-    """How an untrained writer falls short of the evidence: the chance that a claim is dropped, made vague or turned."""
+    """How an untrained writer falls short of the evidence.
 
-    dropped: float
-    vague: float
-    turned: float
+    It has habits, so that its most likely summary is mediocre too, and it slips, so that sampling finds better ones.
+
+    Attributes:
+        blurred: Dimensions that it names without saying which side the user likes.
+        overlooked: Dimensions that it leaves out.
+        slip: The chance that a claim is, against these habits, made well, blurred, left out or turned into its
+            opposite, each equally likely.
+    """
+
+    blurred: tuple[str, ...]
+    overlooked: tuple[str, ...]
+    slip: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,20 +74,20 @@ def blend(rng: np.random.Generator, taste: Style) -> Style:
 
 
 def dilute(rng: np.random.Generator, claims: Sequence[Claim], how: Dilution) -> list[Claim]:
-    """Makes good claims mediocre: some are dropped, some lose their side, some are turned into their opposite."""
+    """Makes good claims mediocre."""
     made: dict[str, Claim] = {}
     for claim in claims:
-        chance = rng.random()
-        if chance < how.dropped:
+        [(dimension, side)] = claimed_tastes(claim.text).items()
+        habit = "blur" if dimension in how.blurred else "skip" if dimension in how.overlooked else "keep"
+        fate = pick(rng, ("keep", "blur", "skip", "turn")) if rng.random() < how.slip else habit
+        if fate == "skip":
             continue
-        taste = as_vector(claimed_tastes(claim.text))
-        dimension = int(np.flatnonzero(taste)[0])
-        if chance < how.dropped + how.vague:
-            text = say.VAGUE[DIMENSIONS[dimension]]
-        elif chance < how.dropped + how.vague + how.turned:
-            text = pick(rng, say.wording(dimension, -int(taste[dimension])).names)
-        else:
-            text = claim.text
+        opposite = next(other for other in SIDES[dimension] if other != side)
+        text = {
+            "keep": claim.text,
+            "blur": say.VAGUE[dimension],
+            "turn": pick(rng, say.WORDING[dimension, opposite].names),
+        }[fate]
         made[text] = Claim(text=text, evidence=claim.evidence)
     return list(made.values())
 
