@@ -75,9 +75,15 @@ def test_deals_every_query_once_to_users_of_each_audience(
     }
 
 
-def test_the_seed_decides(save: Callable[[Any], Path]) -> None:
+def test_the_seed_decides_who_has_which_query_and_what_is_rejected(save: Callable[[Any], Path]) -> None:
     path = save([record(number) for number in range(16)])
-    assert convert_dsp(path, seed=1) == convert_dsp(path, seed=1) != convert_dsp(path, seed=2)
+    first, again, other = (convert_dsp(path, seed=seed) for seed in (1, 1, 2))
+    assert first == again
+    pairs = [{test.prompt: test.rejected for user in made.examples for test in user.tests} for made in (first, other)]
+    dealt = [[[test.prompt for test in user.tests] for user in made.examples] for made in (first, other)]
+    assert dealt[0] != dealt[1]
+    assert pairs[0] != pairs[1]
+    assert dealt[0][0] != dealt[0][2]
 
 
 def test_identical_answers_are_dropped_and_counted(save: Callable[[Any], Path]) -> None:
