@@ -17,7 +17,7 @@ NO_EVIDENCE = "Not enough evidence."
 
 _NUMBERS = re.compile(r"(\d{1,6})(?:\s*[-\u2013]\s*(\d{1,6}))?")
 _CITATION = re.compile(
-    r"\[(?:signals?\s+)?(?P<numbers>\d{1,6}(?:\s*(?:,|;|&|and|-|\u2013)\s*\d{1,6})*)\]\s*[.,;]?", re.IGNORECASE
+    r"\[(?:signals?\s+)?(?P<numbers>\d{1,6}(?:\s*(?:,|;|&|and|-|\u2013)\s*\d{1,6})*)\][\s.,;]*", re.IGNORECASE
 )
 _BULLET = re.compile(r"^\s*(?:[-*\u2022]|\d+[.)])\s+")
 
@@ -131,13 +131,15 @@ def parse_claims(text: str, shown: Sequence[str] = ()) -> tuple[Claim, ...]:
 
 def _split_citations(line: str, count: int) -> tuple[str, list[int]]:
     """A line without the citations at its end, and those of their numbers that are from 1 to ``count``."""
-    words, cited = line.rstrip(), ""
-    while found := _CITATION.fullmatch(words, words.rfind("[")):
-        words, cited = words[: found.start()].rstrip(), f"{found['numbers']}, {cited}"
+    cited: list[str] = []
+    end = len(line)
+    while found := _CITATION.fullmatch(line, line.rfind("[", 0, end), end):
+        cited.append(found["numbers"])
+        end = found.start()
     numbers: list[int] = []
-    for first, last in _NUMBERS.findall(cited):
+    for first, last in _NUMBERS.findall(", ".join(reversed(cited))):
         numbers += range(max(int(first), 1), min(int(last or first), count) + 1)
-    return words, numbers
+    return line[:end].rstrip(), numbers
 
 
 def as_text(claims: Sequence[Claim]) -> str:

@@ -102,12 +102,20 @@ def test_no_claims_where_nothing_is_said(text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "line", ["[" * 100_000, " " * 100_000 + "x", "[1] " * 25_000 + "x", "[1]" * 30_000, "[1" * 50_000]
+    "line",
+    [
+        "[" * 100_000,
+        " " * 100_000 + "x",
+        "[1] " * 25_000 + "x",
+        "[1]" * 30_000,
+        "[1" * 50_000,
+        "[1]" + " " * 100_000 + "x",
+    ],
 )
 def test_hostile_lines_are_read_in_no_time(line: str) -> None:
-    start = time.perf_counter()
+    start = time.process_time()
     read_reply("ada", line, "a", BY_MODEL)
-    assert time.perf_counter() - start < 2
+    assert time.process_time() - start < 2
 
 
 def test_citing_what_is_not_shown_is_an_error() -> None:
