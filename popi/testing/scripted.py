@@ -103,11 +103,12 @@ class ScriptedBackend(Backend):
         if context is not None:
             limit = min(limit, context - prompt)
         if limit < 1:
-            return ChatResult("", "error", prompt, error=f"no room for an answer after {prompt} tokens")
+            error = f"no room: {prompt} tokens, a context of {context}, {request.max_tokens} asked for"
+            return ChatResult("", "error", prompt, model=self.model, error=error)
         answer = self._look_up(request)
         if isinstance(answer, ChatResult):
             return answer
-        for stop in request.stop:
+        for stop in filter(None, request.stop):
             answer = answer.partition(stop)[0]
         pieces = _pieces(answer)
         kept = pieces[:limit]

@@ -1,0 +1,233 @@
+"""Batching, padding, sharing and chunking change nothing; failures are one line; work stops when nobody waits."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+
+import pytest
+import torch
+
+from popi.backends.base import ChatRequest, ScoreRequest
+from popi.backends.transformers import TransformersBackend
+from popi.errors import BackendError
+from popi.prompts import Message
+from popi.testing import tiny_model
+
+from .conftest import conversation, plain_score, plain_tokens
+
+RESPONSES = ["Yes.", "A short answer with a friendly tone 🍚, and examples.", "", "如何煮米饭"]
+
+
+def chats(**options: object) -> list[ChatRequest]:
+    return [ChatRequest(conversation(i), **{"max_tokens": 6 + i % 5, **options}) for i in range(64)]
+
+
+def ratings() -> list[ScoreRequest]:
+    return [ScoreRequest(conversation(i), RESPONSES[i % 3]) for i in range(64)]
+
+
+async def test_greedy_text_of_a_batch_of_64_is_that_of_64_batches_of_1(make) -> None:
+    backend = make()
+    together = await backend.chat(chats())
+    assert together == [(await backend.chat([request]))[0] for request in chats()]
+    assert len({result.text for result in together}) > 32
+
+
+async def test_greedy_text_is_that_of_a_plain_loop(make, tiny) -> None:
+    model, tokenizer = tiny
+    for request, result in zip(chats()[:12], await make().chat(chats()[:12]), strict=True):
+        tokens = plain_tokens(model, tokenizer, request.messages, request.max_tokens)
+        assert result.completion_tokens == len(tokens)
+        assert result.text == tokenizer.decode(tokens, skip_special_tokens=True)
+
+
+async def test_scores_are_those_of_a_plain_loop(make, tiny) -> None:
+    for request, result in zip(ratings(), await make().score(ratings()), strict=True):
+        assert result.logprob == pytest.approx(plain_score(*tiny, request.messages, request.response), abs=1e-4)
+
+
+@pytest.mark.parametrize("batch_tokens", [1, 150, 100_000])
+@pytest.mark.parametrize("share", [True, False])
+async def test_neither_chunks_nor_shared_prefixes_change_anything(make, batch_tokens: int, share: bool) -> None:
+    usual, other = make(), make(batch_tokens=batch_tokens)
+    other._share = share
+    requests = chats()[:8] + chats(temperature=0.9, top_p=0.9, seed=7)[8:16]
+    assert await other.chat(requests) == await usual.chat(requests)
+    some = ratings()[:24]
+    for result, expected in zip(await other.score(some), await usual.score(some), strict=True):
+        assert result.logprob == pytest.approx(expected.logprob, abs=1e-4)
+
+
+async def test_a_request_samples_the_same_whatever_it_is_batched_with(make) -> None:
+    backend = make()
+    requests = [
+        ChatRequest(conversation(i), max_tokens=10, temperature=0.5 + i % 3, top_p=1 - 0.2 * (i % 2), seed=i)
+        for i in range(24)
+    ]
+    together = await backend.chat(requests)
+    mixed = await backend.chat([*chats(), *requests[::-1]])
+    assert mixed[:63:-1] == together
+    assert together != await backend.chat([ChatRequest(r.messages, 10, r.temperature, seed=99) for r in requests])
+
+
+async def test_without_a_seed_two_samples_differ(make) -> None:
+    request = ChatRequest(conversation(3), max_tokens=20, temperature=1.5)
+    one, other = await make().chat([request, request])
+    assert one.text != other.text
+
+
+async def test_the_model_s_end_token_ends_an_answer(make, tiny) -> None:
+    model, tokenizer = tiny
+    (whole,) = await make().chat([ChatRequest(conversation(5), max_tokens=12)])
+    tokens = plain_tokens(model, tokenizer, conversation(5), 12)
+    assert whole.finish_reason == "length"
+    end = tokens[4]
+    model.generation_config.eos_token_id = [tokenizer.pad_token_id, end]
+    (result,) = await make().chat([ChatRequest(conversation(5), max_tokens=12)])
+    first = tokens.index(end)
+    assert result.finish_reason == "stop"
+    assert result.completion_tokens == first + 1
+    assert result.text == tokenizer.decode(tokens[:first], skip_special_tokens=True)
+
+
+async def test_identical_prompts_are_computed_once(make, tiny) -> None:
+    seen = count_inputs(tiny[0])
+    request = ChatRequest([Message("user", "answer " * 50)], max_tokens=5, temperature=1.0)
+    results = await make().chat([request] * 8)
+    prompt = results[0].prompt_tokens
+    # The last token of the prompt runs with the answers, once for each; then four tokens each, at most.
+    assert prompt - 1 < sum(seen) <= prompt - 1 + 8 * 5
+
+
+async def test_a_common_context_is_scored_once(make, tiny) -> None:
+    seen = count_inputs(tiny[0])
+    requests = [
+        ScoreRequest([Message("user", "the user prefers " * 40 + question)], response)
+        for question in ("what?", "how?", "which?")
+        for response in ("yes", "no answer")
+    ]
+    results = await make().score(requests)
+    apart = sum(result.prompt_tokens + result.tokens for result in results)
+    assert sum(seen) < apart / 3
+
+
+async def test_logits_are_computed_where_a_response_token_is_scored(make, tiny) -> None:
+    rows: list[int] = []
+    tiny[0].get_output_embeddings().register_forward_hook(
+        lambda module, args, logits: rows.append(logits.shape[:-1].numel())
+    )
+    results = await make().score(ratings())
+    assert sum(rows) == sum(result.tokens for result in results)
+
+
+async def test_a_model_in_training_stays_in_training(make, tiny) -> None:
+    model, _ = tiny
+    model.train()
+    before = await make().score(ratings()[:2])
+    assert model.training
+    assert all(module.training for module in model.modules())
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(1.5)
+    assert await make().score(ratings()[:2]) != before
+
+
+async def test_a_model_that_gives_no_numbers_is_an_exception(make, tiny) -> None:
+    with torch.no_grad():
+        tiny[0].get_output_embeddings().weight.fill_(math.nan)
+    with pytest.raises(BackendError, match=r"tiny: .*not numbers"):
+        await make().chat(chats()[:2])
+    with pytest.raises(BackendError, match=r"tiny: .*not numbers"):
+        await make().score(ratings()[:2])
+
+
+async def test_out_of_memory_is_an_exception_of_one_line(make, tiny) -> None:
+    def forward(*args: object, **options: object) -> None:
+        raise torch.OutOfMemoryError("tried to allocate 2 GiB\nsee the manual")
+
+    tiny[0].forward = forward
+    with pytest.raises(BackendError) as caught:
+        await make().chat(chats()[:2])
+    assert str(caught.value) == "tiny: OutOfMemoryError: tried to allocate 2 GiB"
+
+
+async def test_a_template_s_refusal_is_an_error_in_the_result(tiny) -> None:
+    model, tokenizer = tiny
+    tokenizer.chat_template = (
+        "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system turn') }}{% endif %}"
+        + tokenizer.chat_template
+    )
+    backend = TransformersBackend.from_model(model, tokenizer, "tiny")
+    refused = [Message("system", "be kind"), Message("user", "hello")]
+    bad, good = await backend.chat([ChatRequest(refused), ChatRequest(conversation(0), max_tokens=4)])
+    assert bad.finish_reason == "error" and "no system turn" in (bad.error or "")
+    assert good.error is None
+    (score,) = await backend.score([ScoreRequest(refused, "yes")])
+    assert math.isnan(score.logprob) and "no system turn" in (score.error or "")
+
+
+@pytest.fixture
+def slowly(tiny) -> list[float]:
+    """Makes every step of the model take at least 20 ms; gives the times at which they began."""
+    model, _ = tiny
+    times: list[float] = []
+    model.register_forward_pre_hook(lambda *_: (times.append(time.monotonic()), time.sleep(0.02))[:0])
+    # No end in sight.
+    model.generation_config.eos_token_id = None
+    return times
+
+
+async def test_the_event_loop_stays_free(make, slowly: list[float]) -> None:
+    beats = 0
+    work = asyncio.create_task(make().chat([ChatRequest(conversation(8), max_tokens=10)]))
+    while not work.done():
+        await asyncio.sleep(0.01)
+        beats += 1
+    assert len(slowly) > 2
+    assert beats >= len(slowly)
+
+
+@pytest.mark.parametrize("way", ["chat", "stream"])
+async def test_cancelled_work_stops_between_two_steps(make, slowly: list[float], way: str) -> None:
+    backend = make()
+    request = ChatRequest(conversation(8), max_tokens=400)
+    if way == "chat":
+        task = asyncio.create_task(backend.chat([request]))
+        while not slowly:
+            await asyncio.sleep(0.01)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+    else:
+        stream = backend.stream(request)
+        await anext(stream)
+        await stream.aclose()
+    await backend.score(ratings()[:1])
+    assert len(slowly) < 100
+
+
+async def test_a_closed_backend_says_so(make) -> None:
+    backend = make()
+    await backend.close()
+    with pytest.raises(BackendError, match="closed"):
+        await backend.chat(chats()[:1])
+
+
+def test_one_backend_serves_one_event_loop_after_the_other(make) -> None:
+    backend = make()
+    first, second = (asyncio.run(backend.chat(chats()[:2])) for _ in range(2))
+    assert first == second
+
+
+def count_inputs(model) -> list[int]:
+    """Collects how many tokens go through the model, padding included."""
+    seen: list[int] = []
+    model.get_input_embeddings().register_forward_hook(lambda module, args, out: seen.append(args[0].numel()))
+    return seen
+
+
+async def test_many_calls_at_once_are_served_one_after_the_other() -> None:
+    backend = TransformersBackend.from_model(*tiny_model(), "tiny")
+    results = await asyncio.gather(*(backend.chat([request]) for request in chats()[:16]))
+    assert [result for (result,) in results] == await backend.chat(chats()[:16])

@@ -1,0 +1,56 @@
+"""Where a model's name leads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from popi import models
+from popi.errors import ModelError
+
+
+@pytest.fixture(autouse=True)
+def shelf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Two shipped models, and a folder that is none."""
+    shelf = tmp_path / "shelf"
+    for name in ("popi-mini-base", "popi-mini-reader"):
+        (shelf / name).mkdir(parents=True)
+        (shelf / name / "config.json").write_text("{}")
+    (shelf / "__pycache__").mkdir()
+    monkeypatch.setattr(models, "FOLDER", shelf)
+    monkeypatch.chdir(tmp_path)
+    return shelf
+
+
+def test_a_shipped_name_is_its_folder(shelf: Path) -> None:
+    assert models.shipped() == ["popi-mini-base", "popi-mini-reader"]
+    assert models.find("popi-mini-reader") == str(shelf / "popi-mini-reader")
+
+
+def test_a_path_that_exists_is_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "org" / "name").mkdir(parents=True)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert models.find(str(tmp_path / "org")) == str(tmp_path / "org")
+    assert models.find("org/name") == "org/name"
+    assert models.find("~/org") == str(tmp_path / "org")
+
+
+@pytest.mark.parametrize("name", ["org/name", "Qwen/Qwen3-0.6B", "a_b/c.d-e"])
+def test_a_hub_id_is_itself(name: str) -> None:
+    assert models.find(name) == name
+
+
+@pytest.mark.parametrize(
+    "name", ["", "nothing", "./org/name", "/org/name", "../name", "~/name", "org/name/more", "org/", "org/na me"]
+)
+def test_what_is_nowhere_is_an_error_of_one_line(name: str) -> None:
+    with pytest.raises(ModelError) as caught:
+        models.find(name)
+    assert repr(name) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_slip_of_the_finger_gets_a_hint() -> None:
+    with pytest.raises(ModelError, match="did you mean popi-mini-base"):
+        models.find("popi-mini-bass")
