@@ -22,6 +22,7 @@ def test_every_generator_is_where_its_name_leads(name: str) -> None:
     assert registry.generator(name).__name__ == registry.GENERATORS[name].partition(":")[2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", registry.BACKENDS)
 def test_every_backend_is_where_its_name_leads(name: str) -> None:
     assert registry.backend(name).__name__ == registry.BACKENDS[name].partition(":")[2]

@@ -115,6 +115,6 @@ print(sorted({"torch", "transformers", "numpy", "openai", "pydantic"} & sys.modu
 def test_a_reader_that_goes_away_is_no_traceback(tmp_path: Path) -> None:
     read, write = os.pipe()
     os.close(read)
-    ran = subprocess.run([sys.executable, "-m", "popi", "doctor"], stdout=write, stderr=subprocess.PIPE, text=True)
+    ran = subprocess.run([sys.executable, "-m", "popi", "--version"], stdout=write, stderr=subprocess.PIPE, text=True)
     os.close(write)
     assert (ran.returncode, ran.stderr) == (1, "")
