@@ -30,15 +30,19 @@ it exists so that every part of popi runs for real on a laptop, and knows nothin
 | versions | {versions} |
 | prompt templates | `{template_hash}` |
 
-On held-out users of the validation split, at the end:
+Of pairs that differ in one dimension, on which a summary of true tastes takes a side, it prefers the right answer in:
+{following}.
+{writing}"""
+
+_WRITING = """
+As a writer, on held-out users of the validation split:
 
 | | |
 |---|---|
-| test pairs that a perfect reader of its summaries gets right | {writing[accuracy]:.3f} |
-| the same, of the evidence oracle's summaries | {writing[accuracy_evidence]:.3f} |
-| claims: precision and recall against the evidence | {writing[precision]:.3f} and {writing[recall]:.3f} |
-| claims followed, by dimension | {following} |
-{dilution}"""
+| test pairs that a perfect reader of its summaries gets right | {accuracy:.3f} |
+| the same, of the evidence oracle's summaries | {accuracy_evidence:.3f} |
+| claims: precision and recall against the evidence | {precision:.3f} and {recall:.3f} |
+"""
 
 _DILUTED = """
 Its mediocrity as a writer is a design choice: in the last phase it was taught to be vague about {blurred}, to
@@ -72,9 +76,9 @@ def model_card(recipe: PretrainRecipe, phase: str, config: dict[str, Any], metri
         machine=config["machine"],
         versions=", ".join(f"{name} {version}" for name, version in config["versions"].items()),
         template_hash=config["template_hash"],
-        writing=lines[-1]["writing"],
         following=following,
-        dilution=_diluted(current.dilution) if current.dilution else "",
+        writing=(_WRITING.format(**lines[-1]["writing"]) if "write" in current.lessons else "")
+        + (_diluted(current.dilution) if current.dilution else ""),
         **facts,
     )
 

@@ -127,6 +127,9 @@ class RunFolder:
             tokenizer.save_pretrained(folder)
             _declare_dtype(Path(folder) / "config.json")
             write_text(Path(folder) / "README.md", card)
+            for file in Path(folder).iterdir():
+                file.chmod(0o644)
+            Path(folder).chmod(0o755)
             target = self.path / name
             shutil.rmtree(target, ignore_errors=True)
             os.replace(folder, target)
