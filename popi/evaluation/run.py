@@ -53,6 +53,7 @@ async def evaluate(
     for bench in benches:
         for column in columns:
             await bench.measure(made, column, advance)
+            advance(len(bench.users) * len(left_out))
         await bench.collect([row for row in made if row.claims], columns[0])
 
     table = Tabulator([user for bench in benches for user in bench.users])
@@ -155,7 +156,9 @@ def _notes(cells: Sequence[Cell], world: World | None, models: Sequence[str]) ->
         )
     unscored = sum(cell.unscored for cell in cells)
     if unscored:
-        notes.append(f"{unscored} scores of pairs failed (most likely too long for a model) and count as ties.")
+        notes.append(
+            f"Pairs that could not be scored, most likely for their length, count as ties: {unscored} of them."
+        )
     if world is None:
         notes.append("Nothing is known of the truth behind these data: no win rate, no faithfulness.")
     elif cells and cells[0].judged:

@@ -7,16 +7,20 @@ from pathlib import Path
 
 import pytest
 
+from popi.backends.base import ScoreRequest
 from popi.data.example import PersonalizationExample
 from popi.errors import BackendError
 from popi.evaluation.folder import Folder
-from popi.evaluation.measure import Column
+from popi.evaluation.measure import Column, Measured
 from popi.evaluation.results import Cell, Results
 from popi.evaluation.rows import ROWS, choose
 from popi.evaluation.run import evaluate
 from popi.evaluation.samples import Sample, from_world
-from popi.registry import inference
-from popi.testing import ScriptedBackend
+from popi.evaluation.statistics import TIE
+from popi.io import read_jsonl
+from popi.prompts import answer_messages
+from popi.registry import generator, inference
+from popi.testing import ScriptedBackend, tiny_model
 
 USERS = 20
 
@@ -119,7 +123,9 @@ async def test_rows_that_the_data_cannot_have_are_named(
     column: Column, tmp_path: Path, make_example: Callable[..., PersonalizationExample]
 ) -> None:
     users = [make_example(name, ("- One thing.", "One thing.")) for name in ("ann", "bob")]
-    results = await run([Sample(0, users)], column, tmp_path)
+    done: list[int] = []
+    results = await run([Sample(0, users)], column, tmp_path, advance=done.append)
+    assert sum(done) == len(users) * len(ROWS)
     assert results.left_out == {
         "evidence-oracle": "2 of 2 users have no evidence oracle",
         "true-taste-oracle": "2 of 2 users have no truth oracle",
@@ -134,3 +140,26 @@ async def test_a_row_and_a_seed_can_be_added(samples: list[Sample], column: Colu
     await run(samples[:1], column, tmp_path, rows=choose(["no-context", "raw-signals"]))
     both = await run(samples, column, tmp_path)
     assert both == await run(samples, column, tmp_path / "straight")
+
+
+async def test_a_transformer_is_measured_like_the_double(samples: list[Sample], tmp_path: Path) -> None:
+    from popi.backends.transformers import TransformersBackend
+
+    backend = TransformersBackend.from_model(*tiny_model(), name="tiny")
+    users = Sample(0, samples[0].examples[:3])
+    rows = choose(["no-context", "true-taste-oracle"])
+    results = await run([users], Column("tiny", generator("prompted")(backend), backend), tmp_path, rows=rows, judged=0)
+    assert [found.unscored for found in results.cells] == [0, 0]
+    example = users.examples[1]
+    pair, told = example.tests[0], example.oracles["truth"]
+    chosen, rejected, plain_chosen, plain_rejected = await backend.score(
+        [
+            ScoreRequest(answer_messages(pair.prompt, context), response)
+            for context in (told, None)
+            for response in (pair.chosen, pair.rejected)
+        ]
+    )
+    measured = [record for _, record in read_jsonl(tmp_path / "users/seed-0/tiny/true-taste-oracle.jsonl", Measured)]
+    by_hand = (chosen.logprob - rejected.logprob) - (plain_chosen.logprob - plain_rejected.logprob)
+    assert measured[1].margins[0] == pytest.approx(by_hand, abs=TIE)
+    await backend.close()
