@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +21,7 @@ from popi.training.attention import use_float32_attention
 from popi.training.card import model_card
 from popi.training.lessons import SignalHeads, batches, encode, losses
 from popi.training.probes import probe_following, probe_writing
-from popi.training.run_folder import METRICS, RunFolder
+from popi.training.run_folder import METRICS, RunFolder, save_model
 from popi.training.tokenizer import train_tokenizer
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ CLIP = 1.0
 WEIGHTS = {"response": 1.0, "styles": 0.2, "shows": 0.3, "believes": 0.3}
 """Of the mean loss of a response token and of the three readers, which sum over ten dimensions."""
 
+TOKENIZER = "tokenizer"
 PROBE_PAIRS, PROBE_USERS = 24, 96
 
 
@@ -201,13 +203,20 @@ def run(recipe: PretrainRecipe, out: Path, *, source: str, report: Callable[[dic
                 "finished": datetime.now(UTC).isoformat(timespec="minutes"),
             }
             card = model_card(recipe, phase.name, folder.config, out / METRICS, facts)
-            folder.save_model(phase.name, learner.model, tokenizer, card)
+            folder.save(phase.name, partial(save_model, learner.model, tokenizer, card))
             folder.save_checkpoint(learner.state())
 
 
 def _tokenizer(recipe: PretrainRecipe, folder: RunFolder) -> PreTrainedTokenizerFast:
-    """Trained anew each time: it depends on the recipe alone and takes seconds."""
-    return train_tokenizer(tokenizer_texts(recipe.seed), recipe.tokenizer.vocab_size, recipe.tokenizer.kind)
+    """Trained once a run: which of two equally frequent pairs is merged first depends on the number of threads."""
+    from transformers import PreTrainedTokenizerFast
+
+    saved = folder.path / TOKENIZER
+    if not saved.exists():
+        made = train_tokenizer(tokenizer_texts(recipe.seed), recipe.tokenizer.vocab_size, recipe.tokenizer.kind)
+        folder.save(TOKENIZER, made.save_pretrained)
+    loaded: PreTrainedTokenizerFast = PreTrainedTokenizerFast.from_pretrained(saved)
+    return loaded
 
 
 def evaluate(learner: Learner, tokenizer: PreTrainedTokenizerFast, name: str) -> dict[str, Any]:

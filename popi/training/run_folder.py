@@ -8,6 +8,7 @@ import os
 import platform
 import shutil
 import tempfile
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -117,24 +118,39 @@ class RunFolder:
                 continue
         write_text(file, "".join(f"{line}\n" for line in kept))
 
-    def save_model(self, name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, card: str) -> Path:
-        """Saves a model in bfloat16 with its tokenizer and card under ``path/name``, whole or not at all."""
-        import torch
+    def save(self, name: str, write: Callable[[str], object]) -> None:
+        """Makes the folder ``path/name``, whole or not at all.
 
-        with tempfile.TemporaryDirectory(dir=self.path, prefix=f".{name}.") as folder:
-            half = {key: value.to(torch.bfloat16) for key, value in model.state_dict().items()}
-            model.save_pretrained(folder, state_dict=half)
-            tokenizer.save_pretrained(folder)
-            _declare_dtype(Path(folder) / "config.json")
-            write_text(Path(folder) / "README.md", card)
-            for file in Path(folder).iterdir():
+        Args:
+            name: What it is called.
+            write: Fills the folder that it is given.
+
+        Raises:
+            PopiError: If the disk is full.
+        """
+        temporary = tempfile.mkdtemp(dir=self.path, prefix=f".{name}.")
+        try:
+            write(temporary)
+            for file in Path(temporary).iterdir():
                 file.chmod(0o644)
-            Path(folder).chmod(0o755)
-            target = self.path / name
-            shutil.rmtree(target, ignore_errors=True)
-            os.replace(folder, target)
-            Path(folder).mkdir()  # the context manager wants to remove it
-        return target
+            Path(temporary).chmod(0o755)
+            shutil.rmtree(self.path / name, ignore_errors=True)
+            os.replace(temporary, self.path / name)
+        except OSError as error:
+            raise PopiError(f"cannot write {self.path / name}: {error}") from error
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, card: str, folder: str) -> None:
+    """Writes a model in bfloat16, its tokenizer and its card into a folder."""
+    import torch
+
+    half = {key: value.to(torch.bfloat16) for key, value in model.state_dict().items()}
+    model.save_pretrained(folder, state_dict=half)
+    tokenizer.save_pretrained(folder)
+    _declare_dtype(Path(folder) / "config.json")
+    write_text(Path(folder) / "README.md", card)
 
 
 def _declare_dtype(config: Path) -> None:
