@@ -1,0 +1,89 @@
+from pathlib import Path
+
+import pytest
+
+from popi.config import load, parse_overrides
+from popi.errors import ConfigError, InputError
+
+RECIPES = Path(__file__).parents[1] / "recipes"
+
+
+def edited(tmp_path, old, new):
+    text = (RECIPES / "mini_base" / "config.yaml").read_text()
+    assert old in text
+    file = tmp_path / "recipe.yaml"
+    file.write_text(text.replace(old, new))
+    return file
+
+
+@pytest.mark.parametrize("file", sorted(RECIPES.glob("*/*.yaml")), ids=lambda path: f"{path.parent.name}/{path.name}")
+def test_every_recipe_loads(file):
+    assert sum(phase.steps for phase in load(file).phases) > 0
+
+
+def test_a_folder_stands_for_its_config():
+    assert load(RECIPES / "mini_base") == load(RECIPES / "mini_base" / "config.yaml")
+
+
+def test_a_recipe_is_frozen():
+    with pytest.raises(ValueError, match="frozen"):
+        load(RECIPES / "mini_base").seed = 3
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("seed: 1", "sead: 1", "field sead"),
+        ("seed: 1", "seed: one", "field seed"),
+        ("steps: 60", "steps: 0", "field phases.0.steps"),
+        ("write: 16", "wriet: 16", "field phases.0.lessons"),
+        ("kind: byte-level", "kind: bytes", "field tokenizer.kind"),
+        ("seed: 1", "seed: [1", "not YAML"),
+    ],
+)
+def test_a_misfit_names_file_and_field(tmp_path, old, new, message):
+    file = edited(tmp_path, old, new)
+    with pytest.raises(InputError, match=message) as caught:
+        load(file)
+    assert str(file) in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize("text", ["", "[]", "just words"])
+def test_what_is_no_mapping_is_refused(tmp_path, text):
+    file = tmp_path / "recipe.yaml"
+    file.write_text(text)
+    for overrides in ({}, {"seed": 2}):
+        with pytest.raises(InputError):
+            load(file, overrides)
+
+
+def test_a_missing_recipe_is_bad_input(tmp_path):
+    with pytest.raises(InputError, match="cannot be read"):
+        load(tmp_path / "none.yaml")
+
+
+def test_overrides_replace_values_deep_inside():
+    recipe = load(RECIPES / "mini_base", {"phases.0.steps": 2, "architecture.hidden_size": 64, "seed": 7})
+    assert (recipe.phases[0].steps, recipe.architecture["hidden_size"], recipe.seed) == (2, 64, 7)
+
+
+@pytest.mark.parametrize("name", ["phases.9.steps", "phases.x.steps", "nothing.here", "seed.deeper"])
+def test_an_override_of_what_is_not_there_is_refused(name):
+    with pytest.raises(ConfigError, match="no such place"):
+        load(RECIPES / "mini_base", {name: 1})
+
+
+def test_override_words_are_yaml():
+    assert parse_overrides(["phases.0.steps=2", "name=x", "phases.0.signals=[1, 2]"]) == {
+        "phases.0.steps": 2,
+        "name": "x",
+        "phases.0.signals": [1, 2],
+    }
+
+
+@pytest.mark.parametrize("word", ["seed", "seed=[1"])
+def test_a_broken_override_is_refused(word):
+    with pytest.raises(ConfigError, match="not an override"):
+        parse_overrides([word])
