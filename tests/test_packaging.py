@@ -91,9 +91,7 @@ def clean_python(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def files_under(folder: Path) -> set[str]:
     return {
-        str(path.relative_to(ROOT))
-        for path in folder.rglob("*")
-        if path.is_file() and "__pycache__" not in path.parts
+        str(path.relative_to(ROOT)) for path in folder.rglob("*") if path.is_file() and "__pycache__" not in path.parts
     }
 
 
