@@ -127,7 +127,8 @@ def render_signals(signals: Sequence[Signal], count_tokens: CountTokens, budget:
         if order and all(signals[place].is_evidence != signals[order[0]].is_evidence for place in blocks):
             shortened = _shorten(signals[order[0]], count_tokens, budget)
             if shortened is not None:
-                blocks, cut = {order[0]: shortened}, {order[0]}
+                blocks = {order[0]: shortened}
+                cut = set(blocks) if shortened != describe(signals[order[0]]) else set()
     kept = sorted(blocks)
     text = _join(blocks[place] for place in kept)
     return RenderedSignals(

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from popi.prompts import CUT_MARK, quote
-from popi.render import PATIENCE, describe, render_signals
+from popi.render import PATIENCE, RenderedSignals, describe, render_signals
 from popi.signals import (
     Comment,
     Conversation,
@@ -50,6 +50,16 @@ def test_never_over_budget_and_nothing_lost_in_silence(user: UserSignals, count:
             assert f"[{number}] {describe(known[name])}" in rendered.text
     if rendered.cut:
         assert CUT_MARK.strip() in rendered.text
+
+
+def test_a_signal_that_fits_whole_by_itself_is_not_called_cut() -> None:
+    quoted = Statement(text="x", said_by=Speaker.ASSISTANT)
+    mine = Statement(text="abc")
+    alone = render_signals([mine], len)
+    # Numbered [2] and with a line end it would be too long; numbered [1] it fits to the character.
+    assert render_signals([quoted, mine], len, alone.tokens) == RenderedSignals(
+        alone.text, (mine.id,), (quoted.id,), (), alone.tokens
+    )
 
 
 @given(users())
