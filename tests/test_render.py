@@ -54,7 +54,7 @@ def test_never_over_budget_and_nothing_lost_in_silence(user: UserSignals, count:
 
 def test_a_signal_that_fits_whole_by_itself_is_not_called_cut() -> None:
     quoted = Statement(text="x", said_by=Speaker.ASSISTANT)
-    mine = Statement(text="abc")
+    mine = Statement(text="shorter, please, much shorter")
     alone = render_signals([mine], len)
     # Numbered [2] and with a line end it would be too long; numbered [1] it fits to the character.
     assert render_signals([quoted, mine], len, alone.tokens) == RenderedSignals(
