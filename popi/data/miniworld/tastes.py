@@ -46,8 +46,7 @@ PAIR_DIFFERENCES = (1, 2)
 @cache
 def hypotheses() -> Style:
     """All tastes, as rows: (hypotheses, dimensions), in a fixed order."""
-    rows = [np.zeros(len(DIMENSIONS), np.int8)]
-    rows.clear()
+    rows: list[Style] = []
     for count in range(CARED[0], CARED[1] + 1):
         for chosen in combinations(range(len(DIMENSIONS)), count):
             for signs in product((1, -1), repeat=count):
@@ -203,7 +202,7 @@ def _questions() -> tuple[Style, Floats]:
                 row = np.zeros(len(DIMENSIONS), np.int8)
                 row[list(chosen)] = (1, *signs)
                 # Both numbers of differences are equally likely, however many pairs have them.
-                rows.append((row, 1 / (len(list(combinations(range(10), count))) * 2 ** (count - 1))))
+                rows.append((row, 1 / (len(list(combinations(range(len(DIMENSIONS)), count))) * 2 ** (count - 1))))
     table = np.stack([row for row, _ in rows])
     weight = np.array([value for _, value in rows], np.float32) / len(PAIR_DIFFERENCES)
     signs_by_hypothesis = np.sign(hypotheses() @ table.T).astype(np.float32)

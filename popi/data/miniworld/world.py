@@ -94,7 +94,7 @@ def training_question(rng: np.random.Generator) -> Question:
 
 
 def evidence_for(user: User, claims: Style) -> list[Claim]:
-    """Claims in the canonical words, each with the at most two signals that speak most for it."""
+    """Claims in words that depend on the user, each with the at most two signals that speak most for it."""
     rng = np.random.default_rng(int.from_bytes(hashlib.sha256(user.user_id.encode()).digest()[:8]))
     words = claims_for(rng, claims)
     made = []
