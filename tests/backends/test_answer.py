@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from popi.backends.causal.answer import Answer, settled
@@ -30,12 +30,13 @@ texts = st.text("ab<>é米🍚\u0627", max_size=20)
 
 
 @given(texts, st.lists(st.text("ab<>é米", max_size=4), max_size=3), st.booleans())
+@example("<b<", ["b", "<b<"], False)
 def test_the_pieces_are_the_text_up_to_the_first_stop(text: str, stop: list[str], ends: bool) -> None:
     tokens = [*text.encode(), *([END] if ends else [])]
     pieces, whole, ended = follow(tokens, tuple(stop))
-    cuts = [text.find(word) for word in stop if word and word in text]
-    assert whole == text[: min(cuts)] if cuts else whole == text
-    assert ended == bool(cuts or ends)
+    whole_at = [(text.find(word) + len(word), text.find(word)) for word in stop if word and word in text]
+    assert whole == (text[: min(whole_at)[1]] if whole_at else text)
+    assert ended == bool(whole_at or ends)
     assert "".join(pieces) == whole
     assert all(pieces)
 
@@ -62,6 +63,12 @@ def test_the_beginning_of_a_stop_is_held_back_until_it_is_known() -> None:
 )
 def test_how_much_is_settled(text: str, stop: list[str], length: int) -> None:
     assert settled(text, stop) == length
+
+
+def test_the_text_does_not_depend_on_how_it_is_cut_into_tokens() -> None:
+    stop = ("b", "<b<")
+    assert Answer(decode, {END}, stop).finish([*b"<b<"]) == ("<", True)
+    assert follow([*b"<b<"], stop)[1:] == ("<", True)
 
 
 def test_without_a_stop_or_a_listener_there_is_nothing_to_watch() -> None:

@@ -49,7 +49,9 @@ class Answer:
     def _text(self, tokens: Sequence[int]) -> tuple[str, bool]:
         ended = bool(tokens) and tokens[-1] in self._end_tokens
         text = self._decode(tokens[:-1] if ended else tokens)
-        cut = min((place for stop in self._stop if (place := text.find(stop)) >= 0), default=None)
+        # The first stop to be whole counts, so that the text does not depend on how it is cut into tokens.
+        found = ((place + len(stop), place) for stop in self._stop if (place := text.find(stop)) >= 0)
+        _, cut = min(found, default=(None, None))
         return text[:cut], cut is not None
 
     def _give(self, text: str) -> None:
