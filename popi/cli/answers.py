@@ -12,7 +12,16 @@ from pydantic import BaseModel, ConfigDict
 
 from popi import registry
 from popi.backends.base import FinishReason
-from popi.cli.batches import Outcome, append_batches, closing, identity, keep_settings, load_backend, telling
+from popi.cli.batches import (
+    Outcome,
+    append_batches,
+    check_settings,
+    closing,
+    identity,
+    keep_settings,
+    load_backend,
+    telling,
+)
 from popi.cli.growing import GrowingFile
 from popi.cli.output import note, print_records, progress
 from popi.cli.summaries import read_summaries
@@ -113,12 +122,13 @@ def answer_all(
         for question in _questions(prompts, known, before):
             total += 1
             pending += not question.answered
-        keep_settings(out, settings)
+        check_settings(out, settings)
         written = failed = 0
         if pending:
             with telling(f"what is finished is kept in {out}, and the same command goes on"):
                 backend = load_backend(model)
                 answering = registry.generator("prompted")(backend, **options)
+                keep_settings(out, settings)
                 rest = (question for question in _questions(prompts, known, before) if not question.answered)
                 work = _work(answering, rest, lines, pending, batch_size)
                 written, failed = asyncio.run(closing(backend, work))

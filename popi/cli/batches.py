@@ -58,26 +58,46 @@ def identity(model: str) -> str:
     return str(Path(model).resolve()) if model not in shipped() and Path(model).exists() else model
 
 
-def keep_settings(out: Path, settings: Mapping[str, Any]) -> None:
-    """Writes ``out``'s companion, ``.meta.json``, with its settings and the versions; one that is there must agree.
+def check_settings(out: Path, settings: Mapping[str, Any]) -> None:
+    """Finds that ``out``, as far as it was made, was made with these settings.
 
     Raises:
-        InputError: If ``out`` was made with other settings.
-        PopiError: If it cannot be written.
+        InputError: If it was made with others.
     """
-    from popi.io import write_text
-
-    path = out.with_name(f"{out.name}.meta.json")
-    if not path.exists():
-        meta = {"settings": settings, "versions": versions(), "started": datetime.now(UTC).isoformat()}
-        write_text(path, json.dumps(meta, indent=2, ensure_ascii=False, default=str) + "\n")
-    before = _read_settings(path)
-    for name, value in json.loads(json.dumps(settings, default=str)).items():
+    path = _companion(out)
+    before = _read_settings(path) if path.exists() else _as_read(settings)
+    for name, value in _as_read(settings).items():
         if before.get(name) != value:
             raise InputError(
                 f"{out} was made with {name} {before.get(name)!r}, not {value!r}",
                 fix="give the same options or another --out",
             )
+
+
+def keep_settings(out: Path, settings: Mapping[str, Any]) -> None:
+    """Writes ``out``'s companion, ``.meta.json``, with its settings and the versions, unless it is there.
+
+    For when work begins: settings with which it cannot begin, a model that is not there, bind nobody.
+
+    Raises:
+        PopiError: If it cannot be written.
+    """
+    from popi.io import write_text
+
+    path = _companion(out)
+    if not path.exists():
+        meta = {"settings": _as_read(settings), "versions": versions(), "started": datetime.now(UTC).isoformat()}
+        write_text(path, json.dumps(meta, indent=2, ensure_ascii=False) + "\n")
+
+
+def _companion(out: Path) -> Path:
+    return out.with_name(f"{out.name}.meta.json")
+
+
+def _as_read(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings as they come back from the file."""
+    read: dict[str, Any] = json.loads(json.dumps(settings, default=str))
+    return read
 
 
 def _read_settings(path: Path) -> dict[str, Any]:

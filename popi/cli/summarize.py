@@ -40,7 +40,7 @@ def summarize(
     settings; a file made with others is refused.
     """
     from popi import registry
-    from popi.cli.batches import closing, identity, keep_settings, load_backend, telling
+    from popi.cli.batches import check_settings, closing, identity, keep_settings, load_backend, telling
     from popi.cli.growing import GrowingFile
     from popi.prompts import template_hash
 
@@ -53,7 +53,7 @@ def summarize(
             note(f"{out} ended in half a line, which was dropped")
         done = _read_done(out)
         plan = _survey(signals, done)
-        keep_settings(out, settings)
+        check_settings(out, settings)
         report = Report(users=plan.users, already_done=plan.users - plan.pending)
         if plan.edits_kept:
             note(f"{plan.edits_kept} edited summaries are kept although the signals have changed since")
@@ -62,6 +62,7 @@ def summarize(
                 backend = load_backend(model)
                 writer = registry.make_inference(inference, backend, **options)
                 _check_writer(out, done, writer.name)
+                keep_settings(out, settings)
                 work = _work(writer, _pending(signals, done, plan), lines, report, plan, batch_size)
                 asyncio.run(closing(backend, work))
     print_records([report.as_record(out)], json_flag=json)

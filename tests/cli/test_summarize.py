@@ -11,7 +11,7 @@ import pytest
 
 from popi.backends.base import ChatRequest, ChatResult
 from popi.cli.growing import GrowingFile
-from popi.errors import BackendError
+from popi.errors import BackendError, ModelError
 from popi.prompts import template_hash
 from popi.signals import UserSignals
 from popi.summary import PreferenceSummary
@@ -288,6 +288,18 @@ def test_missing_signals_are_one_line(popi: Run, models: Models, out: Path) -> N
     ran = popi("summarize", "--signals", "no/such.jsonl", "--model", "m", "--out", out)
     assert ran.code == 2
     assert ran.err == "popi: no/such.jsonl: cannot be read (No such file or directory); check the path\n"
+
+
+def test_a_mistyped_model_does_not_bind_the_next_command(
+    summarize: Run, models: Models, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(name: str) -> None:
+        raise ModelError(f"no model {name!r}")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("popi.cli.batches.load_backend", fail)
+        assert summarize(USERS, model="mistyped").code == 2
+    assert summarize(USERS, model="m").code == 0
 
 
 def test_no_two_at_once(summarize: Run, models: Models, out: Path) -> None:
