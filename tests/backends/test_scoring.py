@@ -1,11 +1,11 @@
-"""Which prefixes are shared."""
+"""Which prefixes are shared, and what a batch may hold."""
 
 from __future__ import annotations
 
 from hypothesis import given
 from hypothesis import strategies as st
 
-from popi.backends.causal.scoring import shared_prefixes
+from popi.backends.causal.scoring import Scored, _batches, shared_prefixes
 
 ids = st.lists(st.integers(0, 2), min_size=1, max_size=6)
 
@@ -49,3 +49,13 @@ def test_the_order_of_the_prompts_does_not_matter(prompts: list[list[int]], rand
     random.shuffle(order)
     lengths = shared_prefixes(prompts)
     assert shared_prefixes([prompts[place] for place in order]) == [lengths[place] for place in order]
+
+
+@given(st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), max_size=30), st.integers(1, 40))
+def test_a_batch_holds_no_more_tokens_of_its_own_than_it_may(lengths: list[tuple[int, int]], max_own: int) -> None:
+    items = [Scored([1] * prompt, [2] * response) for prompt, response in lengths]
+    made = list(_batches(items, [0] * len(items), batch_tokens=10_000, max_own=max_own, max_scored=10_000))
+    assert sorted(index for batch in made for index in batch) == list(range(len(items)))
+    for batch in made:
+        widest = max(len(items[index].prompt) + len(items[index].response) for index in batch)
+        assert len(batch) == 1 or len(batch) * widest <= max_own

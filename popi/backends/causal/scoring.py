@@ -19,6 +19,9 @@ from popi.backends.causal.cache import PrefixedRows, pad
 # Logits are the largest thing in the work of scoring: at most 2^28 of them at once, 1 GiB in fp32.
 MAX_LOGITS = 2**28
 
+# Activations of more tokens at once leave the caches of a processor (docs/log.md). A GPU wants all that it can hold.
+CPU_OWN_TOKENS = 2048
+
 
 @dataclass(frozen=True, slots=True)
 class Scored:
@@ -47,7 +50,9 @@ def score(
     """
     prefix_lengths = shared_prefixes([item.prompt for item in items]) if share else [0] * len(items)
     sums = [0.0] * len(items)
-    for batch in _batches(items, prefix_lengths, batch_tokens, MAX_LOGITS // model.config.get_text_config().vocab_size):
+    max_scored = MAX_LOGITS // model.config.get_text_config().vocab_size
+    max_own = CPU_OWN_TOKENS if model.device.type == "cpu" else batch_tokens
+    for batch in _batches(items, prefix_lengths, batch_tokens, max_own, max_scored):
         check()
         chosen, lengths = [items[index] for index in batch], [prefix_lengths[index] for index in batch]
         for index, logprob in zip(batch, _score_batch(model, chosen, lengths), strict=True):
@@ -90,9 +95,13 @@ def _common_prefix(first: Sequence[int], second: Sequence[int]) -> int:
 
 
 def _batches(
-    items: Sequence[Scored], prefix_lengths: Sequence[int], batch_tokens: int, max_scored: int
+    items: Sequence[Scored], prefix_lengths: Sequence[int], batch_tokens: int, max_own: int, max_scored: int
 ) -> Iterator[list[int]]:
-    """Indices of items of like lengths, those with a common prefix side by side."""
+    """Indices of items of like lengths, those with a common prefix side by side.
+
+    The rows of a batch hold at most ``batch_tokens`` tokens, at most ``max_own`` of them behind the prefixes, and at
+    most ``max_scored`` responses' tokens, unless one item alone holds more.
+    """
 
     def like(index: int) -> tuple[int, list[int], int]:
         length, item = prefix_lengths[index], items[index]
@@ -103,7 +112,8 @@ def _batches(
     for index in sorted(range(len(items)), key=like):
         length, _, own = like(index)
         prefix, rest, scored = max(prefix, length), max(rest, own), scored + len(items[index].response)
-        if batch and ((len(batch) + 1) * (prefix + rest) > batch_tokens or scored > max_scored):
+        rows = len(batch) + 1
+        if batch and (rows * (prefix + rest) > batch_tokens or rows * rest > max_own or scored > max_scored):
             yield batch
             batch, prefix, rest, scored = [], length, own, len(items[index].response)
         batch.append(index)
