@@ -24,10 +24,8 @@ if TYPE_CHECKING:
 WRITER, READER = "popi-mini-base", "popi-mini-reader"
 SPLIT, SEED = "unseen-combinations", 0
 
-USERS, JUDGED = 200, 50
-"""So many that the intervals say something, and two cores need less than three minutes."""
-
-PROMPTS = 2
+USERS, PROMPTS, JUDGED = 200, 2, 50
+"""Users, test prompts of each, users with a judged answer: intervals that say something, in less than three minutes."""
 
 INTRODUCTION = """\
 This is popi in miniature: made-up users whose tastes are known, and language models of a few megabytes that were
@@ -56,10 +54,11 @@ def quickstart(json: Annotated[bool, typer.Option("--json", help="Print JSON lin
     from popi.registry import load
 
     load("numpy")  # the base installation has none, and the error has to name the extra
-    from popi.evaluation.samples import from_world
+    from popi.data.miniworld import world
+    from popi.evaluation.samples import Sample
 
     start = time.monotonic()
-    [sample] = from_world("miniworld", split=SPLIT, users=USERS, seeds=[SEED])
+    sample = Sample(SEED, list(world.generate(split=SPLIT, users=USERS, seed=SEED, tests=PROMPTS)))
     asyncio.run(_run(sample, as_json=json))
     if not json:
         typer.echo(NEXT)
@@ -81,7 +80,7 @@ async def _run(sample: Sample, *, as_json: bool) -> None:
 
 
 async def _answer_twice(example: PersonalizationExample, summary: PreferenceSummary, backend: Backend) -> list[Answers]:
-    """Answers the user's first test prompts.
+    """Answers the user's test prompts.
 
     Raises:
         BackendError: If an answer fails.
@@ -90,7 +89,7 @@ async def _answer_twice(example: PersonalizationExample, summary: PreferenceSumm
     from popi.registry import generator
     from popi.roles import Conditioned
 
-    prompts = [pair.prompt for pair in example.tests[:PROMPTS]]
+    prompts = [pair.prompt for pair in example.tests]
     asked = [Conditioned(prompt, given) for prompt in prompts for given in (None, summary)]
     results = await generator("prompted")(backend).respond(asked)
     for result in results:
