@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from popi.cli.output import JsonFlag, note, print_json, progress, wants_json
+from popi.cli.output import JsonFlag, note, print_json, print_table, progress, wants_json
 from popi.errors import ConfigError, MissingExtra
 
 if TYPE_CHECKING:
@@ -93,17 +93,12 @@ def show(results: Results, *, as_json: bool) -> None:
                 print_json({"kind": kind, **figure.model_dump()})
         print_json({"kind": "remarks", "remarks": remarks(results)})
         return
-    from rich.console import Console
-    from rich.table import Table
-
-    console = Console(highlight=False, markup=False)
     for table in tables(results, narrow=True):
-        shown = Table(*table.records[0], title=table.title, title_justify="left")
-        for record in table.records:
-            shown.add_row(*record.values())
-        console.print(shown)
+        print_table(table.records, title=table.title)
+    from rich.console import Console
+
     for remark in remarks(results):
-        console.print(remark)
+        Console(highlight=False, markup=False).print(remark)
 
 
 @asynccontextmanager

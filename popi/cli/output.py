@@ -6,7 +6,7 @@ import json
 import re
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Annotated, Any, Protocol
 
@@ -34,20 +34,25 @@ def print_json(record: Mapping[str, Any]) -> None:
 def print_records(records: Iterable[Mapping[str, Any]], *, json_flag: bool, title: str = "") -> None:
     """Prints records of one shape: a table with a column a key on a terminal, else a JSON line each."""
     rows = list(records)
-    if wants_json(json_flag):
-        for row in rows:
-            print_json(row)
+    if not wants_json(json_flag):
+        print_table(rows, title=title)
         return
+    for row in rows:
+        print_json(row)
+
+
+def print_table(records: Sequence[Mapping[str, Any]], *, title: str = "") -> None:
+    """Prints records of one shape as a table, a column a key; without borders, so that figures fit 80 columns."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(title=title or None, title_justify="left")
-    for name in rows[0] if rows else ():
-        table.add_column(name)
-    for row in rows:
-        table.add_row(*(Text(shown(_cell(value))) for value in row.values()))
-    Console().print(table)
+    table = Table(title=title or None, title_justify="left", box=None, padding=(0, 2, 0, 0), pad_edge=False)
+    for name in records[0] if records else ():
+        table.add_column(name, vertical="bottom")
+    for record in records:
+        table.add_row(*(Text(shown(_cell(value))) for value in record.values()))
+    Console(highlight=False).print(table, end="\n\n")
 
 
 def _cell(value: Any) -> str:

@@ -30,6 +30,20 @@ def test_records_are_a_table_on_a_terminal(capsys: pytest.CaptureFixture[str], m
     assert "\x1b[31m" not in shown
 
 
+def test_a_table_of_figures_takes_one_line_a_row_in_80_columns(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    on_a_terminal(monkeypatch)
+    names = ("accuracy", "minus untrained summary", "minus no context", "win rate")
+    row = {"row": "another users summary", **dict.fromkeys(names, "-17.8 ±9.5"), "context tokens": "499.6"}
+    output.print_table([row])
+    lines = capsys.readouterr().out.splitlines()
+    [figures] = [line for line in lines if "another" in line]
+    assert figures.split("  ")[0] == "another users summary"
+    assert figures.count("-17.8 ±9.5") == 4
+    assert max(map(len, lines)) <= 80
+
+
 def test_records_are_json_lines_on_a_terminal_when_asked(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
