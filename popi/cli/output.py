@@ -43,13 +43,17 @@ def print_records(records: Iterable[Mapping[str, Any]], *, json_flag: bool, titl
 
 def print_table(records: Sequence[Mapping[str, Any]], *, title: str = "") -> None:
     """Prints records of one shape as a table, a column a key; without borders, so that figures fit 80 columns."""
+    from rich.cells import cell_len
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
     table = Table(title=title or None, title_justify="left", box=None, padding=(0, 2, 0, 0), pad_edge=False)
     for name in records[0] if records else ():
-        table.add_column(name, vertical="bottom")
+        cells = [shown(_cell(record[name])) for record in records]
+        # A head wraps before a figure does.
+        width = max(cell_len(part) for part in (*name.split(), *"\n".join(cells).splitlines()))
+        table.add_column(name, vertical="bottom", max_width=width)
     for record in records:
         table.add_row(*(Text(shown(_cell(value))) for value in record.values()))
     Console(highlight=False).print(table, end="\n\n")
