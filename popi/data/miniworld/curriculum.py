@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 from popi.data.miniworld import phrases as say
 from popi.data.miniworld.language import claimed_tastes, claims_for, pick, write_answer
 from popi.data.miniworld.observe import Observation, draw_style
-from popi.data.miniworld.tastes import DIMENSIONS, SIDES, Floats, Style, best_claims, draw_taste, marginals
-from popi.data.miniworld.world import User, draw_user, evidence_for, training_question
+from popi.data.miniworld.tastes import DIMENSIONS, SIDES, Floats, Style, best_claims, marginals
+from popi.data.miniworld.world import User, draw_user, evidence_for, training_question, training_taste
 from popi.prompts import Message, answer_messages, inference_messages
 from popi.render import render_signals
 from popi.summary import NO_EVIDENCE, Claim, as_text, with_citations
@@ -105,12 +105,12 @@ def lesson(task: Task, seed: int, place: int, *, signals: int, dilution: Dilutio
     rng = np.random.default_rng([seed, place])
     if task in ("write", "raw"):
         return _from_signals(rng, task, draw_user("train", seed, place, signals=signals, tests=0), dilution)
-    taste = draw_taste(rng) if rng.random() < 0.85 else draw_style(rng) * (rng.random(len(DIMENSIONS)) < 0.3)
     question = training_question(rng)
     if task == "bare":
         return Lesson(answer_messages(question.text), write_answer(rng, question, draw_style(rng)))
-    context = _context(rng, taste.astype(np.int8))
-    answer = write_answer(rng, question, blend(rng, taste.astype(np.int8)))
+    taste = training_taste(rng)
+    context = _context(rng, taste)
+    answer = write_answer(rng, question, blend(rng, taste))
     return Lesson(answer_messages(question.text, context), answer)
 
 

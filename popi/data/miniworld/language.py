@@ -6,8 +6,9 @@ Reading is parsing: nothing is remembered of what was written, so the judge work
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import permutations
 
 import numpy as np
 
@@ -38,6 +39,14 @@ def draw_question(rng: np.random.Generator, topics: Sequence[str]) -> Question:
     things = tuple(TOPICS[topic][place] for place in rng.permutation(len(TOPICS[topic])))
     text = pick(rng, say.PROMPTS).format(thing=things[0], other=things[1], topic=topic)
     return Question(text, topic, things)
+
+
+def all_prompts(topics: Sequence[str]) -> Iterator[str]:
+    """Every prompt that :func:`draw_question` can draw."""
+    for topic in topics:
+        for thing, other in permutations(TOPICS[topic], 2):
+            for template in say.PROMPTS:
+                yield template.format(thing=thing, other=other, topic=topic)
 
 
 def side_of(style: Style, name: str) -> str:

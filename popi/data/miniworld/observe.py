@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 
 from popi.data.miniworld import phrases as say
-from popi.data.miniworld.language import Question, draw_question, pick, write_answer
+from popi.data.miniworld.language import Question, pick, write_answer
 from popi.data.miniworld.tastes import (
     DIMENSIONS,
     NOISE,
@@ -223,16 +223,16 @@ _DRAW: dict[str, Callable[[np.random.Generator, Style, Question], Observation]] 
 
 
 def draw_observation(
-    rng: np.random.Generator, taste: Style, topics: Sequence[str], kind: str | None = None
+    rng: np.random.Generator, taste: Style, question: Question, kind: str | None = None
 ) -> Observation:
     """Draws a signal of a user.
 
     Args:
         rng: The source of chance.
         taste: The user's taste.
-        topics: What it can be about.
+        question: What was asked, where the signal is about an answer.
         kind: One of ``MIX``; drawn by its frequencies when not given.
     """
     if kind is None:
         kind = str(rng.choice(list(MIX), p=list(MIX.values())))
-    return _DRAW[kind](rng, taste, draw_question(rng, topics))
+    return _DRAW[kind](rng, taste, question)

@@ -78,11 +78,6 @@ def draw_taste(rng: np.random.Generator) -> Style:
     return taste
 
 
-def utility(taste: Style, style: Style) -> int:
-    """How much a user with this taste likes a text of this style: cared-for sides met minus missed."""
-    return int(taste.astype(np.int64) @ style.astype(np.int64))
-
-
 @cache
 def decisive_rate() -> Floats:
     """The chance that a random pair of answers leaves a hypothesis with a preference: (hypotheses,).

@@ -5,20 +5,34 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 
 from popi.data.example import PersonalizationExample, TestPair
-from popi.data.miniworld.language import Question, as_sides, claims_for, draw_question
-from popi.data.miniworld.observe import Choice, Observation, draw_choice, draw_observation
-from popi.data.miniworld.tastes import Floats, Style, best_claims, draw_taste, hypotheses, marginals, posterior
+from popi.data.miniworld.language import Question, all_prompts, as_sides, claims_for, draw_question
+from popi.data.miniworld.observe import Choice, Observation, draw_choice, draw_observation, draw_style
+from popi.data.miniworld.tastes import (
+    CARED,
+    DIMENSIONS,
+    Floats,
+    Style,
+    best_claims,
+    draw_taste,
+    hypotheses,
+    marginals,
+    posterior,
+)
 from popi.data.miniworld.topics import HELD_OUT_TOPICS, TOPICS
 from popi.errors import InputError
 from popi.signals import UserSignals
 from popi.summary import Claim, as_text
 
 SPLITS = ("train", "validation", "unseen-users", "unseen-combinations", "unseen-topics")
-"""All but ``train`` hold out users and prompts; the last two also combinations of tastes, or topics."""
+"""All but ``train`` hold out users and prompts; the last two also combinations of tastes, or topics.
+
+What training is shown, in signals too, has neither the prompts, nor the combinations, nor the topics that are held out.
+"""
 
 SIGNALS, TESTS = 8, 4
 _SEEN_TOPICS = tuple(name for name in TOPICS if name not in HELD_OUT_TOPICS)
@@ -31,8 +45,9 @@ def is_reserved(text: str, share: int) -> bool:
 
 
 def is_held_out(taste: Style) -> bool:
-    """Whether this combination of tastes is kept for the split of unseen combinations: one in five."""
-    return is_reserved("".join(f"{side:+d}" for side in taste), 5)
+    """Whether this combination, one that a user can have, is kept for the split of unseen combinations: one in five."""
+    usual = CARED[0] <= np.abs(taste).sum() <= CARED[1]
+    return bool(usual) and is_reserved("".join(f"{side:+d}" for side in taste), 5)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,36 +76,68 @@ def draw_user(split: str, seed: int, place: int, *, signals: int = SIGNALS, test
     """Makes one user; the same arguments give the same user, whoever else is made.
 
     Raises:
-        InputError: If there is no such split.
+        InputError: If there is no such split, or it has fewer prompts than are to be tested.
     """
     if split not in SPLITS:
         raise InputError(f"there is no split {split!r}", field="split", fix=f"use one of {', '.join(SPLITS)}")
     rng = np.random.default_rng([SPLITS.index(split), seed, place])
     while is_held_out(taste := draw_taste(rng)) != (split == "unseen-combinations"):
         pass
+    shown: set[str] = set()
     observations: dict[str, Observation] = {}
     while len(observations) < signals:
-        seen = draw_observation(rng, taste, _SEEN_TOPICS)
+        question = training_question(rng) if split == "train" else draw_question(rng, _SEEN_TOPICS)
+        seen = draw_observation(rng, taste, question)
         observations.setdefault(seen.signal.id, seen)
+        shown.add(question.text)
+    left = len(_test_prompts(split) - shown)
+    if tests > left:
+        raise InputError(
+            f"{split} has {left} prompts that the signals do not show, not {tests}",
+            field="tests",
+            fix=f"ask for at most {left}",
+        )
     asked: dict[str, Choice] = {}
     while len(asked) < tests:
         question = _test_question(rng, split)
-        asked.setdefault(question.text, draw_choice(rng, taste, question))
+        if question.text not in shown:
+            asked.setdefault(question.text, draw_choice(rng, taste, question))
     return User(f"{split}-{seed}-{place}", taste, tuple(observations.values()), tuple(asked.values()))
 
 
 def _test_question(rng: np.random.Generator, split: str) -> Question:
-    """A prompt of the split: training never answers the reserved ones, the others test on nothing else."""
-    topics: Sequence[str] = _UNSEEN_TOPICS if split == "unseen-topics" else _SEEN_TOPICS
+    """A prompt of the split: training never sees the reserved ones, the others test on nothing else."""
     while True:
-        question = draw_question(rng, topics)
-        if is_reserved(question.text, 5) != (split == "train"):
+        question = draw_question(rng, _topics(split))
+        if _is_of(question.text, split):
             return question
 
 
+def _topics(split: str) -> Sequence[str]:
+    return _UNSEEN_TOPICS if split == "unseen-topics" else _SEEN_TOPICS
+
+
+def _is_of(prompt: str, split: str) -> bool:
+    return is_reserved(prompt, 5) != (split == "train")
+
+
+@cache
+def _test_prompts(split: str) -> frozenset[str]:
+    return frozenset(text for text in all_prompts(_topics(split)) if _is_of(text, split))
+
+
 def training_question(rng: np.random.Generator) -> Question:
-    """A prompt that training may answer."""
+    """A prompt that training may show and answer."""
     return _test_question(rng, "train")
+
+
+def training_taste(rng: np.random.Generator) -> Style:
+    """A combination of tastes that training may show; a few are of more or fewer tastes than a user has."""
+    while True:
+        usual = rng.random() < 0.85
+        taste = draw_taste(rng) if usual else draw_style(rng) * (rng.random(len(DIMENSIONS)) < 0.3)
+        if not is_held_out(taste := taste.astype(np.int8)):
+            return taste
 
 
 def evidence_for(user: User, claims: Style) -> list[Claim]:
@@ -128,7 +175,7 @@ def generate(
         tests: Test pairs of each user.
 
     Raises:
-        InputError: If there is no such split.
+        InputError: If there is no such split, or it has fewer prompts than are to be tested.
     """
     for place in range(users):
         yield as_example(draw_user(split, seed, place, signals=signals, tests=tests))

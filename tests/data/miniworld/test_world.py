@@ -4,6 +4,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from popi.data.miniworld import SPLITS, as_vector, claimed_tastes, draw_user, generate, style_of, utility
+from popi.data.miniworld.curriculum import lesson
+from popi.data.miniworld.language import all_prompts, draw_question
 from popi.data.miniworld.observe import MIX, draw_observation
 from popi.data.miniworld.tastes import NOISE, draw_taste
 from popi.data.miniworld.topics import HELD_OUT_TOPICS, TOPICS
@@ -43,10 +45,42 @@ def test_combinations_of_tastes_are_held_out():
         assert all(held) if split == "unseen-combinations" else not any(held)
 
 
+def prompts_in(signals):
+    return {signal.prompt for signal in signals if hasattr(signal, "prompt")} | {
+        signal.turns[0].text for signal in signals if signal.kind == "conversation"
+    }
+
+
 def test_prompts_are_held_out():
-    trained = {test.prompt for example in some("train", 300, signals=0) for test in example.tests}
+    trained = {
+        prompt
+        for example in some("train", 300)
+        for prompt in {test.prompt for test in example.tests} | prompts_in(example.user.signals)
+    }
     for split in SPLITS[1:]:
         assert not trained & {test.prompt for example in some(split, 60, signals=0) for test in example.tests}
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_the_tests_of_a_user_ask_what_their_signals_do_not_show(split):
+    for example in some(split, 60, signals=40, tests=40):
+        assert not prompts_in(example.user.signals) & {test.prompt for test in example.tests}
+
+
+def test_lessons_show_nothing_that_is_held_out():
+    held_out = {test.prompt for split in SPLITS[1:] for example in some(split, 100) for test in example.tests}
+    for task in ("write", "raw", "summary", "bare"):
+        for place in range(150):
+            made = lesson(task, 1, place, signals=8)
+            content = made.messages[-1].content
+            assert not any(prompt in content for prompt in held_out)
+            if task == "summary":
+                assert not is_held_out(as_vector(claimed_tastes(content)))
+
+
+def test_more_tests_than_a_split_has_prompts_are_bad_input():
+    with pytest.raises(InputError, match=r"unseen-topics has \d+ prompts .* not 5000; ask for at most \d+"):
+        draw_user("unseen-topics", 0, 0, tests=5000)
 
 
 def test_topics_are_held_out():
@@ -121,10 +155,15 @@ def test_oracle_summaries_parse_as_claims():
 def test_what_a_signal_shows_is_possible_for_its_user(seed, kind):
     rng = np.random.default_rng(seed)
     taste = draw_taste(rng)
-    seen = draw_observation(rng, taste, list(TOPICS), kind)
+    seen = draw_observation(rng, taste, draw_question(rng, list(TOPICS)), kind)
     from popi.data.miniworld.tastes import hypotheses
 
     mine = int(np.flatnonzero((hypotheses() == taste).all(axis=1))[0])
     assert np.isfinite(seen.log_likelihood[mine])
     for text, style in seen.answers:
         assert (as_vector(style_of(text)) == style).all()
+
+
+@given(st.integers(0, 2**32 - 1), st.sampled_from(list(TOPICS)))
+def test_all_prompts_hold_what_is_drawn(seed, topic):
+    assert draw_question(np.random.default_rng(seed), [topic]).text in set(all_prompts([topic]))
