@@ -20,6 +20,7 @@ from popi.data.miniworld.curriculum import Dilution, Lesson, lesson
 from popi.training.attention import use_float32_attention
 from popi.training.card import model_card
 from popi.training.lessons import SignalHeads, batches, encode, losses
+from popi.training.muon import Muon
 from popi.training.probes import probe_following, probe_writing
 from popi.training.run_folder import METRICS, RunFolder, save_model
 from popi.training.tokenizer import train_tokenizer
@@ -89,7 +90,7 @@ def build(architecture: dict[str, Any], tokenizer: PreTrainedTokenizerFast, seed
     inside = {id(p) for p in model.base_model.layers.parameters() if p.ndim == 2}
     matrices = [p for p in model.parameters() if id(p) in inside]
     rest = [p for p in (*model.parameters(), *heads.parameters()) if id(p) not in inside]
-    muon = torch.optim.Muon(matrices, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")
+    muon = Muon(matrices, weight_decay=0.01)
     adam = torch.optim.AdamW(rest, betas=(0.9, 0.98), weight_decay=0.0)
     return Learner(model, heads, [muon, adam])
 
