@@ -105,30 +105,61 @@ def _path_in(record: Any, location: Sequence[int | str], *, missing: bool) -> It
             yield str(part)
 
 
+def check_rereadable(path: Path) -> None:
+    """Refuses a pipe or a device, for work that reads its input more than once.
+
+    Raises:
+        InputError: If it is one.
+    """
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise InputError("is no regular file, and it is read twice", file=path, fix="save what comes from it first")
+
+
+def lock(path: Path) -> IO[bytes]:
+    """Takes the lock of a file or folder, which is held until what this returns is closed; it stands beside or in it.
+
+    Raises:
+        PopiError: If another process holds it.
+        OSError: If it cannot be written.
+    """
+    import fcntl
+
+    held = (path / ".lock" if path.is_dir() else path.with_name(f".{path.name}.lock")).open("ab")
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        held.close()
+        raise PopiError(f"{path} is being written by another process; wait for it or choose another place") from error
+    return held
+
+
 def as_line(value: BaseModel) -> str:
     """One object as a line of JSON."""
     return value.model_dump_json() + "\n"
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[IO[str]]:
+def replacing(path: Path, *, binary: bool = False) -> Iterator[IO[Any]]:
     """Opens a temporary file beside ``path`` that takes its place only when everything went well.
 
     A link is followed, and the permissions of what is replaced are kept.
 
     Raises:
-        InputError: If ``path`` is a folder.
+        InputError: If ``path`` is a folder, a device or a pipe.
         PopiError: If the disk is full or the place cannot be written; ``path`` is as it was.
     """
     if path.is_dir():
         raise InputError("is a folder", file=path, fix="name a file in it")
+    if path.exists() and not path.is_file():
+        raise InputError("is no regular file", file=path, fix="name one, or a new one")
     target = Path(os.path.realpath(path))
     temporary = target.with_name(f".popi-{secrets.token_hex(6)}.part")
+    # Half a surrogate pair has no UTF-8; escaped, it is what JSON writes for it.
+    form: dict[str, Any] = {} if binary else {"encoding": "utf-8", "errors": "backslashreplace", "newline": "\n"}
     ours = True
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        # Half a surrogate pair has no UTF-8; escaped, it is what JSON writes for it.
-        with temporary.open("x", encoding="utf-8", errors="backslashreplace", newline="\n") as stream:
+        with temporary.open("xb" if binary else "x", **form) as stream:
             ours = False
             yield stream
             ours = True
@@ -155,6 +186,16 @@ def write_text(path: Path, text: str) -> None:
     """
     with replacing(path) as stream:
         stream.write(text)
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Writes a file whole or not at all.
+
+    Raises:
+        PopiError: If it cannot be written.
+    """
+    with replacing(path, binary=True) as stream:
+        stream.write(content)
 
 
 def write_jsonl(path: Path, values: Iterable[BaseModel]) -> int:

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from popi.errors import InputError, PopiError
-from popi.io import as_line, read_json_lines, read_jsonl, replacing, validate, write_jsonl, write_text
+from popi.io import as_line, read_json_lines, read_jsonl, replacing, validate, write_bytes, write_jsonl, write_text
 from popi.signals import Statement, UserSignals
 from tests.strategies import users
 
@@ -114,6 +114,19 @@ def test_a_writer_that_fails_leaves_what_was_there(tmp_path: Path, failure: type
         raise failure("its own trouble")
     assert path.read_text() == "old"
     assert _names(tmp_path) == ["out.txt"]
+
+
+def test_only_a_regular_file_is_replaced(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(InputError, match="is no regular file"):
+        write_text(tmp_path / "pipe", "x")
+    assert stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode)
+    assert _names(tmp_path) == ["pipe"]
+
+
+def test_bytes_are_written_as_they_are(tmp_path: Path) -> None:
+    write_bytes(tmp_path / "new" / "bytes", b"\x00\r\n\xff")
+    assert (tmp_path / "new" / "bytes").read_bytes() == b"\x00\r\n\xff"
 
 
 def test_values_that_fail_midway_leave_no_file(tmp_path: Path) -> None:

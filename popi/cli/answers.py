@@ -26,7 +26,7 @@ from popi.cli.growing import GrowingFile
 from popi.cli.output import note, print_records, progress
 from popi.cli.summaries import read_summaries
 from popi.errors import InputError, PopiError, did_you_mean
-from popi.io import as_line, read_jsonl
+from popi.io import as_line, check_rereadable, read_jsonl
 from popi.prompts import template_hash
 from popi.roles import Conditioned, ConditionedGenerator
 from popi.signals import Text
@@ -112,6 +112,7 @@ def answer_all(
         InputError: If what is read is broken or does not fit what was answered before.
         PopiError: If some prompts have no answer in the end.
     """
+    check_rereadable(prompts)
     known = None if summaries is None else load_summaries(summaries)
     settings = {"model": identity(model), **options, "template_hash": template_hash()}
     with GrowingFile(out) as lines:

@@ -59,13 +59,13 @@ def identity(model: str) -> str:
 
 
 def check_settings(out: Path, settings: Mapping[str, Any]) -> None:
-    """Finds that ``out``, as far as it was made, was made with these settings.
+    """Finds that ``out``, as far as it was made, was made with these settings; those of an empty one bind nobody.
 
     Raises:
         InputError: If it was made with others.
     """
     path = _companion(out)
-    before = _read_settings(path) if path.exists() else _as_read(settings)
+    before = _read_settings(path) if path.exists() and _holds_anything(out) else _as_read(settings)
     for name, value in _as_read(settings).items():
         if before.get(name) != value:
             raise InputError(
@@ -75,7 +75,7 @@ def check_settings(out: Path, settings: Mapping[str, Any]) -> None:
 
 
 def keep_settings(out: Path, settings: Mapping[str, Any]) -> None:
-    """Writes ``out``'s companion, ``.meta.json``, with its settings and the versions, unless it is there.
+    """Writes ``out``'s companion, ``.meta.json``, with its settings and the versions, unless they stand there already.
 
     For when work begins: settings with which it cannot begin, a model that is not there, bind nobody.
 
@@ -85,9 +85,13 @@ def keep_settings(out: Path, settings: Mapping[str, Any]) -> None:
     from popi.io import write_text
 
     path = _companion(out)
-    if not path.exists():
+    if not path.exists() or not _holds_anything(out):
         meta = {"settings": _as_read(settings), "versions": versions(), "started": datetime.now(UTC).isoformat()}
         write_text(path, json.dumps(meta, indent=2, ensure_ascii=False) + "\n")
+
+
+def _holds_anything(out: Path) -> bool:
+    return out.exists() and out.stat().st_size > 0
 
 
 def _companion(out: Path) -> Path:

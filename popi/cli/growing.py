@@ -9,7 +9,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Self
 
-from popi.errors import PopiError
+from popi.errors import InputError, PopiError
+from popi.io import lock
 
 
 class GrowingFile:
@@ -31,11 +32,13 @@ class GrowingFile:
         self._lock: IO[bytes] | None = None
 
     def __enter__(self) -> Self:
-        """Raises PopiError if another process writes the file, or it cannot be written."""
+        """Raises PopiError if another process writes the file, it cannot be written, or it is of another kind."""
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._lock = _take_lock(self.path)
+            self._lock = lock(self.path)
             if self.path.exists():
+                if not self.path.is_file():
+                    raise InputError("is no regular file", file=self.path, fix="name one, or a new one")
                 self._repair()
         except OSError as error:
             self._release()
@@ -91,26 +94,16 @@ class GrowingFile:
                 return
             if _is_json(tail):
                 file.write(b"\n")
-            else:
+            elif tail.startswith(b"{"):
                 file.truncate(start)
                 self.repaired = True
+            else:
+                raise InputError("does not hold JSON lines", file=self.path, fix="name another file")
 
     def _release(self) -> None:
         if self._lock is not None:
             self._lock.close()
             self._lock = None
-
-
-def _take_lock(path: Path) -> IO[bytes]:
-    import fcntl
-
-    lock = path.with_name(f".{path.name}.lock").open("ab")
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        lock.close()
-        raise PopiError(f"{path} is being written by another process; wait for it or choose another file") from error
-    return lock
 
 
 def _start_of_last_line(file: IO[bytes], step: int = 1 << 16) -> int:

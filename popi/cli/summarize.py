@@ -42,12 +42,14 @@ def summarize(
     from popi import registry
     from popi.cli.batches import check_settings, closing, identity, keep_settings, load_backend, telling
     from popi.cli.growing import GrowingFile
+    from popi.io import check_rereadable
     from popi.prompts import template_hash
 
     sampling = {"budget": budget, "max_tokens": max_tokens, "temperature": temperature, "seed": seed}
     given = {name: value for name, value in sampling.items() if value is not None}
     options = registry.inference_options(inference, **given)
     settings = {"model": identity(model), "inference": inference, **options, "template_hash": template_hash()}
+    check_rereadable(signals)
     with GrowingFile(out) as lines:
         if lines.repaired:
             note(f"{out} ended in half a line, which was dropped")

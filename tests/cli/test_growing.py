@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from popi.cli.growing import GrowingFile
-from popi.errors import PopiError
+from popi.errors import InputError, PopiError
 
 
 def grow(path: Path, *lines: str) -> bool:
@@ -115,6 +115,20 @@ def test_lines_can_take_the_place_of_others(tmp_path: Path) -> None:
 def test_a_place_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     (tmp_path / "folder").mkdir()
-    for path in (tmp_path / "file" / "out.jsonl", tmp_path / "folder"):
-        with pytest.raises(PopiError, match="cannot write"), GrowingFile(path):
+    os.mkfifo(tmp_path / "pipe")
+    for path, says in (
+        (tmp_path / "file" / "out.jsonl", "cannot write"),
+        (tmp_path / "folder", "is no regular file"),
+        (tmp_path / "pipe", "is no regular file"),
+    ):
+        with pytest.raises(PopiError, match=says), GrowingFile(path):
             pass
+
+
+@pytest.mark.parametrize("content", ["notes", "one\ntwo", '{"a": 1}\nnotes'])
+def test_a_file_of_something_else_is_left_as_it_is(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "notes.txt"
+    path.write_text(content)
+    with pytest.raises(InputError, match=r"notes\.txt: does not hold JSON lines; name another file"), GrowingFile(path):
+        pass
+    assert path.read_text() == content

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
 import tracemalloc
 from collections.abc import Callable
@@ -302,11 +303,26 @@ def test_a_mistyped_model_does_not_bind_the_next_command(
     assert summarize(USERS, model="m").code == 0
 
 
+def test_a_pipe_is_refused_because_it_is_read_twice(popi: Run, models: Models, out: Path, tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    ran = popi("summarize", "--signals", pipe, "--model", "m", "--out", out)
+    assert ran.code == 2
+    assert ran.err == f"popi: {pipe}: is no regular file, and it is read twice; save what comes from it first\n"
+
+
+def test_settings_that_gave_nothing_bind_nobody(summarize: Run, models: Models, out: Path) -> None:
+    summarize(USERS, "--seed", 7)
+    out.write_text("")
+    assert summarize(USERS, "--seed", 8).code == 0
+    assert json.loads((out.parent / "summaries.jsonl.meta.json").read_text())["settings"]["seed"] == 8
+
+
 def test_no_two_at_once(summarize: Run, models: Models, out: Path) -> None:
     with GrowingFile(out):
         ran = summarize(USERS)
     assert ran.code == 1
-    assert ran.err == f"popi: {out} is being written by another process; wait for it or choose another file\n"
+    assert ran.err == f"popi: {out} is being written by another process; wait for it or choose another place\n"
 
 
 def test_a_full_disk_is_one_line_and_keeps_whole_lines(summarize: Run, models: Models, out: Path) -> None:
