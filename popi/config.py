@@ -7,14 +7,18 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveInt, field_validator
 
 from popi.errors import ConfigError, InputError
 from popi.io import validate
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+Name = Annotated[str, Field(pattern=r"^\w[\w.-]*$")]
+"""What can be the name of a folder."""
 
 
 class Tokenizer(_Section):
@@ -29,6 +33,10 @@ class Tokenizer(_Section):
     vocab_size: int = Field(ge=300)
 
 
+Dimension = Literal["opening", "emoji", "format", "stance", "tone", "level", "units", "length", "examples", "closing"]
+"""Of the mini world, see :data:`popi.data.miniworld.tastes.SIDES`."""
+
+
 class Dilution(_Section):
     """How the writer falls short; see :class:`popi.data.miniworld.curriculum.Dilution`.
 
@@ -38,8 +46,8 @@ class Dilution(_Section):
         slip: The chance that it does otherwise with a claim.
     """
 
-    blurred: tuple[str, ...]
-    overlooked: tuple[str, ...]
+    blurred: tuple[Dimension, ...]
+    overlooked: tuple[Dimension, ...]
     slip: float = Field(ge=0, le=1)
 
 
@@ -55,12 +63,19 @@ class Phase(_Section):
         dilution: Teach the writer to fall short of the evidence.
     """
 
-    name: str
+    name: Name
     steps: int = Field(ge=1)
-    lessons: dict[Literal["write", "raw", "summary", "bare"], int]
-    signals: tuple[int, int] = (8, 8)
-    learning_rate: tuple[float, float]
+    lessons: dict[Literal["write", "raw", "summary", "bare"], PositiveInt] = Field(min_length=1)
+    signals: tuple[PositiveInt, PositiveInt] = (8, 8)
+    learning_rate: tuple[NonNegativeFloat, NonNegativeFloat]
     dilution: Dilution | None = None
+
+    @field_validator("signals")
+    @classmethod
+    def _fewest_first(cls, signals: tuple[int, int]) -> tuple[int, int]:
+        if signals[0] > signals[1]:
+            raise ValueError("the fewest signals come first, then the most")
+        return signals
 
 
 class PretrainRecipe(_Section):
@@ -79,14 +94,23 @@ class PretrainRecipe(_Section):
     """
 
     task: Literal["pretrain"]
-    name: str
-    seed: int = 0
+    name: Name
+    seed: int = Field(default=0, ge=0)
     architecture: dict[str, Any]
     tokenizer: Tokenizer
     phases: Annotated[tuple[Phase, ...], Field(min_length=1)]
     batch_tokens: int = Field(default=4096, ge=256)
     evaluate_every: int = Field(default=200, ge=1)
     checkpoint_every: int = Field(default=100, ge=1)
+
+    @field_validator("phases")
+    @classmethod
+    def _names_apart(cls, phases: tuple[Phase, ...]) -> tuple[Phase, ...]:
+        names = [phase.name for phase in phases]
+        for name in names:
+            if names.count(name) > 1 or name == "tokenizer":
+                raise ValueError(f"each phase leaves a folder, and another one is called {name!r}")
+        return phases
 
 
 def load(path: Path, overrides: dict[str, Any] | None = None) -> PretrainRecipe:
@@ -104,9 +128,10 @@ def load(path: Path, overrides: dict[str, Any] | None = None) -> PretrainRecipe:
         tree = yaml.safe_load(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"cannot be read ({error.strerror})", file=file, fix="give a recipe's YAML file") from error
-    except yaml.YAMLError as error:
+    # A date that is none, or bytes that are no UTF-8, are a ValueError.
+    except (yaml.YAMLError, ValueError) as error:
         line = error.problem_mark.line + 1 if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark else None
-        raise ConfigError("is not YAML", file=file, line=line, fix="mend the syntax") from error
+        raise ConfigError("is not YAML in UTF-8", file=file, line=line, fix="mend the syntax") from error
     for name, value in (overrides or {}).items():
         _replace(tree, name, value, file)
     return validate(PretrainRecipe, tree, file=file)

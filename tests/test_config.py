@@ -1,8 +1,9 @@
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
-from popi.config import load, parse_overrides
+from popi.config import Dimension, load, parse_overrides
 from popi.errors import ConfigError, InputError
 
 RECIPES = Path(__file__).parents[1] / "recipes"
@@ -12,8 +13,21 @@ def edited(tmp_path, old, new):
     text = (RECIPES / "mini_base" / "config.yaml").read_text()
     assert old in text
     file = tmp_path / "recipe.yaml"
-    file.write_text(text.replace(old, new))
+    file.write_text(text.replace(old, new, 1))
     return file
+
+
+def test_a_recipe_in_another_encoding_is_bad_input(tmp_path):
+    file = tmp_path / "recipe.yaml"
+    file.write_bytes("# café".encode("latin-1"))
+    with pytest.raises(InputError, match="is not YAML in UTF-8"):
+        load(file)
+
+
+def test_the_dimensions_of_a_dilution_are_those_of_the_mini_world():
+    from popi.data.miniworld import DIMENSIONS
+
+    assert get_args(Dimension) == DIMENSIONS
 
 
 @pytest.mark.parametrize("file", sorted(RECIPES.glob("*/*.yaml")), ids=lambda path: f"{path.parent.name}/{path.name}")
@@ -39,6 +53,17 @@ def test_a_recipe_is_frozen():
         ("write: 16", "wriet: 16", "field phases.0.lessons"),
         ("kind: byte-level", "kind: bytes", "field tokenizer.kind"),
         ("seed: 1", "seed: [1", "not YAML"),
+        ("name: warm-up", "name: 2024-13-45", "not YAML"),
+        ("seed: 1", "seed: -1", "field seed"),
+        ("signals: [1, 3]", "signals: [3, 1]", "phases.0.signals.*fewest signals come first"),
+        ("signals: [1, 3]", "signals: [0, 3]", "field phases.0.signals.0"),
+        ("write: 16", "write: -1", "field phases.0.lessons.write"),
+        ("lessons: {write: 16, raw: 4, summary: 20, bare: 4}", "lessons: {}", "field phases.0.lessons"),
+        ("learning_rate: [0.0001, 0.003]", "learning_rate: [.nan, 0.003]", "field phases.0.learning_rate.0"),
+        ("blurred: [stance", "blurred: [stanse", "field phases.3.dilution.blurred.0"),
+        ("name: warm-up", "name: read", "another one is called 'read'"),
+        ("name: warm-up", "name: tokenizer", "another one is called 'tokenizer'"),
+        ("name: warm-up", "name: a/b", "field phases.0.name"),
     ],
 )
 def test_a_misfit_names_file_and_field(tmp_path, old, new, message):

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from popi.cli.output import JsonFlag, note, print_json, print_records, progress, wants_json
+from popi.cli.output import JsonFlag, note, print_json, print_records, progress
 
 
 def train(
@@ -28,8 +28,9 @@ def train(
     if dry_run:
         print_json({"recipe": resolved.model_dump(mode="json"), "steps": steps, "lessons": lessons})
         return
-    from popi.training.pretrain import run
+    from popi.registry import load as load_part
 
+    run = load_part("popi.training.pretrain:run")
     folder = out or Path("runs") / resolved.name
     with progress(resolved.name, steps) as shown:
         done = 0
@@ -47,7 +48,7 @@ def train(
             note(f"stopped at step {done}; the same command goes on from the last checkpoint in {folder}")
             raise
     result = {"model": str(folder / resolved.phases[-1].name), "steps": steps, "lessons": lessons}
-    print_records([result], json_flag=wants_json(json))
+    print_records([result], json_flag=json)
 
 
 def _look(measured: dict[str, Any]) -> str:

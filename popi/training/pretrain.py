@@ -17,6 +17,7 @@ from torch import nn
 
 from popi.config import Phase, PretrainRecipe
 from popi.data.miniworld.curriculum import Dilution, Lesson, lesson
+from popi.errors import ConfigError
 from popi.training.attention import use_float32_attention
 from popi.training.card import model_card
 from popi.training.lessons import SignalHeads, batches, encode, losses
@@ -72,21 +73,30 @@ class Learner:
 
 
 def build(architecture: dict[str, Any], tokenizer: PreTrainedTokenizerFast, seed: int) -> Learner:
-    """Makes a model with random weights and its optimizers."""
+    """Makes a model with random weights and its optimizers.
+
+    Raises:
+        ConfigError: If the architecture is none of a causal language model with layers.
+    """
     from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(seed)
-    config = AutoConfig.for_model(
-        **architecture,
-        vocab_size=len(tokenizer),
-        tie_word_embeddings=False,
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    model = AutoModelForCausalLM.from_config(config)
-    use_float32_attention(model)
-    heads = SignalHeads(config.hidden_size)
+    try:
+        config = AutoConfig.for_model(
+            **architecture,
+            vocab_size=len(tokenizer),
+            tie_word_embeddings=False,
+            bos_token_id=None,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+        model = AutoModelForCausalLM.from_config(config)
+        use_float32_attention(model)
+        heads = SignalHeads(config.hidden_size)
+        _ = model.base_model.layers
+    # What a configuration makes of arguments that do not fit is up to each family.
+    except Exception as error:
+        raise ConfigError(f"makes no model ({error})", field="architecture", fix="see the family's config") from error
     inside = {id(p) for p in model.base_model.layers.parameters() if p.ndim == 2}
     matrices = [p for p in model.parameters() if id(p) in inside]
     rest = [p for p in (*model.parameters(), *heads.parameters()) if id(p) not in inside]
@@ -171,13 +181,20 @@ def run(recipe: PretrainRecipe, out: Path, *, source: str, report: Callable[[dic
         report: Called after each step with what was measured.
 
     Raises:
+        ConfigError: If the recipe describes no model.
         InputError: If the folder holds another run.
+        PopiError: If another process works in it, or the disk is full.
     """
-    folder = RunFolder.open(out, recipe)
+    with RunFolder.open(out, recipe) as folder:
+        _run(recipe, folder, source, report)
+
+
+def _run(recipe: PretrainRecipe, folder: RunFolder, source: str, report: Callable[[dict[str, Any]], None]) -> None:
     tokenizer = _tokenizer(recipe, folder)
     learner = build(recipe.architecture, tokenizer, recipe.seed)
     if (state := folder.load_checkpoint()) is not None:
         learner.restore(state)
+    begun = learner.step
     bf16 = bf16_is_faster()
     first = 0
     for phase in recipe.phases:
@@ -196,14 +213,14 @@ def run(recipe: PretrainRecipe, out: Path, *, source: str, report: Callable[[dic
             if learner.step % recipe.checkpoint_every == 0:
                 folder.save_checkpoint(learner.state())
         first += phase.steps
-        if learner.step == first and not (out / phase.name / "config.json").exists():
+        if learner.step == first and (first > begun or not (folder.path / phase.name).exists()):
             facts = {
                 "recipe": source,
                 "parameters": learner.model.num_parameters(),
                 "threads": torch.get_num_threads(),
                 "finished": datetime.now(UTC).isoformat(timespec="minutes"),
             }
-            card = model_card(recipe, phase.name, folder.config, out / METRICS, facts)
+            card = model_card(recipe, phase.name, folder.config, folder.path / METRICS, facts)
             folder.save(phase.name, partial(save_model, learner.model, tokenizer, card))
             folder.save_checkpoint(learner.state())
 

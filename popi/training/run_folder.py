@@ -11,13 +11,14 @@ import tempfile
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from types import TracebackType
+from typing import IO, TYPE_CHECKING, Any, Self
 
 from pydantic import BaseModel
 
 from popi import __version__
 from popi.errors import InputError, PopiError
-from popi.io import write_text
+from popi.io import lock, read_json, write_text
 from popi.prompts import template_hash
 
 if TYPE_CHECKING:
@@ -30,20 +31,33 @@ _LIBRARIES = ("torch", "transformers", "tokenizers", "numpy")
 class RunFolder:
     """A folder with ``config.json`` (recipe, versions, template hash), ``metrics.jsonl``, checkpoint and models.
 
+    One process at a time works in it: it is a context manager that gives it free.
+
     Args:
         path: The folder.
         config: What ``config.json`` holds.
+        held: Its lock.
     """
 
-    def __init__(self, path: Path, config: dict[str, Any]) -> None:
+    def __init__(self, path: Path, config: dict[str, Any], held: IO[bytes]) -> None:
         self.path, self.config = path, config
+        self._held = held
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._held.close()
 
     @classmethod
     def open(cls, path: Path, recipe: BaseModel) -> Self:
         """Makes the folder, or opens it again for the same recipe.
 
         Raises:
-            InputError: If it holds a run of another recipe or other templates.
+            InputError: If it holds a run of another recipe or other templates, or something else.
+            PopiError: If another process works in it, or it cannot be written.
         """
         config = {
             "recipe": recipe.model_dump(mode="json"),
@@ -52,7 +66,9 @@ class RunFolder:
         }
         file = path / CONFIG
         if file.exists():
-            known = json.loads(file.read_text(encoding="utf-8"))
+            known = read_json(file)
+            if not isinstance(known, dict):
+                raise InputError("is not the configuration of a run", file=file, fix="choose another folder")
             for key, value in config.items():
                 if known.get(key) != value:
                     raise InputError(
@@ -63,7 +79,10 @@ class RunFolder:
         else:
             known = {**config, "machine": machine(), "started": datetime.now(UTC).isoformat(timespec="seconds")}
             write_text(file, json.dumps(known, indent=2) + "\n")
-        return cls(path, known)
+        try:
+            return cls(path, known, lock(path))
+        except OSError as error:
+            raise PopiError(f"cannot write in {path}: {error.strerror or error}") from error
 
     def log(self, measured: dict[str, Any]) -> None:
         """Adds one line to the metrics."""
