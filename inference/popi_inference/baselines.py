@@ -14,7 +14,6 @@ from popi.signals import UserSignals
 from popi.summary import NO_EVIDENCE, Author, PreferenceSummary, Provenance, parse_claims
 
 ANSWER_TOKENS = 256
-"""Room that raw signals leave for the prompt and its answer."""
 
 
 class RawSignals(PreferenceInference):
@@ -23,6 +22,7 @@ class RawSignals(PreferenceInference):
     Args:
         backend: The model that will answer under them; its tokenizer counts.
         budget: The most tokens of rendered signals; ``None`` takes what the model's context has room for.
+        answer_tokens: Room that is left for the prompt and its answer.
 
     Raises:
         ConfigError: If the budget does not fit the model.
@@ -31,9 +31,9 @@ class RawSignals(PreferenceInference):
 
     name = "raw signals"
 
-    def __init__(self, backend: Backend, *, budget: int | None = None) -> None:
+    def __init__(self, backend: Backend, *, budget: int | None = None, answer_tokens: int = ANSWER_TOKENS) -> None:
         self._backend = backend
-        self._budget = context_tokens(backend, answer_messages("", ""), ANSWER_TOKENS, budget)
+        self._budget = context_tokens(backend, answer_messages("", ""), answer_tokens, budget)
 
     async def infer(self, users: Sequence[UserSignals]) -> list[PreferenceSummary]:
         """See :meth:`PreferenceInference.infer`."""

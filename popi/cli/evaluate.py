@@ -147,6 +147,7 @@ def _config(
     from popi.evaluation.folder import RunConfig, fingerprint
     from popi.models import find
     from popi.prompts import template_hash
+    from popi.registry import load
 
     found = versions()
     return RunConfig(
@@ -154,6 +155,8 @@ def _config(
             **source,
             "writer": writer,
             "judged": JUDGED,
+            # Margins subtract scores, which have to be of one precision.
+            "dtype": load("popi.backends.causal.loading:default_dtype")(),
             "template_hash": template_hash(),
             "popi": found["popi"],
         },

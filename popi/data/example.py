@@ -40,7 +40,8 @@ class PersonalizationExample(BaseModel):
         tests: Pairs that the signals do not show.
         oracles: Summaries that a writer could not know, by name: ``truth`` (the true tastes) and ``evidence`` (the best
             summary given only the signals). Present only where the truth is known.
-        facts: What a data set knows beside, for judges: never shown to a writer or a generator.
+        facts: What a data set knows beside, for judges: never shown to a writer or a generator. Users of one
+            ``cluster``, where it is told, do not witness independently of each other.
     """
 
     model_config = FROZEN
@@ -49,6 +50,11 @@ class PersonalizationExample(BaseModel):
     tests: tuple[TestPair, ...] = ()
     oracles: dict[str, str] = Field(default_factory=dict)
     facts: dict[str, Any] = Field(default_factory=dict)
+
+    @property
+    def cluster(self) -> str:
+        """What is resampled as a whole when an interval is drawn."""
+        return str(self.facts.get("cluster", self.user.user_id))
 
     @field_validator("facts")
     @classmethod

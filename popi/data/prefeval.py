@@ -3,6 +3,9 @@
 Each item is a user in each form: the preference is stated, or shown by a choice among options that an assistant gave,
 or told in passing in a dialogue. The test is the item's question, with the option that follows the preference against
 one of those that do not. The true preference is known, so the faithfulness of a summary can be checked.
+
+The test of an item is the same in every form, so its users do not witness independently: they share a ``cluster``, and
+intervals resample clusters.
 """
 
 from __future__ import annotations
@@ -182,5 +185,5 @@ def _example(file: Path, index: int, record: object, options: list[Any], seed: i
         user=UserSignals(user_id=f"{item.form}-{file.stem}-{index:03d}", signals=(item.signal(),)),
         tests=(TestPair(prompt=item.question, chosen=follows, rejected=rejected),),
         oracles={"truth": as_text([Claim(text=item.preference)])},
-        facts={"dataset": "prefeval", "topic": file.stem, **item.facts()},
+        facts={"dataset": "prefeval", "topic": file.stem, "cluster": f"{file.stem}-{index:03d}", **item.facts()},
     )

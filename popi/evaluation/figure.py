@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from popi.errors import MissingExtra, PopiError
+from popi.errors import MissingExtra
 from popi.evaluation.results import PERFECT, Results
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
+from popi.io import write_bytes
 
 MARKERS = "os^Dv<>Pp*"
 
@@ -59,18 +54,6 @@ def draw_accuracy(results: Results, path: Path) -> None:
         axes.plot([], [], marker=marker[column], linestyle="none", color="black", label=column)[0] for column in columns
     ]
     axes.legend(handles=shapes, title="generator")
-    _save(figure, path)
-
-
-def _save(figure: Figure, path: Path) -> None:
-    """Writes the picture whole or not at all."""
     drawn = BytesIO()
     figure.savefig(drawn, format="png", dpi=150)
-    temporary = path.with_name(f".{path.name}.part")
-    try:
-        temporary.write_bytes(drawn.getvalue())
-        os.replace(temporary, path)
-    except OSError as error:
-        raise PopiError(f"cannot write {path}: {error.strerror or error}; nothing was changed") from error
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_bytes(path, drawn.getvalue())

@@ -25,6 +25,8 @@ from pydantic import BaseModel, ConfigDict
 from popi.errors import InputError
 from popi.io import read_jsonl, validate, write_jsonl, write_text
 
+PIECES = "users"
+
 Record = TypeVar("Record", bound=BaseModel)
 
 
@@ -72,7 +74,8 @@ class Folder:
         path = self.path / "config.json"
         if path.exists():
             before = _read_config(path)
-            changed = _first_difference(before, config)
+            # Settings with which nothing was measured bind nobody.
+            changed = _first_difference(before, config) if (self.path / PIECES).exists() else None
             if changed is not None:
                 raise InputError(
                     f"was made with {changed}",
@@ -117,7 +120,7 @@ class Folder:
             PopiError: If it cannot be written.
         """
         *folders, last = map(_file_name, names)
-        path = self.path.joinpath("users", *folders, f"{last}.jsonl")
+        path = self.path.joinpath(PIECES, *folders, f"{last}.jsonl")
         if path.exists():
             return [record for _, record in read_jsonl(path, model)]
         made = await make()

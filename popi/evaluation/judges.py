@@ -58,10 +58,13 @@ WORLDS = {"miniworld": "popi.evaluation.miniworld:MiniWorld"}
 
 
 def world_of(examples: Sequence[PersonalizationExample]) -> World | None:
-    """The world that all of these examples come from, or ``None`` when there is no such one."""
+    """The world that all of these examples come from, or ``None`` when there is no such one.
+
+    A world whose truth about some user is lost is none.
+    """
     names = {example.facts.get("world") for example in examples}
     name = names.pop() if len(names) == 1 else None
     if not isinstance(name, str) or name not in WORLDS:
         return None
     world: World = registry.load(WORLDS[name])()
-    return world
+    return None if any(world.true(example) is None for example in examples) else world

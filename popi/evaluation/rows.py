@@ -18,6 +18,9 @@ from popi.roles import PreferenceInference
 from popi.signals import UserSignals
 from popi.summary import PreferenceSummary
 
+ANSWER_TOKENS = 256
+"""Room for a written answer."""
+
 
 class RowUnavailable(PopiError):
     """The data lack what a row needs; the table is made without it and says why."""
@@ -46,13 +49,11 @@ class Row:
         name: Names it on the command line and in tables.
         build: Makes the inference, or raises :class:`RowUnavailable`. ``None`` is the bare prompt.
         claims: Whether what it tells is a summary, whose claims can be held against the truth.
-        per_reader: Whether what it tells depends on who reads it, as on the room in a model's context.
     """
 
     name: str
     build: Callable[[Materials], PreferenceInference] | None
     claims: bool = True
-    per_reader: bool = False
 
 
 class WrittenOnce(PreferenceInference):
@@ -76,7 +77,17 @@ class WrittenOnce(PreferenceInference):
 
 
 def _raw(materials: Materials) -> PreferenceInference:
-    return registry.inference("raw")(materials.reader)
+    """Raw signals leave room for the longest test pair: a pair that cannot be scored would count against them."""
+    texts = [
+        f"{pair.prompt}\n{answer}"
+        for example in materials.examples
+        for pair in example.tests
+        for answer in (pair.chosen, pair.rejected)
+    ]
+    longest = materials.reader.count_tokens(max(texts, key=len))
+    # What takes more than half of the context is too long for every row.
+    half = (materials.reader.capabilities.context_length or 2 * longest) // 2
+    return registry.inference("raw")(materials.reader, answer_tokens=max(ANSWER_TOKENS, min(longest, half)))
 
 
 def _oracle(which: Literal["evidence", "truth"]) -> Callable[[Materials], PreferenceInference]:
@@ -101,7 +112,7 @@ UNTRAINED = "untrained-summary"
 
 ROWS = (
     Row(NO_CONTEXT, None, claims=False),
-    Row("raw-signals", _raw, claims=False, per_reader=True),
+    Row("raw-signals", _raw, claims=False),
     Row(UNTRAINED, lambda materials: materials.writer),
     Row("empty-summary", lambda materials: registry.inference("empty")(), claims=False),
     Row("another-users-summary", _another_user),

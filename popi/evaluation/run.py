@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
+from popi.errors import InputError
 from popi.evaluation.folder import Folder
 from popi.evaluation.judges import World, world_of
 from popi.evaluation.measure import Column, Measured, Plain, measure, measure_nothing, measure_plain
@@ -43,13 +44,16 @@ async def evaluate(
 
     Raises:
         BackendError: If a model cannot serve.
-        InputError: If the folder holds broken pieces.
+        InputError: If the folder holds broken pieces, or the data can have none of the rows.
         PopiError: If the folder cannot be written.
     """
     world = world_of([example for sample in samples for example in sample.examples])
     benches = [_Bench(sample, writer, folder, world, judged if world else 0) for sample in samples]
     left_out = {row.name: why for row in rows if (why := _why_not(row, benches, columns))}
     made = [row for row in rows if row.name not in left_out]
+    if not made:
+        reasons = "; ".join(f"{name}: {why}" for name, why in left_out.items())
+        raise InputError(f"none of the rows can be had of these data ({reasons})", fix="ask for other rows")
     for bench in benches:
         for column in columns:
             await bench.measure(made, column, advance)
@@ -66,7 +70,7 @@ async def evaluate(
         controls=table.controls(names),
         summaries=[table.summaries(row.name, world) for row in made if row.claims],
         left_out=left_out,
-        notes=_notes(cells, world, [writer.name, *names]),
+        notes=_notes(cells, world, [writer.name, *names], _clusters(samples)),
     )
 
 
@@ -143,7 +147,14 @@ def _why_not(row: Row, benches: Sequence[_Bench], columns: Sequence[Column]) -> 
     return None
 
 
-def _notes(cells: Sequence[Cell], world: World | None, models: Sequence[str]) -> list[str]:
+def _clusters(samples: Sequence[Sample]) -> int | None:
+    """How many clusters the users make, if not each is one."""
+    examples = [example for sample in samples for example in sample.examples]
+    count = len({example.cluster for example in examples})
+    return count if count < len(examples) else None
+
+
+def _notes(cells: Sequence[Cell], world: World | None, models: Sequence[str], clusters: int | None) -> list[str]:
     """What a reader of the table has to know."""
     miniatures = sorted(set(models) & set(shipped()))
     notes = [world.remark] if world else []
@@ -154,11 +165,13 @@ def _notes(cells: Sequence[Cell], world: World | None, models: Sequence[str]) ->
             "No context is 50 % by construction: with the same prompt on both sides of the margin every pair ties, "
             "and a tie counts one half."
         )
-    unscored = sum(cell.unscored for cell in cells)
+    unscored = [f"{cell.unscored} of {cell.pairs} in {cell.row} ({cell.column})" for cell in cells if cell.unscored]
     if unscored:
         notes.append(
-            f"Pairs that could not be scored, most likely for their length, count as ties: {unscored} of them."
+            f"Pairs that could not be scored, most likely for their length, count as ties: {', '.join(unscored)}."
         )
+    if clusters is not None:
+        notes.append(f"These users do not witness independently: they make {clusters} clusters, which are resampled.")
     if world is None:
         notes.append("Nothing is known of the truth behind these data: no win rate, no faithfulness.")
     elif cells and cells[0].judged:

@@ -67,7 +67,12 @@ def from_file(path: Path, *, users: int | None, seeds: Sequence[int]) -> list[Sa
             fix="ask for fewer users or seeds" if examples else "give users their test pairs in the field tests",
         )
     order = np.random.default_rng(seeds[0]).permutation(len(examples))
+    # Users of one cluster stand together, where the first of them is: what they share is not dealt to two samples.
+    rank: dict[str, int] = {}
+    for place in order:
+        rank.setdefault(examples[place].cluster, len(rank))
+    dealt = sorted(order, key=lambda place: rank[examples[place].cluster])
     return [
-        Sample(seed, [examples[place] for place in order[turn * size : (turn + 1) * size]])
+        Sample(seed, [examples[place] for place in dealt[turn * size : (turn + 1) * size]])
         for turn, seed in enumerate(seeds)
     ]

@@ -14,7 +14,7 @@ LEVEL = 0.95
 """Share of the resamples that an interval holds."""
 
 TIE = 1e-4
-"""Margins within this many nats of zero are ties: it is the precision to which backends promise their scores."""
+"""Margins within this many nats of zero are ties: scores in float32 are no more precise."""
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
@@ -48,15 +48,18 @@ class Bootstrap:
     """Resamples of users, drawn once and used for every figure of a table, so that differences are paired.
 
     Args:
-        users: The number of users.
+        clusters: The cluster of each user; whole clusters are drawn. In most data every user is one.
         seed: Seeds the draws.
-        resamples: How many times the users are drawn anew, with replacement.
+        resamples: How many times the clusters are drawn anew, with replacement.
     """
 
-    def __init__(self, users: int, *, seed: int = 0, resamples: int = 1000) -> None:
+    def __init__(self, clusters: Sequence[str], *, seed: int = 0, resamples: int = 1000) -> None:
         rng = np.random.default_rng(seed)
+        # In the order of their first users, so that users who are clusters of their own are drawn as they stand.
+        number = {name: place for place, name in enumerate(dict.fromkeys(clusters))}
+        drawn = rng.multinomial(len(number), np.full(len(number), 1 / len(number)), size=resamples)
         # How often each resample holds each user: (resamples, users). A figure of a resample is then one product.
-        self._times = rng.multinomial(users, np.full(users, 1 / users), size=resamples).astype(np.float64)
+        self._times = drawn[:, [number[name] for name in clusters]].astype(np.float64)
 
     def ratio(self, hits: ArrayLike, counts: ArrayLike) -> Estimate | None:
         """The pooled share, sum of hits over sum of counts, with its percentile interval.

@@ -43,7 +43,7 @@ class Tabulator:
 
     def __init__(self, users: Sequence[MeasuredUser]) -> None:
         self._users = sorted(users, key=lambda user: (user.seed, user.example.user.user_id))
-        self._bootstrap = Bootstrap(len(users))
+        self._bootstrap = Bootstrap([user.example.cluster for user in self._users])
         self._seeds = np.array([user.seed for user in self._users])
         self._pairs = self._each(lambda user: len(user.example.tests))
 

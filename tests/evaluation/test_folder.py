@@ -91,10 +91,17 @@ def test_the_same_settings_open_a_folder_again_and_its_time_adds_up(tmp_path: Pa
 def test_other_settings_are_refused_and_change_nothing(tmp_path: Path, change: dict[str, object], says: str) -> None:
     folder = Folder(tmp_path)
     folder.open(CONFIG)
+    (tmp_path / "users").mkdir()
     before = (tmp_path / "config.json").read_bytes()
     with pytest.raises(InputError, match=says):
         folder.open(CONFIG.model_copy(update=change))
     assert (tmp_path / "config.json").read_bytes() == before
+
+
+def test_settings_with_which_nothing_was_measured_bind_nobody(tmp_path: Path) -> None:
+    folder = Folder(tmp_path)
+    folder.open(CONFIG.model_copy(update={"settings": {"judged": 9}}))
+    assert folder.open(CONFIG).settings == CONFIG.settings
 
 
 def test_a_folder_with_another_config_is_not_taken(tmp_path: Path) -> None:

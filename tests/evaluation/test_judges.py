@@ -35,5 +35,7 @@ def test_a_world_is_known_by_its_examples(make_example: Make) -> None:
     known, unknown = make_example("ann", ("a", "b"), tastes={"format": "prose"}), make_example("bob", ("a", "b"))
     elsewhere = known.model_copy(update={"facts": {"world": "moon"}})
     assert isinstance(world_of([known, known]), MiniWorld)
+    lost = known.model_copy(update={"facts": {"world": "miniworld"}})
+    assert world_of([known, lost]) is None
     for examples in ([known, unknown], [unknown], [elsewhere], [known, elsewhere], []):
         assert world_of(examples) is None

@@ -120,8 +120,10 @@ def test_the_figure_is_a_picture(tmp_path: Path) -> None:
 
 def test_a_figure_that_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason="the figure needs the extra bench")
+    (tmp_path / "file").write_text("")
     with pytest.raises(PopiError, match="cannot write"):
-        draw_accuracy(RESULTS, tmp_path / "absent" / "figure.png")
+        draw_accuracy(RESULTS, tmp_path / "file" / "figure.png")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 def test_without_matplotlib_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,7 @@ from popi.data.example import PersonalizationExample
 from popi.errors import ConfigError
 from popi.evaluation.rows import ROWS, Materials, Row, RowUnavailable, WrittenOnce, choose
 from popi.registry import inference
+from popi.signals import Statement
 from popi.summary import PreferenceSummary
 from popi.testing import ScriptedBackend
 
@@ -92,3 +93,12 @@ def test_rows_are_chosen_by_name_in_the_order_of_the_table() -> None:
     assert choose([]) == ROWS
     with pytest.raises(ConfigError, match="unknown row 'raw-signal'; did you mean raw-signals"):
         choose(["raw-signal"])
+
+
+async def test_raw_signals_leave_room_for_the_longest_test_pair(make_example: Make) -> None:
+    long = make_example("ann", ("word " * 300, "bad"))
+    many = [Statement(text=f"I like {n} {'words ' * 40}") for n in range(40)]
+    long = long.model_copy(update={"user": long.user.model_copy(update={"signals": tuple(many)})})
+    backend = ScriptedBackend(context_length=1000)
+    [shown] = await texts(ROW["raw-signals"], materials([long], backend))
+    assert 300 < backend.count_tokens(shown) < 1000 - 300

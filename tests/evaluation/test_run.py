@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from popi.backends.base import ScoreRequest
+from popi.backends.base import ScoreRequest, ScoreResult
 from popi.data.example import PersonalizationExample
-from popi.errors import BackendError
+from popi.errors import BackendError, InputError
 from popi.evaluation.folder import Folder
 from popi.evaluation.measure import Column, Measured
 from popi.evaluation.results import Cell, Results
@@ -22,6 +23,7 @@ from popi.prompts import answer_messages
 from popi.registry import generator, inference
 from popi.testing import ScriptedBackend, tiny_model
 
+Make = Callable[..., PersonalizationExample]
 USERS = 20
 
 
@@ -163,3 +165,29 @@ async def test_a_transformer_is_measured_like_the_double(samples: list[Sample], 
     by_hand = (chosen.logprob - rejected.logprob) - (plain_chosen.logprob - plain_rejected.logprob)
     assert measured[1].margins[0] == pytest.approx(by_hand, abs=TIE)
     await backend.close()
+
+
+async def test_where_no_row_can_be_had_that_is_the_error(column: Column, make_example: Make, tmp_path: Path) -> None:
+    sample = Sample(0, [make_example(name, ("good", "bad")) for name in ("ann", "bob")])
+    with pytest.raises(
+        InputError, match=r"none of the rows .* \(evidence-oracle: 2 of 2 users have no evidence oracle\)"
+    ):
+        await run([sample], column, tmp_path, rows=choose(["evidence-oracle"]))
+
+
+async def test_clusters_and_pairs_without_a_score_are_told(make_example: Make, tmp_path: Path) -> None:
+    def score(request: ScoreRequest) -> ScoreResult:
+        return (
+            ScoreResult(math.nan, 1, error="too long")
+            if "I am" in request.messages[-1].content
+            else ScoreResult(-1.0, 1)
+        )
+
+    backend = ScriptedBackend(scores=score)
+    column = Column("double", generator("prompted")(backend), backend)
+    users = [make_example(f"{n}", ("good", "bad")) for n in range(4)]
+    users = [one.model_copy(update={"facts": {"cluster": place // 2}}) for place, one in enumerate(users)]
+    results = await run([Sample(0, users)], column, tmp_path, rows=choose(["raw-signals", "empty-summary"]))
+    notes = " ".join(results.notes)
+    assert "count as ties: 4 of 4 in raw-signals (double)." in notes
+    assert "they make 2 clusters" in notes

@@ -56,3 +56,12 @@ def test_unknown_worlds_and_splits() -> None:
         from_world("minworld", split="train", users=1, seeds=[0])
     with pytest.raises(InputError, match="no split 'moon'"):
         from_world("miniworld", split="moon", users=1, seeds=[0])
+
+
+def test_users_of_one_cluster_are_not_dealt_to_two_samples(tmp_path: Path, make_example: Make) -> None:
+    made = [make_example(f"user {place}", ("good", "bad")) for place in range(24)]
+    clustered = [one.model_copy(update={"facts": {"cluster": f"item {place % 8}"}}) for place, one in enumerate(made)]
+    path = tmp_path / "users.jsonl"
+    write_jsonl(path, clustered)
+    first, second = from_file(path, users=None, seeds=[0, 1])
+    assert not {example.cluster for example in first.examples} & {example.cluster for example in second.examples}

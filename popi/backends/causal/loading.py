@@ -38,7 +38,7 @@ def load(name_or_path: str, device: str | None, dtype: str) -> tuple[PreTrainedM
     if dtype not in DTYPES:
         raise ConfigError(f"no dtype {dtype!r}", fix=f"one of {', '.join(DTYPES)}")
     if dtype == "auto":
-        dtype = "float32" if place.type == "cpu" else "bfloat16"
+        dtype = default_dtype(place)
     where = find(name_or_path)
     try:
         with _quiet():
@@ -93,6 +93,11 @@ def _from_pretrained(
             fix="fetch the model again",
         )
     return model, tokenizer
+
+
+def default_dtype(place: torch.device | None = None) -> str:
+    """What ``auto`` is on a device, by default the first GPU or the CPU."""
+    return "float32" if (place or _device(None)).type == "cpu" else "bfloat16"
 
 
 def _device(name: str | None) -> torch.device:
