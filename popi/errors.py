@@ -87,6 +87,9 @@ class MissingExtra(InputError):
         super().__init__(f"{module} is not installed", fix=f"install it with: pip install 'popi[{extra}]'")
         self.module, self.extra = module, extra
 
+    def __reduce__(self) -> tuple[type[MissingExtra], tuple[str, str]]:
+        return MissingExtra, (self.module, self.extra)
+
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """What to do about an unknown name, as a ``fix``: the nearest known ones, or all there are."""

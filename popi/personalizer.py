@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+import threading
+from collections.abc import AsyncIterator, Coroutine, Sequence
 from types import TracebackType
-from typing import Self
+from typing import Any, Self, TypeVar
 from weakref import WeakValueDictionary
 
 from popi import registry
@@ -15,6 +16,8 @@ from popi.prompts import template_hash
 from popi.roles import Conditioned, ConditionedGenerator, PreferenceInference
 from popi.signals import Signal, UserSignals
 from popi.summary import PreferenceSummary
+
+Result = TypeVar("Result")
 
 
 class Personalizer:
@@ -48,7 +51,9 @@ class Personalizer:
         self._signals: dict[str, UserSignals] = {}
         self._inferred: dict[str, tuple[tuple[str, ...], PreferenceSummary]] = {}
         self._edited: dict[str, PreferenceSummary] = {}
-        self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
+        # A lock belongs to the loop of those who wait for it.
+        self._locks: WeakValueDictionary[tuple[asyncio.AbstractEventLoop, str], asyncio.Lock] = WeakValueDictionary()
+        self._own_loop = _LoopInThread()
 
     @classmethod
     def load(cls, model: str, *, generator: str | None = None, backend: str = "transformers") -> Self:
@@ -93,16 +98,16 @@ class Personalizer:
         Raises:
             BackendError: If it cannot be had.
         """
-        if user_id in self._edited:
-            return self._edited[user_id]
-        lock = self._locks.setdefault(user_id, asyncio.Lock())
+        lock = self._locks.setdefault((asyncio.get_running_loop(), user_id), asyncio.Lock())
         async with lock:
+            if user_id in self._edited:
+                return self._edited[user_id]
             user = self.signals(user_id)
             key = (user.digest(), template_hash(), self._inference.name)
             if user_id not in self._inferred or self._inferred[user_id][0] != key:
                 [summary] = await self._inference.infer([user])
                 self._inferred[user_id] = key, summary
-            return self._inferred[user_id][1]
+            return self._edited.get(user_id, self._inferred[user_id][1])
 
     async def edit(self, user_id: str, text: str) -> PreferenceSummary:
         """Replaces the summary by a person's words, which hold from now on, whatever signals come.
@@ -139,17 +144,18 @@ class Personalizer:
             yield piece
 
     def infer_sync(self, user_id: str) -> PreferenceSummary:
-        """:meth:`infer` for programs without an event loop."""
-        return asyncio.run(self.infer(user_id))
+        """:meth:`infer` for code that is not asynchronous, from any thread."""
+        return self._own_loop.run(self.infer(user_id))
 
     def respond_sync(self, user_id: str, prompt: str) -> str:
-        """:meth:`respond` for programs without an event loop."""
-        return asyncio.run(self.respond(user_id, prompt))
+        """:meth:`respond` for code that is not asynchronous, from any thread."""
+        return self._own_loop.run(self.respond(user_id, prompt))
 
     async def close(self) -> None:
         """Closes the backends. Closing twice is harmless."""
         for backend in self._backends:
             await backend.close()
+        self._own_loop.stop()
 
     async def __aenter__(self) -> Self:
         return self
@@ -158,3 +164,30 @@ class Personalizer:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         await self.close()
+
+
+class _LoopInThread:
+    """An event loop in a thread of its own, started when it is first needed, for callers that have none."""
+
+    def __init__(self) -> None:
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._starting = threading.Lock()
+
+    def run(self, work: Coroutine[Any, Any, Result]) -> Result:
+        """Waits for work; an interruption of the wait cancels it."""
+        with self._starting:
+            if self._loop is None:
+                self._loop = asyncio.new_event_loop()
+                threading.Thread(target=self._loop.run_forever, name="popi-loop", daemon=True).start()
+        future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        try:
+            return future.result()
+        finally:
+            future.cancel()
+
+    def stop(self) -> None:
+        """Ends the thread; the next work starts another."""
+        with self._starting:
+            if self._loop is not None:
+                self._loop.call_soon_threadsafe(self._loop.stop)
+                self._loop = None

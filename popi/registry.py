@@ -105,13 +105,15 @@ def inference_options(name: str, **given: Any) -> dict[str, Any]:
         ConfigError: If the name is unknown, or an option is unknown or missing.
         MissingExtra: If what it needs is not installed.
     """
+    parameters = inspect.signature(inference(name)).parameters.values()
     takes = {
-        option: parameter.default
-        for option, parameter in inspect.signature(inference(name)).parameters.items()
-        if option != "backend"
+        parameter.name: parameter.default
+        for parameter in parameters
+        if parameter.name != "backend" and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
     }
+    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
     for option in given:
-        if option not in takes:
+        if option not in takes and not takes_any:
             raise ConfigError(
                 f"the inference {name!r} has no option {option!r}", fix=f"its options: {', '.join(takes) or 'none'}"
             )
@@ -127,6 +129,7 @@ def make_inference(name: str, backend: Backend, **given: Any) -> PreferenceInfer
 
     Raises:
         ConfigError: If the name is unknown, or an option is unknown, missing or out of range.
+        ModelError: If the model of the backend cannot play this part.
         MissingExtra: If what it needs is not installed.
     """
     make, options = inference(name), inference_options(name, **given)
@@ -140,7 +143,8 @@ def _resolve(kind: str, name: str, known: Mapping[str, str], base: type) -> Any:
         raise ConfigError(f"unknown {kind} {name!r}", fix=did_you_mean(name, known))
     try:
         found = load(known.get(name, name))
-    except (ImportError, AttributeError) as error:
+    # A name without a module is a ValueError or a TypeError.
+    except (ImportError, AttributeError, ValueError, TypeError) as error:
         raise ConfigError(
             f"the {kind} {name!r} cannot be imported ({error})",
             fix="give module:Class of an installed module",

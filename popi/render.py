@@ -42,7 +42,8 @@ _STARTS = {
     for template in (*SIGNAL.values(), *TURN.values(), NOT_BY_USER)
     for line in template.split("\n")
 } - {""}
-_LIKE_OURS = re.compile(rf"\n(?=[^\S\n]*(?i:\[\d|{'|'.join(map(re.escape, sorted(_STARTS)))}))")
+# Whatever is not a letter or a digit may stand in front: marks of a list, characters without width.
+_LIKE_OURS = re.compile(rf"\n(?=[^\w\n\[]*(?i:\[[^\w\n]*\d|{'|'.join(map(re.escape, sorted(_STARTS)))}))")
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,8 +68,8 @@ class RenderedSignals:
 def describe(signal: Signal, limit: int | None = None) -> str:
     """One signal as text, without its number.
 
-    Texts that are not the user's own are marked as such, and no text can pass for another signal or speaker: its
-    lines that begin like ours are quoted with ``>``.
+    Texts that are not the user's own are marked as such, and lines of any text that begin like ours are quoted with
+    ``>``, so that it does not pass for another signal or speaker.
 
     Args:
         signal: The signal.

@@ -13,7 +13,7 @@ from datetime import datetime
 from enum import StrEnum
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from popi.errors import InputError
 
@@ -160,8 +160,6 @@ Signal = Annotated[
     Field(discriminator="kind"),
 ]
 """Any signal, told apart by ``kind``."""
-
-SIGNAL: TypeAdapter[Signal] = TypeAdapter(Signal)
 
 
 class UserSignals(BaseModel):

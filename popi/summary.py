@@ -94,14 +94,18 @@ class PreferenceSummary(BaseModel):
     provenance: Provenance
 
     def edit(self, text: str) -> PreferenceSummary:
-        """Returns the summary as a person rewrote it; claims that were left alone keep their evidence."""
+        """Returns the summary in a person's words; claims that were left alone keep their evidence.
+
+        A text without words, or one that says that there is not enough evidence, is the summary that says so.
+        """
         known = {claim.text: claim for claim in self.claims}
-        claims = tuple(known.get(claim.text, claim) for claim in parse_claims(text))
+        words = text.strip()
+        nothing = not words or _says_nothing(words)
         return PreferenceSummary(
             user_id=self.user_id,
-            text=as_text(claims),
-            claims=claims,
-            status="ok" if claims else "not_enough_evidence",
+            text=NO_EVIDENCE if nothing else words,
+            claims=tuple(known.get(claim.text, claim) for claim in claims_in(words)),
+            status="not_enough_evidence" if nothing else "ok",
             provenance=self.provenance.model_copy(
                 update={"author": Author.EDITED, "time": datetime.now(UTC), "tokens": 0}
             ),
@@ -123,10 +127,18 @@ def parse_claims(text: str, shown: Sequence[str] = ()) -> tuple[Claim, ...]:
     for line in text.splitlines():
         words, numbers = _split_citations(line, len(shown))
         claim = _BULLET.sub("", words).strip()
-        says_nothing = claim.strip(" .*_\"'").lower() == NO_EVIDENCE.rstrip(".").lower()
-        if not says_nothing and any(char.isalnum() for char in claim):
+        if not _says_nothing(claim) and any(char.isalnum() for char in claim):
             evidence.setdefault(" ".join(claim.split()), {}).update((shown[number - 1], None) for number in numbers)
     return tuple(Claim(text=claim, evidence=tuple(ids)) for claim, ids in evidence.items())
+
+
+def _says_nothing(claim: str) -> bool:
+    return claim.strip(" -.*_\"'").lower() == NO_EVIDENCE.rstrip(".").lower()
+
+
+def claims_in(text: str, shown: Sequence[str] = ()) -> tuple[Claim, ...]:
+    """:func:`parse_claims` of a text whose lines may also announce others; such a line is no claim."""
+    return parse_claims("\n".join(line for line in text.splitlines() if not _is_heading(line)), shown)
 
 
 def _split_citations(line: str, count: int) -> tuple[str, list[int]]:
@@ -185,7 +197,7 @@ def read_reply(user_id: str, reply: str, shown: Sequence[str], provenance: Prove
         provenance: Where it came from.
     """
     lines = [line for line in reply.splitlines() if line.strip()]
-    claims = parse_claims("\n".join(line for line in lines if not _is_heading(line)), shown)
+    claims = claims_in(reply, shown)
     if not claims or all(_BULLET.match(line) for line in lines):
         return summarize_claims(user_id, claims, provenance)
     text = "\n".join(_split_citations(line, 0)[0] for line in lines)

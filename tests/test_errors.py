@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import pickle
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -70,3 +72,9 @@ def test_a_message_too_long_to_read_keeps_its_ends() -> None:
     message = str(InputError("x" * 100_000, file="users.jsonl", line=1, fix="shorten it"))
     assert message.startswith("users.jsonl:1: xxx") and message.endswith("xxx; shorten it")
     assert len(message) == LONGEST + len(" ... ")
+
+
+def test_errors_survive_a_trip_to_another_process() -> None:
+    for error in (MissingExtra("torch", "local"), PopiError("no"), BackendError("dead")):
+        again = pickle.loads(pickle.dumps(error))
+        assert (type(again), str(again)) == (type(error), str(error))

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -148,3 +149,32 @@ async def test_load_makes_both_roles_from_names(monkeypatch: pytest.MonkeyPatch)
 
 
 _load = registry.load
+
+
+def test_code_that_is_not_asynchronous_may_call_from_many_threads(
+    personalizer: Personalizer, backend: ScriptedBackend
+) -> None:
+    personalizer.observe("ann", SHORT)
+    with ThreadPoolExecutor(8) as threads:
+        summaries = list(threads.map(lambda _: personalizer.infer_sync("ann"), range(40)))
+        answers = set(threads.map(lambda _: personalizer.respond_sync("ann", "How?"), range(40)))
+    assert len(set(map(id, summaries))) == 1
+    assert answers == {"Answered under - Said 1 things"}
+    asyncio.run(personalizer.close())
+    assert personalizer.infer_sync("ann") is summaries[0]
+
+
+async def test_both_ways_of_calling_may_be_mixed(personalizer: Personalizer) -> None:
+    personalizer.observe("ann", SHORT)
+    here, there = await asyncio.gather(personalizer.infer("ann"), asyncio.to_thread(personalizer.infer_sync, "ann"))
+    assert here.text == there.text
+
+
+async def test_an_edit_holds_for_those_who_wait(personalizer: Personalizer, backend: ScriptedBackend) -> None:
+    personalizer.observe("ann", SHORT)
+    await personalizer.infer("ann")
+    personalizer.observe("ann", LONG)
+    edited, later = await asyncio.gather(personalizer.edit("ann", "- mine"), personalizer.infer("ann"))
+    assert edited.text == "- mine"
+    assert (await personalizer.infer("ann")).text == "- mine"
+    assert later.text in ("- mine", "- Said 2 things")

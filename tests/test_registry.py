@@ -42,6 +42,8 @@ def test_takes_a_class_of_ones_own() -> None:
         ("popi_inference:NoSuchThing", "cannot be imported"),
         ("popi.testing:ScriptedBackend", "is no inference class; it has to be a subclass of PreferenceInference"),
         ("popi.io:as_line", "subclass of PreferenceInference"),
+        (":Thing", "cannot be imported"),
+        (".relative:Thing", "cannot be imported"),
     ],
 )
 def test_an_unknown_name_is_told_with_what_to_do(name: str, says: str) -> None:
@@ -95,3 +97,14 @@ def test_makes_an_inference_with_the_backend_if_it_takes_one() -> None:
     assert isinstance(registry.make_inference("llm", backend, max_tokens=5), LLMSummarizer)
     assert isinstance(registry.make_inference("raw", backend, budget=5), RawSignals)
     assert isinstance(registry.make_inference("empty", backend), Empty)
+
+
+class TakesAnything(Empty):
+    def __init__(self, backend: object, **options: int) -> None:
+        self.options = options
+
+
+def test_a_class_that_takes_any_option_gets_them_all() -> None:
+    made = registry.make_inference("tests.test_registry:TakesAnything", ScriptedBackend(), colour=3)
+    assert isinstance(made, TakesAnything)
+    assert made.options == {"colour": 3}

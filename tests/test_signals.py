@@ -6,12 +6,14 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 
 from popi.errors import InputError
 from popi.io import as_line
-from popi.signals import SIGNAL, Comment, Conversation, Signal, Speaker, Statement, Turn, UserSignals
+from popi.signals import Comment, Conversation, Signal, Speaker, Statement, Turn, UserSignals
 from tests.strategies import signals, users
+
+SIGNALS: TypeAdapter[Signal] = TypeAdapter(Signal)
 
 
 @given(users())
@@ -47,9 +49,9 @@ def test_the_digest_does_not_name_the_user(user: UserSignals) -> None:
 @given(signals)
 def test_the_id_is_made_from_the_content(signal: Signal) -> None:
     content = signal.model_dump(mode="json", exclude={"id"})
-    assert SIGNAL.validate_python(content).id == signal.id
-    assert SIGNAL.validate_python({**content, "origin": signal.origin + "x"}).id != signal.id
-    assert SIGNAL.validate_python({**content, "id": "mine"}).id == "mine"
+    assert SIGNALS.validate_python(content).id == signal.id
+    assert SIGNALS.validate_python({**content, "origin": signal.origin + "x"}).id != signal.id
+    assert SIGNALS.validate_python({**content, "id": "mine"}).id == "mine"
 
 
 @given(users(), st.lists(signals, max_size=4))
@@ -105,11 +107,11 @@ RATING = {"kind": "rating", "prompt": "p", "response": "r", "score": 3}
 )
 def test_refuses_what_is_no_signal(record: dict[str, Any], says: str) -> None:
     with pytest.raises(ValidationError, match=says):
-        SIGNAL.validate_python(record)
+        SIGNALS.validate_python(record)
 
 
 def test_a_scale_may_run_downward() -> None:
-    assert SIGNAL.validate_python(RATING | {"worst": 6, "best": 1}).is_evidence
+    assert SIGNALS.validate_python(RATING | {"worst": 6, "best": 1}).is_evidence
 
 
 def test_refuses_two_signals_of_one_id() -> None:

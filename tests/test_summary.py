@@ -180,3 +180,17 @@ def test_capped_text_is_a_beginning_within_the_limit(text: str, limit: int) -> N
 def test_capping_keeps_whole_lines_and_cuts_only_a_first_that_is_too_long() -> None:
     assert cap_tokens("one\ntwo\nthree", len, 9) == "one\ntwo"
     assert cap_tokens("one\ntwo", len, 2) == "on"
+
+
+@pytest.mark.parametrize("text", ["🙂🙂🙂", "I work in area [51].", "What I want:\n\n- lists\nand no more"])
+def test_an_edit_is_in_the_words_of_the_person(text: str) -> None:
+    edited = summarize_claims("ada", [Claim(text="likes lists")], BY_MODEL).edit(f" {text}\n")
+    assert (edited.text, edited.status) == (text, "ok")
+    again = edited.edit(edited.text)
+    assert (again.text, again.claims, again.status) == (edited.text, edited.claims, edited.status)
+
+
+@pytest.mark.parametrize("text", ["", " \n", NO_EVIDENCE, "- not enough evidence"])
+def test_an_edit_that_says_nothing_is_not_enough_evidence(text: str) -> None:
+    edited = summarize_claims("ada", [Claim(text="likes lists")], BY_MODEL).edit(text)
+    assert (edited.text, edited.claims, edited.status) == (NO_EVIDENCE, (), "not_enough_evidence")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Sequence
 
 from popi.backends.base import Backend, ChatRequest, ChatResult
@@ -17,9 +18,13 @@ from popi.summary import (
     PreferenceSummary,
     Provenance,
     cap_tokens,
+    claims_in,
     read_reply,
     summarize_claims,
 )
+
+_SENTENCE_END = re.compile(r"(?<=\w\w)[.!?]['\")\]]*(?=\s+[^\sa-z])")
+"""What ends a sentence, and neither an abbreviation nor the number of a list."""
 
 
 class LLMSummarizer(PreferenceInference):
@@ -29,8 +34,8 @@ class LLMSummarizer(PreferenceInference):
 
     Args:
         backend: The model.
-        max_tokens: The most tokens of a summary. The claim that a model was still writing then is left out:
-            half a claim can say the opposite.
+        max_tokens: The most tokens of a summary. The claim that a model was still writing then is left out, unless
+            it is the only one: half a claim can say the opposite.
         temperature: 0 is greedy.
         budget: The most tokens of rendered signals; ``None`` takes what the model's context has room for.
         seed: Seeds the sampling, for each user alike whoever else is asked for.
@@ -121,9 +126,8 @@ def _by_the_user(claim: Claim, user: UserSignals) -> Claim:
 
 
 def _finished(text: str) -> str:
-    """A text that was cut off, without its unfinished last line; a lone line keeps its whole sentences."""
-    whole, _, _ = text.rpartition("\n")
-    if not whole.strip():
-        sentence, stop, _ = text.rpartition(". ")
-        whole = sentence + stop.strip()
-    return whole if whole.strip() else text
+    """A text that was cut off, without its unfinished last line or sentence; as it is where no claim would be left."""
+    lines, _, last = text.rpartition("\n")
+    ends = [found.end() for found in _SENTENCE_END.finditer(last)]
+    sentences = last[: ends[-1]] if ends and not lines.strip() else ""
+    return next((whole for whole in (lines, sentences) if claims_in(whole)), text)

@@ -36,9 +36,10 @@ Emit = Callable[[str], None]
 class TransformersBackend(Backend):
     """A causal language model of the transformers library, with its own chat template, on a CPU or a GPU.
 
-    Requests are batched by length. Greedy text and scores do not depend on the batch, and a request with a seed
-    samples the same in any. Work runs in one thread of its own, one call after the other, and stops between two steps
-    when the call is cancelled. An answer is no longer than the context leaves room for.
+    Requests are batched by length. In float32 greedy text and scores (to 1e-4 nats) do not depend on the batch, and a
+    request with a seed samples the same in any; in half precision a batch decides how numbers are rounded. Work runs
+    in one thread of its own, one call after the other, and stops between two steps when the call is cancelled. An
+    answer is no longer than the context leaves room for.
 
     Args:
         model: The name of a shipped model, a folder, or a hub id.
@@ -167,6 +168,9 @@ class TransformersBackend(Backend):
             return await asyncio.get_running_loop().run_in_executor(self._worker, run)
         except asyncio.CancelledError:
             cancelled.set()
+            caller = asyncio.current_task()
+            if self._closed and caller is not None and not caller.cancelling():
+                raise BackendError(f"{self.model}: the backend is closed") from None
             raise
 
     def _chat(self, requests: Sequence[ChatRequest], check: Check, emit: Emit | None = None) -> list[ChatResult]:
@@ -200,7 +204,7 @@ class TransformersBackend(Backend):
             limit=min(request.max_tokens, room),
             temperature=request.temperature,
             top_p=request.top_p,
-            seed=secrets.randbits(63) if request.seed is None else request.seed,
+            seed=secrets.randbits(63) if request.seed is None else request.seed % 2**63,
             watch=answer.watch if answer.watches else None,
         )
 

@@ -16,9 +16,9 @@ class NetworkForbidden(RuntimeError):
 
 @contextmanager
 def no_network() -> Iterator[None]:
-    """Within it, naming or connecting to anything but this machine raises :class:`NetworkForbidden`.
+    """Within it, connecting to anything but this machine raises :class:`NetworkForbidden`, as does ``getaddrinfo``.
 
-    It holds for every thread of the process, and for nothing that does not go through Python's sockets. Local
+    It holds for every thread of the process, and for nothing that does not connect a socket of Python's. Local
     sockets and loopback addresses stay open. As a fixture::
 
         @pytest.fixture(autouse=True)

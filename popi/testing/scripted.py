@@ -15,6 +15,7 @@ from popi.backends.base import (
     ScoreRequest,
     ScoreResult,
 )
+from popi.backends.causal.answer import first_stop
 from popi.errors import BackendError
 from popi.prompts import Message
 
@@ -108,9 +109,7 @@ class ScriptedBackend(Backend):
         answer = self._look_up(request)
         if isinstance(answer, ChatResult):
             return answer
-        for stop in filter(None, request.stop):
-            answer = answer.partition(stop)[0]
-        pieces = _pieces(answer)
+        pieces = _pieces(answer[: first_stop(answer, request.stop)])
         kept = pieces[:limit]
         reason: FinishReason = "length" if len(kept) < len(pieces) else "stop"
         return ChatResult("".join(kept), reason, prompt, len(kept), self.model)

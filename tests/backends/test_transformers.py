@@ -231,3 +231,18 @@ async def test_many_calls_at_once_are_served_one_after_the_other() -> None:
     backend = TransformersBackend.from_model(*tiny_model(), "tiny")
     results = await asyncio.gather(*(backend.chat([request]) for request in chats()[:16]))
     assert [result for (result,) in results] == await backend.chat(chats()[:16])
+
+
+async def test_closing_fails_what_waits_as_a_dead_backend_does(make, slowly: list[float]) -> None:
+    backend = make()
+    first, second = (asyncio.create_task(backend.chat(chats()[:2])) for _ in range(2))
+    await asyncio.sleep(0.05)
+    await backend.close()
+    outcomes = await asyncio.gather(first, second, return_exceptions=True)
+    assert isinstance(outcomes[1], BackendError)
+    assert "is closed" in str(outcomes[1])
+
+
+async def test_a_seed_may_be_of_any_size(make) -> None:
+    request = ChatRequest(conversation(0), max_tokens=4, temperature=1.0, seed=2**64 + 3)
+    assert (await make().chat([request]))[0].error is None

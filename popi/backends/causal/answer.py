@@ -49,15 +49,19 @@ class Answer:
     def _text(self, tokens: Sequence[int]) -> tuple[str, bool]:
         ended = bool(tokens) and tokens[-1] in self._end_tokens
         text = self._decode(tokens[:-1] if ended else tokens)
-        # The first stop to be whole counts, so that the text does not depend on how it is cut into tokens.
-        found = ((place + len(stop), place) for stop in self._stop if (place := text.find(stop)) >= 0)
-        _, cut = min(found, default=(None, None))
+        cut = first_stop(text, self._stop)
         return text[:cut], cut is not None
 
     def _give(self, text: str) -> None:
         if self._emit and len(text) > self._given:
             self._emit(text[self._given :])
             self._given = len(text)
+
+
+def first_stop(text: str, stop: Sequence[str]) -> int | None:
+    """Where the stop text begins that is whole first: so an answer does not depend on how it is cut into tokens."""
+    found = ((place + len(end), place) for end in stop if end and (place := text.find(end)) >= 0)
+    return min(found, default=(None, None))[1]
 
 
 def settled(text: str, stop: Sequence[str]) -> int:

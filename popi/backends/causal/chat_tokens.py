@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from datetime import date
 from typing import Any
 
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from popi.errors import ModelError
@@ -80,7 +79,8 @@ class ChatTokens:
         for conversation in dict.fromkeys(tuple(conversation) for conversation in conversations):
             try:
                 texts[conversation] = self._apply_template(conversation, add_generation_prompt=True)
-            except TemplateError as error:
+            # A template is a program: what it raises is its own affair.
+            except Exception as error:
                 refused[conversation] = Rendered([], f"the chat template refuses the conversation: {error}")
         # Without special tokens: the template has written the one that opens a text.
         encoded = map(Rendered, self._encode(list(texts.values())))
@@ -125,7 +125,8 @@ class ChatTokens:
         turns = [Message("user", "Hello"), Message("assistant", PLACEHOLDER)]
         try:
             rendered = self._apply_template(turns, add_generation_prompt=False)
-        except (TemplateError, ValueError) as error:
+        # As above.
+        except Exception as error:
             raise ModelError(
                 f"the chat template of {name} cannot be used: {error}", fix="mend its chat template"
             ) from error
