@@ -31,6 +31,35 @@ class Scored:
     response: list[int]
 
 
+@dataclass(frozen=True, slots=True)
+class Packed:
+    """Items that are computed together.
+
+    Attributes:
+        indices: Which of the items.
+        prefix_lengths: How many leading tokens of each one's prompt are computed once for its neighbours too.
+    """
+
+    indices: list[int]
+    prefix_lengths: list[int]
+
+
+def pack(model: PreTrainedModel, items: Sequence[Scored], *, batch_tokens: int, share: bool) -> Iterator[Packed]:
+    """Sorts items into forward passes: like lengths together, and what prompts share side by side.
+
+    Args:
+        model: The model that will score.
+        items: What to score.
+        batch_tokens: The most tokens of the rows of a batch.
+        share: Whether the model has a plain cache, so that prompts can share the prefix that they have in common.
+    """
+    prefix_lengths = shared_prefixes([item.prompt for item in items]) if share else [0] * len(items)
+    max_scored = MAX_LOGITS // model.config.get_text_config().vocab_size
+    max_own = CPU_OWN_TOKENS if model.device.type == "cpu" else batch_tokens
+    for batch in _batches(items, prefix_lengths, batch_tokens, max_own, max_scored):
+        yield Packed(batch, [prefix_lengths[index] for index in batch])
+
+
 def score(
     model: PreTrainedModel,
     items: Sequence[Scored],
@@ -45,17 +74,19 @@ def score(
         model: The model, in evaluation mode.
         items: What to score.
         batch_tokens: The most tokens of the rows of a batch.
-        share: Whether the model has a plain cache, so that prompts can share the prefix that they have in common.
+        share: Whether the model has a plain cache.
         check: Called before every batch; stops the work by raising.
     """
-    prefix_lengths = shared_prefixes([item.prompt for item in items]) if share else [0] * len(items)
     sums = [0.0] * len(items)
-    max_scored = MAX_LOGITS // model.config.get_text_config().vocab_size
-    max_own = CPU_OWN_TOKENS if model.device.type == "cpu" else batch_tokens
-    for batch in _batches(items, prefix_lengths, batch_tokens, max_own, max_scored):
+    for batch in pack(model, items, batch_tokens=batch_tokens, share=share):
         check()
-        chosen, lengths = [items[index] for index in batch], [prefix_lengths[index] for index in batch]
-        for index, logprob in zip(batch, _score_batch(model, chosen, lengths), strict=True):
+        chosen = [items[index] for index in batch.indices]
+        found = response_logits(model, chosen, batch.prefix_lengths)
+        logprobs_N = -cross_entropy(found.logits_N_V.float(), found.targets_N, reduction="none")
+        sums_R = logprobs_N.new_zeros(len(chosen), dtype=torch.float64)
+        for index, logprob in zip(
+            batch.indices, sums_R.index_add(0, found.rows_N, logprobs_N.double()).tolist(), strict=True
+        ):
             sums[index] = logprob
     if any(map(math.isnan, sums)):
         raise ArithmeticError("the model's logits are not numbers")
@@ -121,7 +152,23 @@ def _batches(
         yield batch
 
 
-def _score_batch(model: PreTrainedModel, items: Sequence[Scored], prefix_lengths: Sequence[int]) -> list[float]:
+@dataclass(frozen=True, slots=True)
+class ResponseLogits:
+    """What a model predicts in the places of the tokens of responses, one response after the other.
+
+    Attributes:
+        logits_N_V: Logits, ``[N, V]``.
+        targets_N: The tokens that stand there, ``[N]``.
+        rows_N: Which response each belongs to, ``[N]``, ascending.
+    """
+
+    logits_N_V: Tensor
+    targets_N: Tensor
+    rows_N: Tensor
+
+
+def response_logits(model: PreTrainedModel, items: Sequence[Scored], prefix_lengths: Sequence[int]) -> ResponseLogits:
+    """Runs one batch of :func:`pack`. Gradients flow through it where they are on, through the shared prefixes too."""
     rests = [[*item.prompt[length:], *item.response] for item, length in zip(items, prefix_lengths, strict=True)]
     tokens_R_T = pad(rests, model.device)
     # The logits behind a token are those of the next one.
@@ -133,11 +180,7 @@ def _score_batch(model: PreTrainedModel, items: Sequence[Scored], prefix_lengths
     rows_N, columns_N = torch.tensor(places, device=model.device).unbind(dim=1)
     with _head_at(model, rows_N, columns_N):
         logits_N_V = _run(model, items, prefix_lengths, tokens_R_T[:, :-1])
-    targets_N = tokens_R_T[rows_N, columns_N + 1]
-    logprobs_N = -cross_entropy(logits_N_V.float(), targets_N, reduction="none")
-    sums_R = logprobs_N.new_zeros(len(items), dtype=torch.float64)
-    sums: list[float] = sums_R.index_add(0, rows_N, logprobs_N.double()).tolist()
-    return sums
+    return ResponseLogits(logits_N_V, tokens_R_T[rows_N, columns_N + 1], rows_N)
 
 
 def _run(model: PreTrainedModel, items: Sequence[Scored], prefix_lengths: Sequence[int], tokens_R_T: Tensor) -> Tensor:
