@@ -1,0 +1,93 @@
+"""Log-probabilities of given responses, with gradients where they are on.
+
+What responses share in front, a user's signals or a prompt, is computed once for all of them, forwards and backwards:
+of G responses of S tokens behind a prompt of T, T + G S tokens pass through the model instead of G (T + S). Logits are
+computed where a response's token is predicted and nowhere else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from popi.backends.causal.scoring import ResponseLogits, Scored, pack, response_logits, shared_prefixes
+from popi.training.objective import Over
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLikelihood:
+    """Of each token of each response, padded on the right with zeros.
+
+    Attributes:
+        logps_R_T: Log-probabilities, in nats.
+        entropies_R_T: Entropies of what could have stood there, in nats, without gradients.
+    """
+
+    logps_R_T: Tensor
+    entropies_R_T: Tensor
+
+
+def token_likelihood(
+    model: PreTrainedModel,
+    items: Sequence[Scored],
+    *,
+    batch_tokens: int,
+    share: bool,
+    temperature: float = 1.0,
+) -> TokenLikelihood:
+    """Log-probabilities token by token, for the writer's update.
+
+    Args:
+        model: The writer.
+        items: Prompts and what was sampled behind them.
+        batch_tokens: The most tokens of the rows of one forward pass.
+        share: Whether the model has a plain cache; without one whole sequences are computed.
+        temperature: Divides the logits, as it did when the responses were sampled.
+    """
+    width = max(len(item.response) for item in items)
+    parts: list[tuple[Tensor, Tensor, Tensor]] = []
+    for batch in pack(model, items, batch_tokens=batch_tokens, share=share):
+        found = response_logits(model, [items[index] for index in batch.indices], batch.prefix_lengths)
+        logps_N, entropies_N = _of_logits(found, temperature)
+        places = [index * width + column for index in batch.indices for column in range(len(items[index].response))]
+        parts.append((torch.tensor(places, device=logps_N.device), logps_N, entropies_N))
+    places_N, logps_N, entropies_N = (torch.cat(part) for part in zip(*parts, strict=True))
+    blank = logps_N.new_zeros(len(items) * width)
+    return TokenLikelihood(
+        blank.index_put((places_N,), logps_N).view(len(items), width),
+        blank.index_put((places_N,), entropies_N).view(len(items), width),
+    )
+
+
+def response_logps(model: PreTrainedModel, items: Sequence[Scored], *, share: bool, over: Over = "sum") -> Tensor:
+    """The log-probability of each response, in one forward pass: (R,), in nats.
+
+    Args:
+        model: The model that scores.
+        items: Prompts and responses.
+        share: Whether the model has a plain cache.
+        over: Whether a response's tokens are summed or averaged.
+    """
+    prefix_lengths = shared_prefixes([item.prompt for item in items]) if share else [0] * len(items)
+    # Rows with a prefix in common have to stand side by side.
+    order = sorted(range(len(items)), key=lambda index: (prefix_lengths[index], items[index].prompt))
+    found = response_logits(model, [items[index] for index in order], [prefix_lengths[index] for index in order])
+    logps_N, _ = _of_logits(found, 1.0)
+    rows_N = torch.tensor(order, device=logps_N.device)[found.rows_N]
+    sums_R = logps_N.new_zeros(len(items)).index_add(0, rows_N, logps_N)
+    if over == "sum":
+        return sums_R
+    return sums_R / torch.tensor([len(item.response) for item in items], device=sums_R.device)
+
+
+def _of_logits(found: ResponseLogits, temperature: float) -> tuple[Tensor, Tensor]:
+    """Log-probabilities and entropies of the tokens, (N,) each."""
+    all_N_V = (found.logits_N_V.float() / temperature).log_softmax(dim=-1)
+    logps_N = all_N_V.gather(1, found.targets_N[:, None])[:, 0]
+    with torch.no_grad():
+        entropies_N = -(all_N_V.exp() * all_N_V).sum(dim=-1)
+    return logps_N, entropies_N

@@ -1,0 +1,72 @@
+"""Shared prefixes change neither log-probabilities nor gradients."""
+
+import pytest
+import torch
+
+from popi.backends.causal.scoring import Scored
+from popi.testing import FAMILIES, tiny_model
+from popi.training.likelihood import response_logps, token_likelihood
+
+
+def items(groups=3, samples=4):
+    """Prompts of several lengths, each with samples of several lengths."""
+    draw = torch.Generator().manual_seed(0)
+
+    def some(count):
+        return torch.randint(6, 300, (count,), generator=draw).tolist()
+
+    prompts = [some(20 + 7 * group) for group in range(groups)]
+    return [Scored(prompt, some(3 + place)) for prompt in prompts for place in range(samples)]
+
+
+def plain(model, item, temperature=1.0):
+    """Whole sequence, all logits."""
+    ids = torch.tensor([[*item.prompt, *item.response]])
+    logps = (model(input_ids=ids).logits[0] / temperature).log_softmax(-1)
+    places = range(len(item.prompt) - 1, ids.shape[1] - 1)
+    return torch.stack([logps[place, ids[0, place + 1]] for place in places])
+
+
+def gradients(model, loss):
+    model.zero_grad()
+    loss.backward()
+    return {name: value.grad.clone() for name, value in model.named_parameters()}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("batch_tokens", "temperature"), [(100_000, 1.0), (150, 0.6)])
+def test_tokens_are_those_of_whole_sequences_and_so_are_gradients(family, batch_tokens, temperature):
+    model, _ = tiny_model(family)
+    given = items()
+    weights = [torch.linspace(-1, 2, len(item.response)) for item in given]
+    with_shared = token_likelihood(model, given, batch_tokens=batch_tokens, share=True, temperature=temperature)
+    whole = [plain(model, item, temperature) for item in given]
+    for row, expected in zip(with_shared.logps_R_T, whole, strict=True):
+        torch.testing.assert_close(row[: len(expected)], expected, atol=1e-4, rtol=1e-5)
+        assert not row[len(expected) :].any()
+    ours = gradients(
+        model, sum((row[: len(w)] * w).sum() for row, w in zip(with_shared.logps_R_T, weights, strict=True))
+    )
+    theirs = gradients(model, sum((row * w).sum() for row, w in zip(whole, weights, strict=True)))
+    for name, gradient in theirs.items():
+        assert (ours[name] - gradient).abs().max() <= 1e-5 * gradient.abs().max(), name
+
+
+def test_entropies_are_those_of_the_whole_distribution():
+    model, _ = tiny_model()
+    item = items(1, 1)[0]
+    found = token_likelihood(model, [item], batch_tokens=1000, share=True)
+    logps = model(input_ids=torch.tensor([[*item.prompt, *item.response]])).logits[0].log_softmax(-1)
+    expected = -(logps.exp() * logps).sum(-1)[len(item.prompt) - 1 : -1]
+    torch.testing.assert_close(found.entropies_R_T[0], expected)
+    assert not found.entropies_R_T.requires_grad
+
+
+@pytest.mark.parametrize("share", [True, False])
+@pytest.mark.parametrize("over", ["sum", "mean"])
+def test_responses_keep_their_order_whatever_they_share(share, over):
+    model, _ = tiny_model()
+    given = items()
+    given = given[::2] + given[1::2]
+    expected = torch.stack([getattr(plain(model, item), over)() for item in given])
+    torch.testing.assert_close(response_logps(model, given, share=share, over=over), expected, atol=1e-4, rtol=1e-5)
