@@ -1,0 +1,213 @@
+"""The scorer: margins of preference pairs under summaries, in few forward passes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from popi.backends.base import Backend, ScoreRequest
+from popi.backends.causal.cache import has_plain_cache
+from popi.backends.causal.chat_tokens import ChatTokens
+from popi.backends.causal.scoring import Scored
+from popi.data.example import TestPair
+from popi.errors import InputError
+from popi.io import read_json, write_text
+from popi.prompts import answer_messages, template_hash
+from popi.training.likelihood import response_logps
+from popi.training.objective import Over
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True, slots=True)
+class Judged:
+    """A pair under a summary.
+
+    Attributes:
+        context: What the generator is told of the user; ``None`` is the bare prompt.
+        pair: The pair.
+        reference: log pi_ref(y_w|x) - log pi_ref(y_l|x) on the bare prompt, in nats.
+    """
+
+    context: str | None
+    pair: TestPair
+    reference: float
+
+
+class PairScorer:
+    """Scores pairs under summaries with one generator; gradients flow where they are on.
+
+    A prompt is computed once for its chosen and its rejected answer, and so is what prompts of a pass share.
+
+    Args:
+        model: The generator.
+        tokens: Its tokenizer.
+        batch_tokens: The most tokens of one forward pass, prefixes included.
+        over: Whether the tokens of a response are summed or averaged.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, tokens: ChatTokens, *, batch_tokens: int = 8192, over: Over = "sum"
+    ) -> None:
+        self._model, self._tokens = model, tokens
+        self._batch_tokens, self._over = batch_tokens, over
+        self._share = has_plain_cache(model)
+
+    def passes(self, items: Sequence[Judged]) -> Iterator[tuple[list[int], Tensor]]:
+        """Margins pass by pass, so that the gradient of one can be taken before the next is computed.
+
+        Args:
+            items: What to score.
+
+        Yields:
+            Which of the items, and their margins h: (items of the pass,), in nats.
+
+        Raises:
+            InputError: If a conversation cannot be rendered or has no room in the model's context.
+        """
+        pairs = self._encode(items)
+        for chosen in self._packed(pairs):
+            scored = [response for index in chosen for response in pairs[index]]
+            logps = response_logps(self._model, scored, share=self._share, over=self._over)
+            reference = torch.tensor([items[index].reference for index in chosen], device=logps.device)
+            yield chosen, logps[0::2] - logps[1::2] - reference
+
+    @torch.no_grad()
+    def margins(self, items: Sequence[Judged]) -> Tensor:
+        """Margins without gradients: (items,), in nats."""
+        found = torch.zeros(len(items))
+        for chosen, margins in self.passes(items):
+            found[chosen] = margins.cpu()
+        return found
+
+    def _encode(self, items: Sequence[Judged]) -> list[tuple[Scored, Scored]]:
+        prompts = self._tokens.render([answer_messages(item.pair.prompt, item.context) for item in items])
+        texts = list(dict.fromkeys(text for item in items for text in (item.pair.chosen, item.pair.rejected)))
+        responses = {
+            text: [*tokens, *self._tokens.end_of_turn]
+            for text, tokens in zip(texts, self._tokens.encode(texts), strict=True)
+        }
+        context = getattr(self._model.config.get_text_config(), "max_position_embeddings", None)
+        made = []
+        for item, prompt in zip(items, prompts, strict=True):
+            answers = responses[item.pair.chosen], responses[item.pair.rejected]
+            length = len(prompt.tokens) + max(map(len, answers))
+            if prompt.error is not None:
+                raise InputError(f"a pair cannot be scored: {prompt.error}", fix="leave the pair out")
+            if context is not None and length > context:
+                raise InputError(
+                    f"a pair of {length} tokens with its summary does not fit the context of {context}",
+                    fix="leave the pair out, or take a model with a longer context",
+                )
+            made.append((Scored(prompt.tokens, answers[0]), Scored(prompt.tokens, answers[1])))
+        return made
+
+    def _packed(self, pairs: Sequence[tuple[Scored, Scored]]) -> Iterator[list[int]]:
+        """Indices of pairs of like length and with like beginnings, as many as a pass may hold."""
+
+        def size(index: int) -> int:
+            return len(pairs[index][0].prompt) + max(len(answer.response) for answer in pairs[index])
+
+        batch: list[int] = []
+        widest = 0
+        for index in sorted(range(len(pairs)), key=lambda index: (size(index), pairs[index][0].prompt)):
+            widest = max(widest, size(index))
+            if batch and 2 * widest * (len(batch) + 1) > self._batch_tokens:
+                yield batch
+                batch, widest = [], size(index)
+            batch.append(index)
+        if batch:
+            yield batch
+
+
+def reference_key(pair: TestPair) -> str:
+    """Names a pair by its content."""
+    return hashlib.sha256(json.dumps([pair.prompt, pair.chosen, pair.rejected]).encode()).hexdigest()[:20]
+
+
+class Reference:
+    """log pi_ref(y_w|x) - log pi_ref(y_l|x) of every pair, computed once and kept in a file.
+
+    The reference answers the bare prompt, so nothing that is trained changes it.
+
+    Args:
+        differences: By :func:`reference_key`, in nats.
+    """
+
+    def __init__(self, differences: dict[str, float]) -> None:
+        self._differences = differences
+
+    def __getitem__(self, pair: TestPair) -> float:
+        """The difference of a pair."""
+        return self._differences[reference_key(pair)]
+
+    @classmethod
+    async def of(
+        cls,
+        pairs: Sequence[TestPair],
+        backend: Backend,
+        *,
+        fingerprint: str,
+        file: Path,
+        over: Over = "sum",
+        batch: int = 512,
+        advance: Callable[[int], None] = lambda pairs: None,
+    ) -> Reference:
+        """Reads the file, or scores every pair and writes it.
+
+        Args:
+            pairs: All pairs that will be asked for.
+            backend: The reference model.
+            fingerprint: Of the model's weights.
+            file: Where the differences are kept.
+            over: Whether the tokens of a response are summed or averaged.
+            batch: Pairs at once.
+            advance: Told how many pairs are done.
+
+        Raises:
+            InputError: If the file was made by another model, with other templates or of other pairs, or a pair
+                cannot be scored.
+        """
+        wanted = {reference_key(pair): pair for pair in pairs}
+        made_of = {
+            "model": fingerprint,
+            "template_hash": template_hash(),
+            "over": over,
+            "pairs": hashlib.sha256("".join(sorted(wanted)).encode()).hexdigest()[:16],
+        }
+        if file.exists():
+            kept = read_json(file)
+            for name, value in made_of.items():
+                if not isinstance(kept, dict) or kept.get("made_of", {}).get(name) != value:
+                    raise InputError(f"was made with another {name.replace('_', ' ')}", file=file, fix="remove it")
+            return cls(kept["differences"])
+        differences: dict[str, float] = {}
+        names = list(wanted)
+        for start in range(0, len(names), batch):
+            part = names[start : start + batch]
+            differences |= zip(part, await _differences([wanted[name] for name in part], backend, over), strict=True)
+            advance(len(part))
+        write_text(file, json.dumps({"made_of": made_of, "differences": differences}) + "\n")
+        return cls(differences)
+
+
+async def _differences(pairs: Sequence[TestPair], backend: Backend, over: Over) -> list[float]:
+    asked = [
+        ScoreRequest(answer_messages(pair.prompt), answer) for pair in pairs for answer in (pair.chosen, pair.rejected)
+    ]
+    scores = []
+    for request, result in zip(asked, await backend.score(asked), strict=True):
+        if result.error is not None:
+            raise InputError(
+                f"the answer {request.response[:60]!r} cannot be scored: {result.error}", fix="leave it out"
+            )
+        scores.append(result.logprob / (result.tokens if over == "mean" else 1))
+    return [chosen - rejected for chosen, rejected in zip(scores[0::2], scores[1::2], strict=True)]

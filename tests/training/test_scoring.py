@@ -1,0 +1,122 @@
+"""The scorer against plain loops."""
+
+import json
+import math
+
+import pytest
+import torch
+
+from popi.backends.base import ScoreRequest
+from popi.backends.causal.chat_tokens import ChatTokens
+from popi.backends.transformers import TransformersBackend
+from popi.data.example import TestPair
+from popi.errors import InputError
+from popi.prompts import answer_messages
+from popi.testing import tiny_model
+from popi.training.scoring import Judged, PairScorer, Reference
+
+PAIRS = [
+    TestPair(prompt=f"How do I {n}?", chosen=f"Like so, {n} times.", rejected="No idea " * (n + 1)) for n in range(4)
+]
+CONTEXTS = [None, "- short answers", "- long answers\n- no emoji"]
+ITEMS = [Judged(context, pair, 0.5 * place) for place, pair in enumerate(PAIRS) for context in CONTEXTS]
+
+
+@pytest.fixture
+def tiny():
+    model, tokenizer = tiny_model()
+    return model, ChatTokens(tokenizer, "tiny"), tokenizer
+
+
+async def by_hand(tiny, over="sum"):
+    """Each response by itself, through the backend."""
+    model, _, tokenizer = tiny
+    backend = TransformersBackend.from_model(model, tokenizer, "tiny")
+
+    async def logp(item, answer):
+        [result] = await backend.score([ScoreRequest(answer_messages(item.pair.prompt, item.context), answer)])
+        return result.logprob / (result.tokens if over == "mean" else 1)
+
+    return [
+        await logp(item, item.pair.chosen) - await logp(item, item.pair.rejected) - item.reference for item in ITEMS
+    ]
+
+
+@pytest.mark.parametrize("batch_tokens", [1, 300, 100_000])
+@pytest.mark.parametrize("over", ["sum", "mean"])
+async def test_margins_are_those_of_single_responses(tiny, batch_tokens, over):
+    model, tokens, _ = tiny
+    scorer = PairScorer(model, tokens, batch_tokens=batch_tokens, over=over)
+    assert scorer.margins(ITEMS).tolist() == pytest.approx(await by_hand(tiny, over), abs=1e-4)
+
+
+def test_gradients_pass_by_pass_add_up_to_those_of_all_at_once(tiny):
+    model, tokens, _ = tiny
+
+    def gradient(batch_tokens):
+        model.zero_grad()
+        for _, margins in PairScorer(model, tokens, batch_tokens=batch_tokens).passes(ITEMS):
+            margins.sigmoid().sum().backward()
+        return torch.cat([value.grad.flatten() for value in model.parameters()])
+
+    together, apart = gradient(100_000), gradient(1)
+    assert (together - apart).abs().max() <= 1e-5 * together.abs().max()
+
+
+def test_a_pair_that_has_no_room_is_bad_input(tiny):
+    model, tokens, _ = tiny
+    long = Judged("word " * 3000, PAIRS[0], 0.0)
+    with pytest.raises(InputError, match="does not fit the context of 2048"):
+        PairScorer(model, tokens).margins([long])
+
+
+async def test_the_reference_is_scored_once_and_kept(tiny, tmp_path):
+    model, tokens, tokenizer = tiny
+    backend = TransformersBackend.from_model(model, tokenizer, "tiny")
+    file = tmp_path / "reference.json"
+    done = []
+    made = await Reference.of(PAIRS, backend, fingerprint="a", file=file, batch=3, advance=done.append)
+    assert done == [3, 1]
+    bare = [Judged(None, pair, made[pair]) for pair in PAIRS]
+    assert PairScorer(model, tokens).margins(bare).abs().max() < 1e-4
+    await backend.close()
+    again = await Reference.of(PAIRS, backend, fingerprint="a", file=file)
+    assert [again[pair] for pair in PAIRS] == [made[pair] for pair in PAIRS]
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"fingerprint": "b"}, "another model"),
+        ({"pairs": PAIRS[:2]}, "another pairs"),
+        ({"over": "mean"}, "another over"),
+    ],
+)
+async def test_a_stale_reference_is_refused(tiny, tmp_path, change, says):
+    model, _, tokenizer = tiny
+    backend = TransformersBackend.from_model(model, tokenizer, "tiny")
+    given = {"pairs": PAIRS, "fingerprint": "a", "over": "sum"}
+    file = tmp_path / "reference.json"
+    await Reference.of(given.pop("pairs"), backend, file=file, **given)
+    changed = {"pairs": PAIRS, **given, **change}
+    with pytest.raises(InputError, match=says):
+        await Reference.of(changed.pop("pairs"), backend, file=file, **changed)
+
+
+async def test_a_reference_of_other_templates_is_refused(tiny, tmp_path):
+    model, _, tokenizer = tiny
+    backend = TransformersBackend.from_model(model, tokenizer, "tiny")
+    file = tmp_path / "reference.json"
+    await Reference.of(PAIRS, backend, fingerprint="a", file=file)
+    kept = json.loads(file.read_text())
+    kept["made_of"]["template_hash"] = "old"
+    file.write_text(json.dumps(kept))
+    with pytest.raises(InputError, match="another template hash"):
+        await Reference.of(PAIRS, backend, fingerprint="a", file=file)
+
+
+async def test_the_mean_over_tokens_does_not_depend_on_length(tiny, tmp_path):
+    model, _, tokenizer = tiny
+    backend = TransformersBackend.from_model(model, tokenizer, "tiny")
+    made = await Reference.of(PAIRS, backend, fingerprint="a", file=tmp_path / "r.json", over="mean")
+    assert all(math.fabs(made[pair]) < 8 for pair in PAIRS)
