@@ -7,9 +7,19 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveInt, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    field_validator,
+    model_validator,
+)
 
-from popi.errors import ConfigError, InputError
+from popi.errors import ConfigError, InputError, did_you_mean
 from popi.io import validate
 
 
@@ -113,7 +123,136 @@ class PretrainRecipe(_Section):
         return phases
 
 
-def load(path: Path, overrides: dict[str, Any] | None = None) -> PretrainRecipe:
+class Users(_Section):
+    """Whom to learn from: users with signals and with pairs that the signals do not show.
+
+    Attributes:
+        world: What makes them, or
+        file: JSON lines of examples.
+        users: How many; ``None`` takes all of a file.
+        pairs: Pairs of each user, of a world.
+    """
+
+    world: Literal["miniworld"] | None = None
+    file: Path | None = None
+    users: PositiveInt | None = None
+    pairs: PositiveInt = 4
+
+    @model_validator(mode="after")
+    def _one_of_both(self) -> Users:
+        if (self.world is None) == (self.file is None):
+            raise ValueError("give a world or a file")
+        if self.world is not None and self.users is None:
+            raise ValueError("say how many users the world shall make")
+        return self
+
+
+class Writer(_Section):
+    """The preference-inference model and how it is reinforced. The defaults are those of POPI as released.
+
+    Attributes:
+        model: Name of a shipped model, path or hub id.
+        learning_rate: At its peak; it rises for ``warmup`` steps and falls as a cosine.
+        kl: Weight of the divergence from the initial writer.
+        samples: Summaries of each user in a step.
+        temperature: Of the sampling.
+        max_tokens: The most tokens of a summary.
+        scale_by_std: Divide advantages by the standard deviation of their group.
+        token_price: What a token of a summary costs, in nats of reward.
+    """
+
+    model: str
+    learning_rate: NonNegativeFloat = 1e-6
+    kl: NonNegativeFloat = 2e-3
+    samples: int = Field(default=8, ge=2)
+    temperature: PositiveFloat = 0.6
+    max_tokens: PositiveInt = 2048
+    scale_by_std: bool = False
+    token_price: NonNegativeFloat = 0.0
+
+
+class Generator(_Section):
+    """The conditioned generator and the preference objective. The defaults are those of POPI as released.
+
+    Attributes:
+        model: Name of a shipped model, path or hub id; it is also the reference, on bare prompts.
+        learning_rate: As the writer's.
+        loss: ``dpo`` or ``ipo``.
+        beta: Of the objective, which is also the writer's reward.
+        over: Whether the log-probabilities of a response's tokens are summed or averaged.
+        context: What it is told of a user where it is trained alone: a summary, the raw signals or nothing.
+    """
+
+    model: str
+    learning_rate: NonNegativeFloat = 1e-6
+    loss: Literal["dpo", "ipo"] = "dpo"
+    beta: PositiveFloat = 0.01
+    over: Literal["sum", "mean"] = "sum"
+    context: Literal["summary", "raw-signals", "none"] = "summary"
+
+
+class JointRecipe(_Section):
+    """Trains a writer and a generator under one preference objective.
+
+    Attributes:
+        task: Tells recipes apart.
+        name: What the pair is called.
+        seed: Decides the users of a world, their order, and every sample.
+        data: Whom to learn from.
+        writer: The preference-inference model.
+        generator: The conditioned generator.
+        train: Both, or one of them alone.
+        shared: One set of weights plays both roles; then both name the same model.
+        schedule: ``sequential`` trains the writer against the frozen generator, then the generator on fixed summaries;
+            ``alternating`` does so in ``rounds``; ``interleaved`` updates both in each step, on the same samples.
+        rounds: Of the alternating schedule.
+        steps: Updates of the writer, and of the generator.
+        users_per_step: Users whose summaries are sampled in a step; the generator alone takes as many pairs.
+        pairs_per_summary: Held-out pairs of the user that judge a summary.
+        warmup: Steps until the learning rates have risen.
+        clip: The largest norm of a gradient.
+        batch_tokens: The most tokens of one forward pass.
+        evaluate_every: Steps between two looks at held-out users.
+        evaluate_users: How many these are.
+        checkpoint_every: Steps between two checkpoints.
+    """
+
+    task: Literal["joint"]
+    name: Name
+    seed: int = Field(default=0, ge=0)
+    data: Users
+    writer: Writer
+    generator: Generator
+    train: Literal["both", "writer", "generator"] = "both"
+    shared: bool = False
+    schedule: Literal["sequential", "alternating", "interleaved"] = "interleaved"
+    rounds: int = Field(default=2, ge=2)
+    steps: PositiveInt
+    users_per_step: PositiveInt = 8
+    pairs_per_summary: PositiveInt = 1
+    warmup: NonNegativeInt = 150
+    clip: PositiveFloat = 1.0
+    batch_tokens: int = Field(default=8192, ge=256)
+    evaluate_every: PositiveInt = 50
+    evaluate_users: PositiveInt = 64
+    checkpoint_every: PositiveInt = 50
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> JointRecipe:
+        if self.shared and (self.writer.model != self.generator.model or self.train != "both"):
+            raise ValueError("shared weights are trained in both roles, and both roles name the same model")
+        if self.generator.context != "summary" and self.train != "generator":
+            raise ValueError("only a generator that is trained alone can be told something else than summaries")
+        if self.schedule == "alternating" and self.steps < self.rounds:
+            raise ValueError("a round has at least one step")
+        return self
+
+
+Recipe = PretrainRecipe | JointRecipe
+_RECIPES: dict[str, type[Recipe]] = {"pretrain": PretrainRecipe, "joint": JointRecipe}
+
+
+def load(path: Path, overrides: dict[str, Any] | None = None) -> Recipe:
     """Reads a recipe.
 
     Args:
@@ -134,7 +273,11 @@ def load(path: Path, overrides: dict[str, Any] | None = None) -> PretrainRecipe:
         raise ConfigError("is not YAML in UTF-8", file=file, line=line, fix="mend the syntax") from error
     for name, value in (overrides or {}).items():
         _replace(tree, name, value, file)
-    return validate(PretrainRecipe, tree, file=file)
+    task = tree.get("task") if isinstance(tree, dict) else None
+    if isinstance(tree, dict) and task not in _RECIPES:
+        fix = did_you_mean(str(task), _RECIPES)
+        raise ConfigError(f"unknown task {task!r}" if task else "names no task", file=file, field="task", fix=fix)
+    return validate(_RECIPES.get(str(task), PretrainRecipe), tree, file=file)
 
 
 def _replace(tree: Any, name: str, value: Any, file: Path) -> None:

@@ -19,6 +19,8 @@ _NUMBERS = re.compile(r"(\d{1,6})(?:\s*[-\u2013]\s*(\d{1,6}))?")
 _CITATION = re.compile(
     r"\[(?:signals?\s+)?(?P<numbers>\d{1,6}(?:\s*(?:,|;|&|and|-|\u2013)\s*\d{1,6})*)\][\s.,;]*", re.IGNORECASE
 )
+# Neither an abbreviation nor the number of a list ends a sentence.
+_SENTENCE_END = re.compile(r"(?<=\w\w)[.!?]['\")\]]*(?=\s+[^\sa-z])")
 _BULLET = re.compile(r"^\s*(?:[-*\u2022]|\d+[.)])\s+")
 
 
@@ -202,6 +204,14 @@ def read_reply(user_id: str, reply: str, shown: Sequence[str], provenance: Prove
         return summarize_claims(user_id, claims, provenance)
     text = "\n".join(_split_citations(line, 0)[0] for line in lines)
     return PreferenceSummary(user_id=user_id, text=text, claims=claims, provenance=provenance)
+
+
+def finished_part(text: str) -> str:
+    """A text that was cut off, without its unfinished last line or sentence; as it is where no claim would be left."""
+    lines, _, last = text.rpartition("\n")
+    ends = [found.end() for found in _SENTENCE_END.finditer(last)]
+    sentences = last[: ends[-1]] if ends and not lines.strip() else ""
+    return next((whole for whole in (lines, sentences) if claims_in(whole)), text)
 
 
 def _is_heading(line: str) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Sequence
 
 from popi.backends.base import Backend, ChatRequest, ChatResult
@@ -18,13 +17,10 @@ from popi.summary import (
     PreferenceSummary,
     Provenance,
     cap_tokens,
-    claims_in,
+    finished_part,
     read_reply,
     summarize_claims,
 )
-
-_SENTENCE_END = re.compile(r"(?<=\w\w)[.!?]['\")\]]*(?=\s+[^\sa-z])")
-"""What ends a sentence, and neither an abbreviation nor the number of a list."""
 
 
 class LLMSummarizer(PreferenceInference):
@@ -96,7 +92,7 @@ class LLMSummarizer(PreferenceInference):
     def _read(self, user: UserSignals, rendered: RenderedSignals, result: ChatResult) -> PreferenceSummary | Failure:
         if result.error is not None:
             return Failure(user.user_id, result.error)
-        reply = _finished(result.text) if result.finish_reason == "length" else result.text
+        reply = finished_part(result.text) if result.finish_reason == "length" else result.text
         reply = cap_tokens(reply, self._backend.count_tokens, self._max_tokens)
         summary = read_reply(user.user_id, reply, rendered.shown, self._provenance(user))
         tokens = self._backend.count_tokens(summary.text)
@@ -123,11 +119,3 @@ def _by_the_user(claim: Claim, user: UserSignals) -> Claim:
     """The claim without citations of what somebody else said, which shows nothing of the user's taste."""
     own = {signal.id for signal in user.signals if signal.is_evidence}
     return claim.model_copy(update={"evidence": tuple(cited for cited in claim.evidence if cited in own)})
-
-
-def _finished(text: str) -> str:
-    """A text that was cut off, without its unfinished last line or sentence; as it is where no claim would be left."""
-    lines, _, last = text.rpartition("\n")
-    ends = [found.end() for found in _SENTENCE_END.finditer(last)]
-    sentences = last[: ends[-1]] if ends and not lines.strip() else ""
-    return next((whole for whole in (lines, sentences) if claims_in(whole)), text)

@@ -19,7 +19,7 @@ from popi.backends.base import Backend, Capabilities, ChatRequest, ChatResult, S
 from popi.backends.causal.answer import Answer
 from popi.backends.causal.cache import has_plain_cache
 from popi.backends.causal.chat_tokens import ChatTokens, Rendered
-from popi.backends.causal.decoding import Draft, decode
+from popi.backends.causal.decoding import Draft, decode, end_tokens_of
 from popi.backends.causal.loading import load
 from popi.backends.causal.scoring import Scored, score
 from popi.errors import BackendError
@@ -85,7 +85,7 @@ class TransformersBackend(Backend):
     ) -> None:
         self.model = name
         self._model, self._tokens, self._batch_tokens = model, ChatTokens(tokenizer, name), batch_tokens
-        self._end_tokens = self._tokens.end_tokens | _configured_ends(model)
+        self._end_tokens = end_tokens_of(model, self._tokens)
         self._share = has_plain_cache(model)
         if not self._share:
             log.warning("%s keeps no plain key/value cache: its requests run one by one and share no prefix", name)
@@ -268,11 +268,3 @@ def _evaluating(model: PreTrainedModel) -> Iterator[None]:
             yield
     finally:
         model.train(training)
-
-
-def _configured_ends(model: PreTrainedModel) -> set[int]:
-    """The end tokens that a model's generation config names: none, one, or several."""
-    ends = getattr(model.generation_config, "eos_token_id", None)
-    if ends is None:
-        return set()
-    return {ends} if isinstance(ends, int) else set(ends)

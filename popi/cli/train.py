@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from popi.cli.output import JsonFlag, note, print_json, print_records, progress
+
+if TYPE_CHECKING:
+    from popi.config import Recipe
 
 
 def train(
@@ -20,38 +23,70 @@ def train(
     json: JsonFlag = False,
 ) -> None:
     """Train what a recipe says, or go on where the same command was stopped."""
-    from popi.config import load, parse_overrides
-
-    resolved = load(recipe, parse_overrides(set_ or []))
-    steps = sum(phase.steps for phase in resolved.phases)
-    lessons = sum(phase.steps * sum(phase.lessons.values()) for phase in resolved.phases)
-    if dry_run:
-        print_json({"recipe": resolved.model_dump(mode="json"), "steps": steps, "lessons": lessons})
-        return
+    from popi.config import PretrainRecipe, load, parse_overrides
     from popi.registry import load as load_part
 
-    run = load_part("popi.training.pretrain:run")
+    resolved = load(recipe, parse_overrides(set_ or []))
+    pretraining = isinstance(resolved, PretrainRecipe)
+    cost = _cost(resolved)
+    if dry_run:
+        print_json({"recipe": resolved.model_dump(mode="json"), **cost})
+        return
+    run = load_part("popi.training.pretrain:run" if pretraining else "popi.training.joint:run")
     folder = out or Path("runs") / resolved.name
-    with progress(resolved.name, steps) as shown:
+    with progress(resolved.name, cost["steps"]) as shown:
         done = 0
 
         def report(measured: dict[str, Any]) -> None:
             nonlocal done
             shown.advance(measured["step"] - done)
             done = measured["step"]
-            if "writing" in measured:
-                shown.note(_look(measured))
+            if line := _look(measured):
+                shown.note(line)
 
         try:
             run(resolved, folder, source=str(recipe), report=report)
         except KeyboardInterrupt:
             note(f"stopped at step {done}; the same command goes on from the last checkpoint in {folder}")
             raise
-    result = {"model": str(folder / resolved.phases[-1].name), "steps": steps, "lessons": lessons}
-    print_records([result], json_flag=json)
+    print_records([{"models": ", ".join(map(str, _results(resolved, folder))), **cost}], json_flag=json)
+
+
+def _cost(recipe: Recipe) -> dict[str, int]:
+    """What a recipe takes: steps, and lessons or rollouts with the most tokens that they can have."""
+    from popi.config import PretrainRecipe
+
+    if isinstance(recipe, PretrainRecipe):
+        steps = sum(phase.steps for phase in recipe.phases)
+        return {"steps": steps, "lessons": sum(phase.steps * sum(phase.lessons.values()) for phase in recipe.phases)}
+    updates = 2 if recipe.train == "both" and recipe.schedule != "interleaved" else 1
+    rollouts = 0 if recipe.train == "generator" else recipe.steps * recipe.users_per_step * recipe.writer.samples
+    return {
+        "steps": recipe.steps * updates,
+        "rollouts": rollouts,
+        "rollout_tokens_at_most": rollouts * recipe.writer.max_tokens,
+    }
+
+
+def _results(recipe: Recipe, folder: Path) -> list[Path]:
+    from popi.config import PretrainRecipe
+
+    if isinstance(recipe, PretrainRecipe):
+        return [folder / recipe.phases[-1].name]
+    return [folder / "writer", folder / "generator"]
 
 
 def _look(measured: dict[str, Any]) -> str:
+    """A line on a step at which held-out users were looked at, else nothing."""
+    if "held_out" in measured:
+        held_out = measured["held_out"]
+        reward = f"reward {measured['reward']:.3f}, " if "reward" in measured else ""
+        return (
+            f"step {measured['step']}: {reward}held-out users: accuracy {held_out['accuracy']:.3f}, "
+            f"margin {held_out['margin']:.2f} nats, {held_out['summary_tokens']:.1f} tokens a summary"
+        )
+    if "writing" not in measured:
+        return ""
     writing, following = measured["writing"], measured["following"]
     weakest = min(following, key=following.get)
     return (

@@ -8,7 +8,7 @@ import os
 import platform
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
@@ -22,10 +22,10 @@ from popi.io import lock, read_json, write_text
 from popi.prompts import template_hash
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 CONFIG, METRICS, CHECKPOINT = "config.json", "metrics.jsonl", "checkpoint.pt"
-_LIBRARIES = ("torch", "transformers", "tokenizers", "numpy")
+LIBRARIES = ("torch", "transformers", "tokenizers", "numpy")
 
 
 class RunFolder:
@@ -52,8 +52,13 @@ class RunFolder:
         self._held.close()
 
     @classmethod
-    def open(cls, path: Path, recipe: BaseModel) -> Self:
+    def open(cls, path: Path, recipe: BaseModel, *, libraries: Sequence[str] = LIBRARIES) -> Self:
         """Makes the folder, or opens it again for the same recipe.
+
+        Args:
+            path: The folder.
+            recipe: What is to be done in it.
+            libraries: Whose versions count.
 
         Raises:
             InputError: If it holds a run of another recipe or other templates, or something else.
@@ -62,7 +67,7 @@ class RunFolder:
         config = {
             "recipe": recipe.model_dump(mode="json"),
             "template_hash": template_hash(),
-            "versions": {"popi": __version__, **{name: importlib.metadata.version(name) for name in _LIBRARIES}},
+            "versions": {"popi": __version__, **{name: importlib.metadata.version(name) for name in libraries}},
         }
         file = path / CONFIG
         if file.exists():
@@ -121,10 +126,11 @@ class RunFolder:
             state: dict[str, Any] = torch.load(file, weights_only=True)
         except Exception as error:
             raise InputError("is not a checkpoint of this version", file=file, fix="remove it to start anew") from error
-        self._forget_after(state["step"])
+        self.forget_after(state["step"])
         return state
 
-    def _forget_after(self, step: int) -> None:
+    def forget_after(self, step: int) -> None:
+        """Drops the metrics of later steps, which will be done anew."""
         file = self.path / METRICS
         if not file.exists():
             return
@@ -161,7 +167,7 @@ class RunFolder:
             shutil.rmtree(temporary, ignore_errors=True)
 
 
-def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, card: str, folder: str) -> None:
+def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, card: str, folder: str) -> None:
     """Writes a model in bfloat16, its tokenizer and its card into a folder."""
     import torch
 

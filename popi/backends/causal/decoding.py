@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from popi.backends.causal.cache import OwnCache, PrefixedRows
+from popi.backends.causal.chat_tokens import ChatTokens
 
 # Dropping rows copies the rest of the cache, which costs about one step: it pays once a quarter of the rows is done.
 COMPACT_BELOW = 0.75
@@ -67,6 +68,14 @@ def decode(
         rows = _shared_rows(model, chosen) if share else OwnCache(model, chosen[0].prompt[:-1])
         _decode_batch(rows, chosen, [answers[index] for index in batch], end_tokens, model.device, check)
     return answers
+
+
+def end_tokens_of(model: PreTrainedModel, tokens: ChatTokens) -> frozenset[int]:
+    """The tokens at which a model's answer ends: those of its chat template, and those of its generation config."""
+    ends = getattr(model.generation_config, "eos_token_id", None)
+    if ends is None:
+        return tokens.end_tokens
+    return tokens.end_tokens | ({ends} if isinstance(ends, int) else set(ends))
 
 
 def choose(logits_R_V: Tensor, temperature_R: Tensor, top_p_R: Tensor, noise_R_V: Tensor) -> Tensor:

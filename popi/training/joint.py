@@ -1,0 +1,379 @@
+"""Joint training: the schedules in which a writer and a generator learn under one objective."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from transformers import (
+    PrinterCallback,
+    ProgressCallback,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+from trl.trainer.grpo_config import GRPOConfig
+
+from popi import registry
+from popi.backends.causal.chat_tokens import ChatTokens
+from popi.backends.causal.loading import load
+from popi.backends.transformers import TransformersBackend
+from popi.config import JointRecipe
+from popi.data.example import PersonalizationExample
+from popi.prompts import Message, inference_messages
+from popi.render import render_signals
+from popi.roles import PreferenceInference, context_tokens
+from popi.training.checkpoints import BESIDE, Beside, last_complete, load_state, save_state
+from popi.training.generator import GeneratorTrainer, GeneratorUpdate
+from popi.training.look import Look, look
+from popi.training.reward import PairReward
+from popi.training.run_folder import RunFolder, save_model
+from popi.training.scoring import Judged, PairScorer, Reference
+from popi.training.seeds import seed_of
+from popi.training.users import People, gather
+from popi.training.writer import WriterTrainer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+Report = Callable[[dict[str, Any]], None]
+Kind = Literal["writer", "generator", "both"]
+WRITER, GENERATOR, REFERENCE, PHASES, SAMPLES = "writer", "generator", "reference.json", "phases", "samples"
+LIBRARIES = ("torch", "transformers", "tokenizers", "numpy", "trl", "accelerate")
+
+
+@dataclass(frozen=True, slots=True)
+class Phase:
+    """A stretch of a run in which one set of weights, or both, are updated.
+
+    Attributes:
+        name: Of its folder.
+        kind: What is updated.
+        first: Steps of the run before it.
+        steps: Its own.
+    """
+
+    name: str
+    kind: Kind
+    first: int
+    steps: int
+
+
+def phases_of(recipe: JointRecipe) -> list[Phase]:
+    """The phases of a recipe's schedule, in order."""
+    kinds: list[Kind]
+    if recipe.train != "both":
+        kinds, steps = [recipe.train], [recipe.steps]
+    elif recipe.schedule == "interleaved":
+        kinds, steps = ["both"], [recipe.steps]
+    else:
+        rounds = recipe.rounds if recipe.schedule == "alternating" else 1
+        shares = [recipe.steps // rounds + (place < recipe.steps % rounds) for place in range(rounds)]
+        kinds, steps = ["writer", "generator"] * rounds, [share for share in shares for _ in range(2)]
+    first = np.cumsum([0, *steps]).tolist()
+    return [
+        Phase(f"{place}-{kind}", kind, start, count)
+        for place, (kind, start, count) in enumerate(zip(kinds, first, steps, strict=False), start=1)
+    ]
+
+
+def run(recipe: JointRecipe, out: Path, *, source: str, report: Report) -> None:
+    """Trains what a recipe says, or goes on where an earlier run into the same folder was stopped.
+
+    The folder ends with ``writer`` and ``generator``, the models; see :class:`popi.training.run_folder.RunFolder` for
+    what stands beside. A resumed run ends with the same weights as an undisturbed one.
+
+    Args:
+        recipe: What to do.
+        out: The run folder.
+        source: Where the recipe was read from.
+        report: Called after each step with what was measured.
+
+    Raises:
+        InputError: If the folder holds another run, or the data or the models cannot be used.
+        PopiError: If another process works in it, the disk is full, or the loss is no number.
+    """
+    with RunFolder.open(out, recipe, libraries=LIBRARIES) as folder:
+        people = gather(recipe.data, held_out=recipe.evaluate_users, seed=recipe.seed)
+        _Run(recipe, folder, people, report).all(source)
+
+
+class _Run:
+    """A run in progress: the two models, and what all phases share."""
+
+    def __init__(self, recipe: JointRecipe, folder: RunFolder, people: People, report: Report) -> None:
+        self._recipe, self._folder, self._people, self._report = recipe, folder, people, report
+        self._writer, self._writer_tokenizer = _load(recipe.writer.model)
+        self._generator, self._generator_tokenizer = (
+            (self._writer, self._writer_tokenizer) if recipe.shared else _load(recipe.generator.model)
+        )
+        self._writer_backend = TransformersBackend.from_model(
+            self._writer, self._writer_tokenizer, recipe.writer.model, batch_tokens=recipe.batch_tokens
+        )
+        self._generator_backend = TransformersBackend.from_model(
+            self._generator, self._generator_tokenizer, recipe.generator.model, batch_tokens=recipe.batch_tokens
+        )
+        self._scorer = PairScorer(
+            self._generator,
+            ChatTokens(self._generator_tokenizer, recipe.generator.model),
+            batch_tokens=recipe.batch_tokens,
+            over=recipe.generator.over,
+        )
+
+    def all(self, source: str) -> None:
+        """Every phase that is not done, and the models in the end."""
+        self._reference = asyncio.run(self._score_reference())
+        for phase in phases_of(self._recipe):
+            done = self._folder.path / PHASES / phase.name / "weights.pt"
+            if done.exists():
+                self._restore(load_state(done))
+                continue
+            self._train(phase)
+            save_state(done, self._weights())
+            for checkpoint in done.parent.glob("checkpoint-*"):
+                shutil.rmtree(checkpoint)
+        card = f"Trained by `popi train {source}`.\n"
+        for name, model, tokenizer in (
+            (WRITER, self._writer, self._writer_tokenizer),
+            (GENERATOR, self._generator, self._generator_tokenizer),
+        ):
+            self._folder.save(name, partial(save_model, model, tokenizer, card))
+
+    def _weights(self) -> dict[str, Any]:
+        weights = {WRITER: self._writer.state_dict()}
+        return weights if self._recipe.shared else {**weights, GENERATOR: self._generator.state_dict()}
+
+    def _restore(self, weights: dict[str, Any]) -> None:
+        self._writer.load_state_dict(weights[WRITER])
+        if not self._recipe.shared:
+            self._generator.load_state_dict(weights[GENERATOR])
+
+    async def _score_reference(self) -> Reference:
+        return await Reference.of(
+            self._people.pairs(),
+            self._generator_backend,
+            fingerprint=weights_fingerprint(self._generator),
+            file=self._folder.path / REFERENCE,
+            over=self._recipe.generator.over,
+        )
+
+    def _train(self, phase: Phase) -> None:
+        folder = self._folder.path / PHASES / phase.name
+        checkpoint = last_complete(folder)
+        at = int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
+        self._folder.forget_after(phase.first + at)
+        make = self._generator_trainer if phase.kind == "generator" else self._writer_trainer
+        trainer, update = make(phase, folder)
+        if checkpoint is not None:
+            beside = load_state(checkpoint / BESIDE)
+            self._restore({**self._weights(), **beside["weights"]})
+            if update is not None:
+                update.restore(beside["update"])
+        trainer.remove_callback(PrinterCallback)
+        trainer.remove_callback(ProgressCallback)
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+
+    def _writer_trainer(self, phase: Phase, folder: Path) -> tuple[WriterTrainer, GeneratorUpdate | None]:
+        recipe, writer, generator = self._recipe, self._recipe.writer, self._recipe.generator
+        joint = phase.kind == "both"
+        update = None
+        if joint and not recipe.shared:
+            update = GeneratorUpdate(
+                self._generator,
+                learning_rate=generator.learning_rate,
+                steps=phase.steps,
+                warmup=recipe.warmup,
+                clip=recipe.clip,
+            )
+        earn = PairReward(
+            self._scorer,
+            [example.tests for example in self._people.train],
+            self._reference,
+            loss=generator.loss,
+            beta=generator.beta,
+            pairs_per_summary=recipe.pairs_per_summary,
+            token_price=writer.token_price,
+            seed=recipe.seed,
+            update=update,
+            keep_gradient=joint and recipe.shared,
+        )
+        arguments = GRPOConfig(
+            **self._arguments(folder, phase.steps, writer.learning_rate, writer.samples * recipe.users_per_step),
+            num_generations=writer.samples,
+            max_completion_length=writer.max_tokens,
+            temperature=writer.temperature,
+            beta=writer.kl,
+            loss_type="grpo",
+            scale_rewards="group" if writer.scale_by_std else "none",
+        )
+        trainer = WriterTrainer(
+            self._writer,
+            self._writer_tokenizer,
+            arguments,
+            conversations=self._conversations(self._people.train),
+            earn=earn,
+            batch_tokens=recipe.batch_tokens,
+            callbacks=[self._watch(phase, earn.seen), Beside(lambda: self._beside(update))],
+        )
+        return trainer, update
+
+    def _generator_trainer(self, phase: Phase, folder: Path) -> tuple[GeneratorTrainer, None]:
+        recipe, generator = self._recipe, self._recipe.generator
+        trainer = GeneratorTrainer(
+            self._generator,
+            TrainingArguments(**self._arguments(folder, phase.steps, generator.learning_rate, recipe.users_per_step)),
+            scorer=self._scorer,
+            items=self._items(phase),
+            loss=generator.loss,
+            beta=generator.beta,
+            callbacks=[self._watch(phase, {}), Beside(lambda: self._beside(None))],
+        )
+        return trainer, None
+
+    def _arguments(self, folder: Path, steps: int, learning_rate: float, batch: int) -> dict[str, Any]:
+        on_cpu = self._writer.device.type == "cpu"
+        return {
+            "output_dir": str(folder),
+            "max_steps": steps,
+            "per_device_train_batch_size": batch,
+            "learning_rate": learning_rate,
+            "lr_scheduler_type": "cosine",
+            "warmup_steps": self._recipe.warmup,
+            "max_grad_norm": self._recipe.clip,
+            "weight_decay": 0.0,
+            "seed": self._recipe.seed,
+            "logging_steps": 1,
+            "save_steps": self._recipe.checkpoint_every,
+            "save_total_limit": 2,
+            "report_to": [],
+            "disable_tqdm": True,
+            "remove_unused_columns": False,
+            "use_cpu": on_cpu,
+            "bf16": not on_cpu,
+            "gradient_checkpointing": False,
+        }
+
+    def _conversations(self, users: Sequence[PersonalizationExample]) -> list[list[Message]]:
+        """What the writer reads of each user, as it does when it is used."""
+        backend = self._writer_backend
+        budget = context_tokens(backend, inference_messages(""), self._recipe.writer.max_tokens)
+        return [
+            inference_messages(render_signals(example.user.signals, backend.count_tokens, budget).text)
+            for example in users
+        ]
+
+    def _items(self, phase: Phase) -> list[Judged]:
+        """The pairs of a generator's phase under fixed contexts: one of each user in turn."""
+        recipe, users = self._recipe, self._people.train
+        count = phase.steps * recipe.users_per_step
+        rng = np.random.default_rng(seed_of(recipe.seed, "items", phase.name))
+        rounds = -(-count // len(users))
+        order = np.concatenate([rng.permutation(len(users)) for _ in range(rounds)])[:count].tolist()
+        told = self._told(sorted(set(order)), phase)
+        items = []
+        for place in order:
+            pairs = users[place].tests
+            pair = pairs[int(rng.integers(len(pairs)))]
+            items.append(Judged(told[place], pair, self._reference[pair]))
+        return items
+
+    def _told(self, places: Sequence[int], phase: Phase) -> dict[int, str | None]:
+        """What the generator is told of users: one sampled summary of each, their raw signals, or nothing."""
+        inference = self._inference(temperature=self._recipe.writer.temperature, purpose=phase.name)
+        if inference is None:
+            return dict.fromkeys(places)
+        summaries = asyncio.run(inference.infer([self._people.train[place].user for place in places]))
+        return {place: summary.text for place, summary in zip(places, summaries, strict=True)}
+
+    def _inference(self, *, temperature: float = 0.0, purpose: str = "look") -> PreferenceInference | None:
+        recipe = self._recipe
+        if recipe.generator.context == "none":
+            return None
+        if recipe.generator.context == "raw-signals":
+            return registry.make_inference("raw", self._generator_backend)
+        options = {"max_tokens": recipe.writer.max_tokens, "temperature": temperature}
+        return registry.make_inference("llm", self._writer_backend, **options, seed=seed_of(recipe.seed, purpose))
+
+    def _beside(self, update: GeneratorUpdate | None) -> dict[str, Any]:
+        return {"weights": self._weights(), "update": None if update is None else update.state()}
+
+    def _watch(self, phase: Phase, seen: dict[str, list[float]]) -> Watch:
+        return Watch(
+            phase,
+            seen,
+            look=self._look,
+            every=self._recipe.evaluate_every,
+            log=self._log,
+        )
+
+    def _look(self) -> Look:
+        return asyncio.run(look(self._inference(), self._scorer, self._people.held_out, self._reference))
+
+    def _log(self, measured: dict[str, Any], seen: Look | None) -> None:
+        if seen is not None:
+            samples = self._folder.path / SAMPLES
+            samples.mkdir(exist_ok=True)
+            lines = "".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in seen.samples)
+            (samples / f"step-{measured['step']:06d}.jsonl").write_text(lines, encoding="utf-8")
+        self._folder.log(measured)
+        self._report(measured)
+
+
+class Watch(TrainerCallback):
+    """Follows a trainer: writes what it measures, and looks at held-out users.
+
+    Args:
+        phase: The phase.
+        seen: What the reward measures beside the trainer, emptied after each step.
+        look: Looks at held-out users.
+        every: Steps between two looks; the end of the phase is one too.
+        log: Takes what was measured in a step, and what a look has seen.
+    """
+
+    def __init__(
+        self,
+        phase: Phase,
+        seen: dict[str, list[float]],
+        *,
+        look: Callable[[], Look],
+        every: int,
+        log: Callable[[dict[str, Any], Look | None], None],
+    ) -> None:
+        self._phase, self._seen, self._look, self._every, self._log = phase, seen, look, every, log
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any) -> None:
+        """Called by the trainer after each step, and once at its end."""
+        logs: dict[str, Any] = given["logs"]
+        if "train_runtime" in logs:
+            return
+        step = self._phase.first + state.global_step
+        beside = {name: sum(values) / len(values) for name, values in self._seen.items()}
+        self._seen.clear()
+        measured: dict[str, Any] = {"step": step, "phase": self._phase.name, **logs, **beside}
+        found = None
+        if step % self._every == 0 or state.global_step == self._phase.steps:
+            found = self._look()
+            measured["held_out"] = found.figures()
+        self._log(measured, found)
+
+
+def _load(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A model to be trained: full-precision weights, whatever device computes with them."""
+    return load(name, None, "float32")
+
+
+def weights_fingerprint(model: PreTrainedModel) -> str:
+    """A fingerprint of a model's weights, 16 hex digits, by the sums of each tensor."""
+    digest = hashlib.sha256()
+    for name, value in model.state_dict().items():
+        digest.update(f"{name}{tuple(value.shape)}{value.double().sum()}{value.double().abs().sum()}".encode())
+    return digest.hexdigest()[:16]

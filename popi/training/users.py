@@ -1,0 +1,76 @@
+"""The users of a joint run: those to learn from, and held-out ones to look at."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from popi.config import Users
+from popi.data.example import PersonalizationExample, TestPair, read_examples
+from popi.errors import ConfigError, InputError
+
+
+@dataclass(frozen=True, slots=True)
+class People:
+    """Users of a run.
+
+    Attributes:
+        train: Whom to learn from.
+        held_out: Whom to look at.
+        left_out: How many were of no use, for want of evidence or of pairs.
+    """
+
+    train: Sequence[PersonalizationExample]
+    held_out: Sequence[PersonalizationExample]
+    left_out: int = 0
+
+    def pairs(self) -> list[TestPair]:
+        """All pairs of all users."""
+        return [pair for example in (*self.train, *self.held_out) for pair in example.tests]
+
+
+def gather(data: Users, *, held_out: int, seed: int) -> People:
+    """Makes or reads the users of a run.
+
+    Args:
+        data: Where they come from.
+        held_out: How many are kept back.
+        seed: Decides the users of a world, and which of a file are kept back.
+
+    Raises:
+        InputError: If a file is broken, or has too few users with evidence and pairs.
+        ConfigError: If more users are asked for than a file has.
+    """
+    if data.file is None:
+        from popi.data.miniworld import generate
+
+        assert data.users is not None
+        made = list(generate(split="train", users=data.users, seed=seed, tests=data.pairs))
+        kept_back = list(generate(split="validation", users=held_out, seed=seed, tests=data.pairs))
+        return People(_useful(made), _useful(kept_back), len(made) - len(_useful(made)))
+    read = list(read_examples(data.file))
+    useful = _useful(read)
+    # Users of one cluster share what they are tested on: all of them learn or none does.
+    clusters = list(dict.fromkeys(example.cluster for example in useful))
+    rank = dict(zip(clusters, np.random.default_rng(seed).permutation(len(clusters)).tolist(), strict=True))
+    dealt = sorted(useful, key=lambda example: rank[example.cluster])
+    ends = (place for place in range(held_out, len(dealt)) if dealt[place].cluster != dealt[place - 1].cluster)
+    first = next(ends, None)
+    if first is None:
+        raise InputError(
+            f"{len(useful)} of {len(read)} users have evidence and pairs; {held_out} are held out, and none is left",
+            file=data.file,
+            fix="give more users, or hold out fewer with evaluate_users",
+        )
+    train = dealt[first:]
+    if data.users is not None and data.users > len(train):
+        raise ConfigError(f"{len(train)} users are left to learn from, not {data.users}", field="data.users")
+    return People(train[: data.users], dealt[:held_out], len(read) - len(useful))
+
+
+def _useful(examples: Iterable[PersonalizationExample]) -> list[PersonalizationExample]:
+    return [
+        example for example in examples if example.tests and any(signal.is_evidence for signal in example.user.signals)
+    ]

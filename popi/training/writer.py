@@ -1,0 +1,180 @@
+"""The writer's trainer: TRL's GRPO with our rollouts, our log-probabilities and the pairs' margins as the reward."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from trl.trainer.grpo_config import GRPOConfig
+from trl.trainer.grpo_trainer import GRPOTrainer
+
+from popi.backends.causal.cache import has_plain_cache
+from popi.backends.causal.chat_tokens import ChatTokens
+from popi.backends.causal.decoding import Draft, decode, end_tokens_of
+from popi.backends.causal.scoring import Scored
+from popi.prompts import Message
+from popi.summary import Author, PreferenceSummary, Provenance, finished_part, read_reply
+from popi.training.likelihood import token_likelihood
+from popi.training.seeds import seed_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+TRAINED = Provenance(author=Author.INFERRED)
+
+Earn = Callable[[list[int], list[PreferenceSummary], list[int], int], list[float]]
+"""Users by their places, a summary of each, its length in tokens and the number of the step, to rewards."""
+
+
+class WriterTrainer(GRPOTrainer):
+    """GRPO of the writer.
+
+    TRL keeps the loop, the groups, the loss and the checkpoints. Ours are three things behind its seams: the rollout
+    (``rollout_func``), the reward (a callable), and the log-probabilities of what was sampled, which compute the
+    signals of a user once for all of their summaries (``_get_per_token_logps_and_entropies``).
+
+    Args:
+        model: The writer; its initial weights are the reference of the KL divergence.
+        tokenizer: Its tokenizer.
+        args: TRL's arguments.
+        conversations: What the writer reads of each user.
+        earn: Rewards summaries.
+        batch_tokens: The most tokens of one forward pass.
+        callbacks: Of transformers.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        args: GRPOConfig,
+        *,
+        conversations: Sequence[Sequence[Message]],
+        earn: Earn,
+        batch_tokens: int,
+        callbacks: Sequence[Any] = (),
+    ) -> None:
+        from datasets import Dataset
+
+        self._chat = ChatTokens(tokenizer, str(model.config.name_or_path))
+        self._share = has_plain_cache(model)
+        self._batch_tokens = batch_tokens
+        self._ends = end_tokens_of(model, self._chat)
+        self._earn = earn
+        rows = [
+            {"prompt": [{"role": turn.role, "content": turn.content} for turn in messages], "user": place}
+            for place, messages in enumerate(conversations)
+        ]
+        with warnings.catch_warnings():
+            # TRL calls its rollout hook experimental; the version is pinned and a test holds us to it.
+            warnings.simplefilter("ignore")
+            super().__init__(
+                model=model,
+                reward_funcs=[self._reward],  # type: ignore[list-item]
+                args=args,
+                train_dataset=Dataset.from_list(rows),
+                processing_class=tokenizer,
+                callbacks=list(callbacks),
+                rollout_func=_roll_out,  # type: ignore[arg-type]
+            )
+
+    def roll_out(self, prompts: Sequence[Sequence[dict[str, str]]]) -> dict[str, Any]:
+        """Samples one summary for each prompt; the same step samples the same, whatever went before."""
+        began = time.perf_counter()
+        rendered = self._chat.render([[Message(**turn) for turn in prompt] for prompt in prompts])  # type: ignore[arg-type]
+        drafts = [
+            Draft(
+                prompt.tokens,
+                limit=int(self.max_completion_length or 1),
+                temperature=self.temperature,
+                top_p=self.top_p,
+                seed=seed_of(self.args.seed, "rollout", self.state.global_step, place),
+            )
+            for place, prompt in enumerate(rendered)
+        ]
+        model = self.accelerator.unwrap_model(self.model)
+        with sampling(model):
+            sampled = decode(
+                model,
+                drafts,
+                end_tokens=self._ends,
+                batch_tokens=self._batch_tokens,
+                share=self._share,
+                check=lambda: None,
+            )
+        self._log_metric("seconds/rollout", time.perf_counter() - began)
+        self._log_metric("tokens/rollout", float(sum(map(len, sampled))))
+        return {"prompt_ids": [prompt.tokens for prompt in rendered], "completion_ids": sampled, "logprobs": None}
+
+    def _reward(self, completion_ids: Sequence[Sequence[int]], user: list[int], **_: Any) -> list[float]:
+        began = time.perf_counter()
+        summaries = [self.read(ids) for ids in completion_ids]
+        tokens = list(map(len, completion_ids))
+        rewards = self._earn(user, summaries, tokens, self.state.global_step)
+        silent = sum(summary.status == "not_enough_evidence" for summary in summaries)
+        self._log_metric("not_enough_evidence", silent / len(summaries))
+        self._log_metric("seconds/scoring", time.perf_counter() - began)
+        return rewards
+
+    def read(self, completion: Sequence[int]) -> PreferenceSummary:
+        """The summary that was sampled; without its end, without what was unfinished."""
+        ended = bool(completion) and completion[-1] in self._ends
+        text = self._chat.decode(completion[:-1] if ended else completion)
+        return read_reply("", text if ended else finished_part(text), (), TRAINED)
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """TRL's, timed: what is neither rollout nor scoring is the update."""
+        began = time.perf_counter()
+        loss: Tensor = super().training_step(*args, **kwargs)  # type: ignore[no-untyped-call]
+        metrics = self._metrics["train"]
+        spent = metrics["seconds/rollout"][-1:] + metrics["seconds/scoring"][-1:]
+        self._metrics["train"]["seconds/update"].append(time.perf_counter() - began - sum(spent))
+        return loss
+
+    def _get_per_token_logps_and_entropies(
+        self,
+        model: PreTrainedModel,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        logits_to_keep: int,
+        batch_size: int | None = None,
+        compute_entropy: bool = False,
+        **_: Any,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Log-probabilities of the completions: (B, ``logits_to_keep``), zero behind their ends."""
+        split = input_ids.shape[1] - logits_to_keep
+        items = [
+            Scored(ids[:split][mask[:split].bool()].tolist(), ids[split:][mask[split:].bool()].tolist())
+            for ids, mask in zip(input_ids, attention_mask, strict=True)
+        ]
+        found = token_likelihood(
+            self.accelerator.unwrap_model(model),
+            items,
+            batch_tokens=self._batch_tokens,
+            share=self._share,
+            temperature=self.temperature,
+        )
+        room = logits_to_keep - found.logps_R_T.shape[1]
+        logps, entropies = (torch.nn.functional.pad(part, (0, room)) for part in (found.logps_R_T, found.entropies_R_T))
+        return logps, entropies if compute_entropy else None, None
+
+
+def _roll_out(prompts: Sequence[Sequence[dict[str, str]]], trainer: WriterTrainer) -> dict[str, Any]:
+    return trainer.roll_out(prompts)
+
+
+@contextmanager
+def sampling(model: PreTrainedModel) -> Iterator[None]:
+    """Within it the model neither drops out nor records gradients."""
+    training = model.training
+    model.train(False)
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(training)

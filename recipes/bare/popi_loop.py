@@ -1,0 +1,199 @@
+"""POPI in one file: a writer and a generator that learn together, without a framework.
+
+    python recipes/bare/popi_loop.py --steps 100 --out curve.jsonl
+
+The writer q_phi reads a user's signals s and writes a summary z. The generator pi_theta answers a prompt x under z.
+Both learn from the same pairs (x, y_w, y_l) of the same user, which the signals do not show:
+
+    h = [log pi_theta(y_w|x,z) - log pi_theta(y_l|x,z)] - [log pi_ref(y_w|x) - log pi_ref(y_l|x)]
+    loss = -log sigmoid(beta h) / beta      theta follows its gradient; -loss is what z earns, and phi follows GRPO
+
+Everything is written out, one user after the other: what is fast at the cost of being long is in ``popi.training``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import random
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from popi.data.example import PersonalizationExample, TestPair
+from popi.data.miniworld import generate
+from popi.models import find
+from popi.prompts import Message, answer_messages, inference_messages
+from popi.render import render_signals
+from popi.summary import as_text, parse_claims
+
+MODEL = "popi-mini-base"
+USERS_PER_STEP, SAMPLES, MAX_TOKENS = 8, 8, 96
+WRITER_LR, GENERATOR_LR, WARMUP, CLIP = 3e-4, 1e-4, 10, 1.0
+BETA, KL = 0.1, 2e-3
+
+
+class Chat:
+    """A model with its tokenizer.
+
+    Args:
+        name: Where it is.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.tokenizer = AutoTokenizer.from_pretrained(name)
+        self.model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
+
+    def prompt(self, messages: list[Message]) -> Tensor:
+        """A conversation as token ids, up to where the answer begins: (T,)."""
+        turns = [{"role": message.role, "content": message.content} for message in messages]
+        text = self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        return torch.tensor(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def response(self, text: str) -> Tensor:
+        """An answer as token ids, the end of its turn included: (S,)."""
+        return torch.tensor(self.tokenizer(text + self.tokenizer.eos_token, add_special_tokens=False)["input_ids"])
+
+    @torch.no_grad()
+    def sample(self, prompt_T: Tensor, count: int, *, greedy: bool = False) -> list[Tensor]:
+        """Continues one prompt ``count`` times; the prompt is computed once."""
+        end = self.tokenizer.eos_token_id
+        out = self.model(prompt_T[None], use_cache=True)
+        cache = out.past_key_values
+        cache.batch_repeat_interleave(count)
+        logits_G_V = out.logits[:, -1].expand(count, -1)
+        tokens_G_S = torch.empty((count, 0), dtype=torch.long)
+        while tokens_G_S.shape[1] < MAX_TOKENS and not (tokens_G_S == end).any(dim=1).all():
+            probs_G_V = logits_G_V.softmax(dim=-1)
+            next_G = probs_G_V.argmax(dim=-1) if greedy else torch.multinomial(probs_G_V, 1)[:, 0]
+            tokens_G_S = torch.cat([tokens_G_S, next_G[:, None]], dim=1)
+            logits_G_V = self.model(next_G[:, None], past_key_values=cache).logits[:, -1]
+        rows = [row.tolist() for row in tokens_G_S]
+        return [torch.tensor(row[: row.index(end) + 1] if end in row else row) for row in rows]
+
+    def logps(self, prompt_T: Tensor, answers: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """Log-probabilities of answers to one prompt, and where there are tokens: (G, S) each.
+
+        The prompt is computed once, with gradients; the answers go on from its cache.
+        """
+        mask_G_S = torch.nn.utils.rnn.pad_sequence([torch.ones(len(answer)) for answer in answers], batch_first=True)
+        tokens_G_S = torch.nn.utils.rnn.pad_sequence(answers, batch_first=True)
+        out = self.model(prompt_T[None], use_cache=True)
+        cache = out.past_key_values
+        cache.batch_repeat_interleave(len(answers))
+        first = out.logits[:, -1:].expand(len(answers), -1, -1)
+        rest = self.model(tokens_G_S[:, :-1], past_key_values=cache).logits
+        logps_G_S_V = torch.cat([first, rest], dim=1).log_softmax(dim=-1)
+        return logps_G_S_V.gather(2, tokens_G_S[:, :, None])[:, :, 0] * mask_G_S, mask_G_S
+
+    def preference(self, pair: TestPair, context: str | None) -> Tensor:
+        """Log pi(y_w|x,z) - log pi(y_l|x,z): a scalar, in nats."""
+        answers = [self.response(pair.chosen), self.response(pair.rejected)]
+        logps_2_S, _ = self.logps(self.prompt(answer_messages(pair.prompt, context)), answers)
+        chosen, rejected = logps_2_S.sum(dim=1)
+        return chosen - rejected
+
+
+def read_signals(writer: Chat, user: PersonalizationExample) -> Tensor:
+    """What the writer reads of a user."""
+    return writer.prompt(inference_messages(render_signals(user.user.signals, len).text))
+
+
+def read_summary(writer: Chat, tokens: Tensor) -> str:
+    """What the generator reads of what the writer wrote: its claims, without their citations."""
+    return as_text(parse_claims(writer.tokenizer.decode(tokens, skip_special_tokens=True)))
+
+
+def learn(
+    writer: Chat, initial: Chat, generator: Chat, reference: Chat, users: list[PersonalizationExample]
+) -> dict[str, float]:
+    """Collects the gradients of both models on some users, and tells what was earned."""
+    earned, right = [], []
+    for user in users:
+        prompt_T = read_signals(writer, user)
+        summaries = writer.sample(prompt_T, SAMPLES)
+        pair = random.choice(user.tests)
+        with torch.no_grad():
+            bare = reference.preference(pair, None)
+
+        # The generator: the gradient of the loss, in the mean over users and summaries.
+        rewards_G = torch.zeros(SAMPLES)
+        for place, tokens in enumerate(summaries):
+            h = generator.preference(pair, read_summary(writer, tokens)) - bare
+            loss = -logsigmoid(BETA * h) / BETA
+            (loss / (SAMPLES * len(users))).backward()
+            rewards_G[place] = -loss.detach()
+            right.append(float(h > 0))
+
+        # The writer: what a summary earned against the mean of its group, and a pull towards the initial writer.
+        advantages_G = rewards_G - rewards_G.mean()
+        logps_G_S, mask_G_S = writer.logps(prompt_T, summaries)
+        with torch.no_grad():
+            initial_G_S, _ = initial.logps(prompt_T, summaries)
+        ratio_G_S = (logps_G_S - logps_G_S.detach()).exp()
+        log_r_G_S = initial_G_S - logps_G_S
+        kl_G_S = log_r_G_S.exp() - log_r_G_S - 1
+        loss_G_S = (-ratio_G_S * advantages_G[:, None] + KL * kl_G_S) * mask_G_S
+        ((loss_G_S.sum(dim=1) / mask_G_S.sum(dim=1)).mean() / len(users)).backward()
+        earned.append(rewards_G.mean().item())
+    return {"reward": sum(earned) / len(earned), "accuracy": sum(right) / len(right)}
+
+
+@torch.no_grad()
+def look(writer: Chat, generator: Chat, reference: Chat, users: list[PersonalizationExample]) -> float:
+    """Preference accuracy on users who are not learned from."""
+    right = []
+    for user in users:
+        [tokens] = writer.sample(read_signals(writer, user), 1, greedy=True)
+        summary = read_summary(writer, tokens)
+        for pair in user.tests:
+            h = generator.preference(pair, summary) - reference.preference(pair, None)
+            right.append(0.5 if h == 0 else float(h > 0))
+    return sum(right) / len(right)
+
+
+def main() -> None:
+    """Trains, and prints a line a step."""
+    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments.add_argument("--model", default=MODEL)
+    arguments.add_argument("--steps", type=int, default=100)
+    arguments.add_argument("--users-per-step", type=int, default=USERS_PER_STEP)
+    arguments.add_argument("--held-out", type=int, default=64)
+    arguments.add_argument("--every", type=int, default=25, help="steps between two looks at held-out users")
+    arguments.add_argument("--seed", type=int, default=0)
+    arguments.add_argument("--out", type=Path, help="JSON lines of what is printed")
+    given = arguments.parse_args()
+    random.seed(given.seed)
+    torch.manual_seed(given.seed)
+
+    writer, generator = Chat(find(given.model)), Chat(find(given.model))
+    initial, reference = copy.deepcopy(writer), copy.deepcopy(generator)
+    learning = [(writer, WRITER_LR), (generator, GENERATOR_LR)]
+    optimizers = [torch.optim.AdamW(chat.model.parameters(), lr=rate, weight_decay=0.0) for chat, rate in learning]
+
+    held_out = list(generate(split="validation", users=given.held_out, seed=given.seed))
+    users = generate(split="train", users=given.steps * given.users_per_step, seed=given.seed)
+    for step in range(1, given.steps + 1):
+        began = time.perf_counter()
+        figures = learn(writer, initial, generator, reference, [next(users) for _ in range(given.users_per_step)])
+        for (chat, rate), optimizer in zip(learning, optimizers, strict=True):
+            torch.nn.utils.clip_grad_norm_(chat.model.parameters(), CLIP)
+            optimizer.param_groups[0]["lr"] = rate * min(1, step / WARMUP)
+            optimizer.step()
+            optimizer.zero_grad()
+        line = {"step": step, **figures, "seconds": time.perf_counter() - began}
+        if step % given.every == 0 or step == given.steps:
+            line["held_out_accuracy"] = look(writer, generator, reference, held_out)
+        print(json.dumps(line), flush=True)
+        if given.out:
+            with given.out.open("a") as lines:
+                lines.write(json.dumps(line) + "\n")
+
+
+if __name__ == "__main__":
+    main()

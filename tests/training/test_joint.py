@@ -1,0 +1,228 @@
+"""Joint training with tiny models: what moves, what stays, and that an interruption changes nothing."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+import yaml
+
+from popi.config import load
+from popi.data.example import PersonalizationExample, TestPair
+from popi.errors import InputError, PopiError
+from popi.io import write_jsonl
+from popi.signals import PreferencePair, Statement, UserSignals
+from popi.testing import tiny_model
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """Two tiny models on disk."""
+    folder = tmp_path_factory.mktemp("models")
+    for seed, name in enumerate(("one", "two")):
+        model, tokenizer = tiny_model(seed=seed)
+        model.save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def people(tmp_path_factory):
+    """Twelve users in a file, one of them without evidence."""
+    path = tmp_path_factory.mktemp("data") / "users.jsonl"
+    write_jsonl(
+        path,
+        [
+            PersonalizationExample(
+                user=UserSignals(
+                    user_id=f"user {n}",
+                    signals=(
+                        Statement(text=f"I like answer {n}."),
+                        PreferencePair(prompt="How?", chosen=f"So {n}.", rejected="No."),
+                    )
+                    * (n > 0),
+                ),
+                tests=tuple(
+                    TestPair(prompt=f"What about {n}{k}?", chosen=f"This {n}.", rejected="That, I think.") for k in "ab"
+                ),
+            )
+            for n in range(12)
+        ],
+    )
+    return path
+
+
+@pytest.fixture
+def recipe(models, people, tmp_path):
+    """Makes a recipe of a few steps."""
+
+    def make(**changes):
+        tree = {
+            "task": "joint",
+            "name": "tiny",
+            "data": {"file": str(people)},
+            "writer": {
+                "model": str(models / "one"),
+                "learning_rate": 0.01,
+                "samples": 3,
+                "max_tokens": 8,
+                "temperature": 1.0,
+            },
+            "generator": {"model": str(models / "two"), "learning_rate": 0.01, "beta": 0.1},
+            "steps": 3,
+            "users_per_step": 2,
+            "warmup": 1,
+            "evaluate_every": 2,
+            "evaluate_users": 3,
+            "checkpoint_every": 1,
+        }
+        file = tmp_path / "recipe.yaml"
+        file.write_text(yaml.safe_dump(tree))
+        return load(file, changes)
+
+    return make
+
+
+def train(recipe, out, report=lambda measured: None):
+    from popi.training.joint import run
+
+    run(recipe, out, source="a test", report=report)
+    return {name: weights(out / name) for name in ("writer", "generator")}
+
+
+def weights(folder):
+    from safetensors.torch import load_file
+
+    return load_file(folder / "model.safetensors")
+
+
+def moved(before, after):
+    return {name for name, value in before.items() if not torch.equal(value.bfloat16(), after[name])}
+
+
+SHARED = {"shared": True, "generator.model": None}
+SCHEDULES = [
+    {"schedule": "sequential"},
+    {"schedule": "alternating", "steps": 4},
+    {"schedule": "interleaved"},
+    {"schedule": "interleaved", "shared": True},
+]
+
+
+def same_model(recipe, models, changes):
+    return recipe(**changes, **({"generator.model": str(models / "one")} if changes.get("shared") else {}))
+
+
+@pytest.mark.parametrize("changes", SCHEDULES, ids=str)
+def test_every_weight_of_both_roles_moves(recipe, models, tmp_path, changes):
+    resolved = same_model(recipe, models, changes)
+    trained = train(resolved, tmp_path / "run")
+    for role, name in (("writer", resolved.writer.model), ("generator", resolved.generator.model)):
+        before = weights(models / name.rpartition("/")[2])
+        assert moved(before, trained[role]) == set(before)
+    if resolved.shared:
+        assert not moved(trained["writer"], trained["generator"])
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    steps = resolved.steps * (1 if resolved.schedule == "interleaved" else 2)
+    assert [line["step"] for line in lines] == list(range(1, steps + 1))
+    assert all(0 <= line["held_out"]["accuracy"] <= 1 for line in lines if "held_out" in line)
+    assert {"margin", "accuracy"} <= lines[-1].keys()
+    samples = sorted((tmp_path / "run" / "samples").iterdir())
+    assert [json.loads(line)["user_id"] for line in samples[-1].read_text().splitlines()]
+
+
+@pytest.mark.parametrize(
+    ("changes", "role"),
+    [
+        ({"train": "writer"}, "writer"),
+        ({"train": "generator"}, "generator"),
+        ({"train": "generator", "generator.context": "none"}, "generator"),
+        ({"train": "generator", "generator.context": "raw-signals"}, "generator"),
+    ],
+    ids=str,
+)
+def test_alone_one_learns_and_the_other_stays(recipe, models, tmp_path, changes, role):
+    trained = train(recipe(**changes), tmp_path / "run")
+    for name, model in (("writer", "one"), ("generator", "two")):
+        before = weights(models / model)
+        assert moved(before, trained[name]) == (set(before) if name == role else set())
+
+
+class Stopped(Exception):
+    pass
+
+
+def stop_at(step):
+    def report(measured):
+        if measured["step"] == step:
+            raise Stopped
+
+    return report
+
+
+@pytest.mark.parametrize("changes", SCHEDULES, ids=str)
+def test_a_resumed_run_ends_with_the_weights_of_a_straight_one(recipe, models, tmp_path, changes):
+    resolved = same_model(recipe, models, changes)
+    straight = train(resolved, tmp_path / "straight")
+    for step in (2, 3):
+        with pytest.raises(Stopped):
+            train(resolved, tmp_path / "resumed", stop_at(step))
+    resumed = train(resolved, tmp_path / "resumed")
+    for role, tensors in straight.items():
+        assert not moved(tensors, resumed[role]), role
+
+    def figures(name):
+        lines = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        return [{key: line.get(key) for key in ("step", "phase", "reward", "margin", "held_out")} for line in lines]
+
+    assert figures("straight") == figures("resumed")
+    assert train(resolved, tmp_path / "resumed", stop_at(1)).keys() == straight.keys()
+
+
+def test_killed_at_any_moment_it_goes_on(recipe, tmp_path):
+    recipe()
+    command = [sys.executable, "-m", "popi", "train", str(tmp_path / "recipe.yaml"), "--out"]
+    subprocess.run([*command, str(tmp_path / "straight")], check=True, capture_output=True, timeout=300)
+    for wait in (0, 0.3):
+        process = subprocess.Popen([*command, str(tmp_path / "killed")], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline and process.poll() is None:
+            if any((tmp_path / "killed" / "phases").glob("*/checkpoint-*")):
+                break
+            time.sleep(0.005)
+        time.sleep(wait)
+        os.kill(process.pid, signal.SIGKILL)
+        process.communicate()
+    subprocess.run([*command, str(tmp_path / "killed")], check=True, capture_output=True, timeout=300)
+    for role in ("writer", "generator"):
+        assert not moved(weights(tmp_path / "straight" / role), weights(tmp_path / "killed" / role))
+
+
+def test_a_loss_that_is_no_number_stops_the_run(recipe, models, tmp_path, monkeypatch):
+    from popi.training.scoring import PairScorer
+
+    passes = PairScorer.passes
+
+    def broken(self, items):
+        return ((chosen, found * float("nan")) for chosen, found in passes(self, items))
+
+    monkeypatch.setattr(PairScorer, "passes", broken)
+    with pytest.raises(PopiError, match=r"the loss of step 1 is nan; lower the learning rate"):
+        train(recipe(), tmp_path / "run")
+
+
+def test_a_folder_of_another_recipe_is_refused(recipe, tmp_path):
+    train(recipe(steps=1), tmp_path / "run")
+    with pytest.raises(InputError, match="another recipe"):
+        train(recipe(steps=2), tmp_path / "run")
+
+
+def test_a_file_with_too_few_users_says_so(recipe, tmp_path):
+    with pytest.raises(InputError, match=r"11 of 12 users have evidence and pairs; 30 are held out, and none is left"):
+        train(recipe(evaluate_users=30), tmp_path / "run")

@@ -1,0 +1,107 @@
+"""What we put behind TRL's seams does what TRL's own would do."""
+
+import pytest
+import torch
+
+from popi.prompts import inference_messages
+from popi.testing import tiny_model
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture
+def trainer(tmp_path):
+    from trl.trainer.grpo_config import GRPOConfig
+
+    from popi.training.writer import WriterTrainer
+
+    model, tokenizer = tiny_model()
+    arguments = GRPOConfig(
+        output_dir=str(tmp_path),
+        per_device_train_batch_size=6,
+        num_generations=3,
+        max_completion_length=8,
+        temperature=0.7,
+        use_cpu=True,
+        bf16=False,
+        report_to=[],
+        gradient_checkpointing=False,
+    )
+    return WriterTrainer(
+        model,
+        tokenizer,
+        arguments,
+        conversations=[inference_messages(f"[1] said: I like {'very ' * n}much {n}") for n in range(4)],
+        earn=lambda users, summaries, tokens, step: [float(n) for n in tokens],
+        batch_tokens=4096,
+    )
+
+
+def batch(trainer):
+    rows = [{**trainer.train_dataset[place], "user": place} for place in (0, 0, 0, 2, 2, 2)]
+    trainer.model.train()
+    return trainer._generate_and_score_completions(rows)
+
+
+def test_the_update_is_that_of_whole_sequences(trainer):
+    from trl.trainer.grpo_trainer import GRPOTrainer
+
+    made = batch(trainer)
+    ids = torch.cat([made["prompt_ids"], made["completion_ids"]], dim=1)
+    mask = torch.cat([made["prompt_mask"], made["completion_mask"]], dim=1)
+    keep = made["completion_ids"].shape[1]
+
+    def gradient(logps):
+        trainer.model.zero_grad()
+        (logps * made["completion_mask"] * torch.linspace(-1, 1, keep)).sum().backward()
+        return torch.cat([value.grad.flatten() for value in trainer.model.parameters()])
+
+    ours, entropies, _ = trainer._get_per_token_logps_and_entropies(
+        trainer.model, ids, mask, keep, compute_entropy=True
+    )
+    theirs, their_entropies, _ = GRPOTrainer._get_per_token_logps_and_entropies(
+        trainer, trainer.model, ids, mask, keep, compute_entropy=True
+    )
+    real = made["completion_mask"].bool()
+    torch.testing.assert_close(ours[real], theirs[real], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(entropies[real], their_entropies[real].detach(), atol=1e-4, rtol=1e-4)
+    mine, other = gradient(ours), gradient(theirs)
+    assert (mine - other).abs().max() <= 1e-5 * other.abs().max()
+
+
+def test_the_loss_is_that_of_our_objective(trainer):
+    from popi.training.objective import policy_loss
+
+    made = batch(trainer)
+    keep = made["completion_ids"].shape[1]
+    ids = torch.cat([made["prompt_ids"], made["completion_ids"]], dim=1)
+    mask = torch.cat([made["prompt_mask"], made["completion_mask"]], dim=1)
+    trainer.loss_type = "grpo"
+    logps, _, _ = trainer._get_per_token_logps_and_entropies(trainer.model, ids, mask, keep)
+    expected = policy_loss(logps, logps.detach(), made["advantages"], made["completion_mask"].float(), kl=0.0)
+    trainer.current_gradient_accumulation_steps = 1
+    torch.testing.assert_close(trainer._compute_loss(trainer.model, made), expected)
+
+
+def test_a_step_samples_the_same_again_and_another_step_other_summaries(trainer):
+    prompts = [trainer.train_dataset[0]["prompt"]] * 4
+    first = trainer.roll_out(prompts)["completion_ids"]
+    assert trainer.roll_out(prompts)["completion_ids"] == first
+    assert len(set(map(tuple, first))) > 1
+    trainer.state.global_step = 1
+    assert trainer.roll_out(prompts)["completion_ids"] != first
+
+
+def test_groups_are_rewarded_against_their_own_mean(trainer):
+    trainer.scale_rewards = "none"
+    made = batch(trainer)
+    lengths = made["completion_mask"].sum(dim=1).float().view(2, 3)
+    torch.testing.assert_close(made["advantages"].view(2, 3), lengths - lengths.mean(dim=1, keepdim=True))
+
+
+def test_reading_leaves_out_what_was_not_finished(trainer):
+    end = next(iter(trainer._ends))
+    ids = trainer._chat.encode(["- likes lists\n- likes emoji"])[0]
+    assert trainer.read([*ids, end]).text == "- likes lists\n- likes emoji"
+    assert trainer.read(ids).text == "- likes lists"
+    assert trainer.read([end]).status == "not_enough_evidence"
