@@ -8,6 +8,7 @@ import pytest
 
 from popi import models
 from popi.errors import ModelError
+from popi.models import origin
 
 
 @pytest.fixture(autouse=True)
@@ -54,3 +55,13 @@ def test_what_is_nowhere_is_an_error_of_one_line(name: str) -> None:
 def test_a_slip_of_the_finger_gets_a_hint() -> None:
     with pytest.raises(ModelError, match="did you mean popi-mini-base"):
         models.find("popi-mini-bass")
+
+
+def test_the_origin_of_a_trained_model_stands_beside_it(tmp_path):
+    assert origin("popi-mini-base") is None
+    assert origin("org/model-on-the-hub") is None
+    (tmp_path / "popi.json").write_text('{"from": "popi-mini-base"}')
+    assert origin(str(tmp_path)) == "popi-mini-base"
+    (tmp_path / "popi.json").write_text("{}")
+    with pytest.raises(ModelError, match="does not tell what the model was made from"):
+        origin(str(tmp_path))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -51,6 +51,9 @@ def evaluate(
 ) -> None:
     """Measure what a generator gains by the summaries of a writer.
 
+    A model that popi trained is compared with what it was made from: a writer's summaries with those of the untrained
+    one, a generator's likelihoods with those of its reference.
+
     OUT receives results.json, results.md, accuracy_vs_context.png and config.json. The same command goes on where it
     was interrupted; more rows, generators and seeds may be added to a folder, other settings are refused.
     """
@@ -60,17 +63,19 @@ def evaluate(
     from popi.cli.batches import identity, telling
     from popi.evaluation import rows as table
     from popi.evaluation.folder import Folder
+    from popi.models import origin
 
-    chosen = table.choose([name.strip() for name in rows.split(",") if name.strip()])
     columns = list(dict.fromkeys(map(identity, generator or ["popi-mini-base", "popi-mini-reader"])))
     writer = identity(writer)
+    made_from = {name: made for name in (writer, *columns) if (made := origin(name)) is not None}
+    chosen = table.choose([name.strip() for name in rows.split(",") if name.strip()], trained=writer in made_from)
     samples, source = _samples(data, world, split, users, list(range(seed, seed + seeds)))
     folder = Folder(out)
-    config = folder.open(_config(source, samples, chosen, columns, writer))
+    config = folder.open(_config(source, samples, chosen, columns, writer, made_from))
     start = time.monotonic()
     with telling(f"what is measured is kept in {out}, and the same command goes on"):
         try:
-            results = asyncio.run(_measure(samples, chosen, columns, writer, folder, config))
+            results = asyncio.run(_measure(samples, chosen, columns, writer, made_from, folder, config))
         finally:
             folder.close(config, time.monotonic() - start)
         _write(results, folder)
@@ -110,12 +115,13 @@ async def opened(models: Iterable[str]) -> AsyncIterator[dict[str, Backend]]:
         yield {name: await stack.enter_async_context(load_backend(name)) for name in dict.fromkeys(models)}
 
 
-def column(backend: Backend) -> Column:
-    """A model as a generator under test."""
+def column(backend: Backend, reference: Backend | None = None) -> Column:
+    """A model as a generator under test, and what it was before it was trained."""
     from popi.evaluation.measure import Column
     from popi.registry import generator
 
-    return Column(backend.model, generator("prompted")(backend), backend)
+    make = generator("prompted")
+    return Column(backend.model, make(backend), backend, None if reference is None else make(reference))
 
 
 def _samples(
@@ -141,7 +147,12 @@ def _samples(
 
 
 def _config(
-    source: dict[str, object], samples: Sequence[Sample], rows: Sequence[Row], columns: Sequence[str], writer: str
+    source: dict[str, object],
+    samples: Sequence[Sample],
+    rows: Sequence[Row],
+    columns: Sequence[str],
+    writer: str,
+    made_from: Mapping[str, str],
 ) -> RunConfig:
     from popi.cli.batches import versions
     from popi.evaluation.folder import RunConfig, fingerprint
@@ -160,7 +171,7 @@ def _config(
             "template_hash": template_hash(),
             "popi": found["popi"],
         },
-        models={name: fingerprint(Path(find(name))) for name in (writer, *columns)},
+        models={name: fingerprint(Path(find(name))) for name in (writer, *columns, *made_from.values())},
         rows=[row.name for row in rows],
         columns=list(columns),
         seeds=[sample.seed for sample in samples],
@@ -174,6 +185,7 @@ async def _measure(
     rows: Sequence[Row],
     columns: Sequence[str],
     writer: str,
+    made_from: Mapping[str, str],
     folder: Folder,
     config: RunConfig,
 ) -> Results:
@@ -181,13 +193,16 @@ async def _measure(
     from popi.registry import inference
 
     users = sum(len(sample.examples) for sample in samples)
-    async with opened((writer, *columns)) as backends:
+    async with opened((writer, *columns, *made_from.values())) as backends:
+        write = inference("llm")
+        before = {name: backends[made] for name, made in made_from.items()}
         with progress("evaluation", users * len(rows) * len(columns)) as shown:
             return await evaluate(
                 samples,
                 rows=rows,
-                columns=[column(backends[name]) for name in columns],
-                writer=inference("llm")(backends[writer]),
+                columns=[column(backends[name], before.get(name)) for name in columns],
+                writer=write(backends[writer]),
+                untrained=write(before[writer]) if writer in before else None,
                 folder=folder,
                 judged=JUDGED,
                 settings={**config.settings, "seeds": config.seeds},

@@ -102,16 +102,17 @@ async def _answer_twice(example: PersonalizationExample, summary: PreferenceSumm
 async def _measure(sample: Sample, writer: PreferenceInference, models: Mapping[str, Backend]) -> Results:
     from popi.cli.evaluate import column
     from popi.evaluation.folder import Folder
-    from popi.evaluation.rows import ROWS
+    from popi.evaluation.rows import choose
     from popi.evaluation.run import evaluate
 
+    rows = choose([])
     with (
         TemporaryDirectory(prefix="popi-quickstart-") as folder,
-        progress("the table", len(sample.examples) * len(ROWS) * len(models)) as shown,
+        progress("the table", len(sample.examples) * len(rows) * len(models)) as shown,
     ):
         return await evaluate(
             [sample],
-            rows=ROWS,
+            rows=rows,
             columns=[column(backend) for backend in models.values()],
             writer=writer,
             folder=Folder(Path(folder)),

@@ -73,7 +73,7 @@ def _results(recipe: Recipe, folder: Path) -> list[Path]:
 
     if isinstance(recipe, PretrainRecipe):
         return [folder / recipe.phases[-1].name]
-    return [folder / "writer", folder / "generator"]
+    return [folder / role for role in ("writer", "generator") if recipe.train in ("both", role)]
 
 
 def _look(measured: dict[str, Any]) -> str:

@@ -26,11 +26,14 @@ class Column:
         name: Names it in tables.
         generator: Scores and answers.
         backend: The model behind it.
+        reference: The generator whose answers to the bare prompts the margins and the judge compare with: of one that
+            was trained, what it was before; ``None`` is the generator itself.
     """
 
     name: str
     generator: ConditionedGenerator
     backend: Backend
+    reference: ConditionedGenerator | None = None
 
 
 class _Record(BaseModel):
@@ -40,7 +43,7 @@ class _Record(BaseModel):
 
 
 class Plain(_Record):
-    """What a generator does for a user on the bare prompts.
+    """What a column's reference does for a user on the bare prompts.
 
     Attributes:
         differences: log pi(y_w | x) - log pi(y_l | x) of each test pair.
@@ -71,8 +74,9 @@ class Measured(_Record):
 async def measure_plain(column: Column, examples: Sequence[PersonalizationExample], *, judged: int) -> list[Plain]:
     """Measures every user on the bare prompts; the first ``judged`` of them get an answer too."""
     nothing = [None] * len(examples)
-    differences = await _differences(column.generator, examples, nothing)
-    answers = await _answers(column.generator, examples[:judged], nothing[:judged])
+    reference = column.reference or column.generator
+    differences = await _differences(reference, examples, nothing)
+    answers = await _answers(reference, examples[:judged], nothing[:judged])
     answers += nothing[judged:]
     return [
         Plain(user_id=example.user.user_id, differences=tuple(found), answer=answer)
@@ -81,7 +85,7 @@ async def measure_plain(column: Column, examples: Sequence[PersonalizationExampl
 
 
 def measure_nothing(plain: Sequence[Plain], *, judged: int) -> list[Measured]:
-    """The row without any context. Its prompt is the bare one, so every margin is zero and every answer ties."""
+    """The bare prompt of a generator that is its own reference: every margin is zero and every answer ties."""
     return [
         Measured(
             user_id=bare.user_id,
@@ -97,7 +101,7 @@ def measure_nothing(plain: Sequence[Plain], *, judged: int) -> list[Measured]:
 async def measure(
     column: Column,
     examples: Sequence[PersonalizationExample],
-    summaries: Sequence[PreferenceSummary],
+    summaries: Sequence[PreferenceSummary | None],
     plain: Sequence[Plain],
     *,
     judge: Judge | None,
@@ -108,8 +112,8 @@ async def measure(
     Args:
         column: The generator.
         examples: The users.
-        summaries: One for each user.
-        plain: What the same generator does for them on the bare prompts.
+        summaries: One for each user; ``None`` is the bare prompt.
+        plain: What the column's reference does for them on the bare prompts.
         judge: Compares the answers.
         judged: How many of the first users get an answer that is compared; none without a judge.
     """
@@ -121,11 +125,11 @@ async def measure(
         Measured(
             user_id=example.user.user_id,
             margins=tuple(map(_minus, differences[place], plain[place].differences)),
-            context_tokens=column.backend.count_tokens(summaries[place].text),
+            context_tokens=0 if told is None else column.backend.count_tokens(told.text),
             answer=answers[place] if place < asked else None,
             won=won[place] if place < asked else None,
         )
-        for place, example in enumerate(examples)
+        for place, (example, told) in enumerate(zip(examples, summaries, strict=True))
     ]
 
 

@@ -32,11 +32,13 @@ class Materials:
 
     Attributes:
         writer: The inference under test; it writes once for each user, however many rows ask.
+        untrained: What it was before it was trained; ``None`` if it was not.
         reader: The model that will answer.
         examples: The users.
     """
 
     writer: PreferenceInference
+    untrained: PreferenceInference | None
     reader: Backend
     examples: Sequence[PersonalizationExample]
 
@@ -101,6 +103,12 @@ def _oracle(which: Literal["evidence", "truth"]) -> Callable[[Materials], Prefer
     return build
 
 
+def _trained(materials: Materials) -> PreferenceInference:
+    if materials.untrained is None:
+        raise RowUnavailable("the writer is an untrained one")
+    return materials.writer
+
+
 def _another_user(materials: Materials) -> PreferenceInference:
     if len(materials.examples) < 2:
         raise RowUnavailable("there is no other user")
@@ -108,12 +116,13 @@ def _another_user(materials: Materials) -> PreferenceInference:
 
 
 NO_CONTEXT = "no-context"
-UNTRAINED = "untrained-summary"
+UNTRAINED, TRAINED = "untrained-summary", "popi-summary"
 
 ROWS = (
     Row(NO_CONTEXT, None, claims=False),
     Row("raw-signals", _raw, claims=False),
-    Row(UNTRAINED, lambda materials: materials.writer),
+    Row(UNTRAINED, lambda materials: materials.untrained or materials.writer),
+    Row(TRAINED, _trained),
     Row("empty-summary", lambda materials: registry.inference("empty")(), claims=False),
     Row("another-users-summary", _another_user),
     Row("evidence-oracle", _oracle("evidence")),
@@ -124,8 +133,12 @@ REFERENCES = (UNTRAINED, NO_CONTEXT)
 """The rows from which every other row's difference is told."""
 
 
-def choose(names: Sequence[str]) -> tuple[Row, ...]:
-    """The rows of these names, in the order of the table; all of them when none is named.
+def choose(names: Sequence[str], *, trained: bool = False) -> tuple[Row, ...]:
+    """The rows of these names, in the order of the table; when none is named, all that there are for the writer.
+
+    Args:
+        names: Of rows.
+        trained: Whether the writer is a trained one.
 
     Raises:
         ConfigError: If there is no row of a name.
@@ -134,4 +147,5 @@ def choose(names: Sequence[str]) -> tuple[Row, ...]:
     for name in names:
         if name not in known:
             raise ConfigError(f"unknown row {name!r}", field="rows", fix=did_you_mean(name, known))
-    return tuple(row for row in ROWS if not names or row.name in names)
+    wanted = names or [name for name in known if trained or name != TRAINED]
+    return tuple(row for row in ROWS if row.name in wanted)

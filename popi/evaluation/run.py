@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from functools import partial
 
 from popi.errors import InputError
@@ -24,6 +24,7 @@ async def evaluate(
     rows: Sequence[Row],
     columns: Sequence[Column],
     writer: PreferenceInference,
+    untrained: PreferenceInference | None = None,
     folder: Folder,
     judged: int,
     settings: Mapping[str, object],
@@ -36,6 +37,7 @@ async def evaluate(
         rows: What the generators are told. A row that the data cannot have is left out and named in the results.
         columns: The generators.
         writer: The inference under test.
+        untrained: What it was before it was trained; ``None`` if it was not.
         folder: Keeps what is measured; what it holds already is not measured again.
         judged: How many users of each sample get an answer that is judged, where their world has a judge.
         settings: Goes into the results.
@@ -48,7 +50,7 @@ async def evaluate(
         PopiError: If the folder cannot be written.
     """
     world = world_of([example for sample in samples for example in sample.examples])
-    benches = [_Bench(sample, writer, folder, world, judged if world else 0) for sample in samples]
+    benches = [_Bench(sample, writer, untrained, folder, world, judged if world else 0) for sample in samples]
     left_out = {row.name: why for row in rows if (why := _why_not(row, benches, columns))}
     made = [row for row in rows if row.name not in left_out]
     if not made:
@@ -78,7 +80,13 @@ class _Bench:
     """One sample of users under measurement."""
 
     def __init__(
-        self, sample: Sample, writer: PreferenceInference, folder: Folder, world: World | None, judged: int
+        self,
+        sample: Sample,
+        writer: PreferenceInference,
+        untrained: PreferenceInference | None,
+        folder: Folder,
+        world: World | None,
+        judged: int,
     ) -> None:
         self.users = [MeasuredUser(sample.seed, example) for example in sample.examples]
         self._examples = sample.examples
@@ -86,15 +94,18 @@ class _Bench:
         self._keep = partial(folder.piece, f"seed-{sample.seed}")
         self._world = world
         self._judged = min(judged, len(sample.examples))
-        self._writer = WrittenOnce(
-            writer.name,
-            lambda: self._keep(
-                "summaries", writer.name, model=PreferenceSummary, make=lambda: writer.infer(self._signals)
-            ),
-        )
+        self._writer = self._written_once(writer)
+        self._untrained = None if untrained is None else self._written_once(untrained)
+
+    def _written_once(self, writer: PreferenceInference) -> WrittenOnce:
+        def have() -> Awaitable[list[PreferenceSummary]]:
+            make = partial(writer.infer, self._signals)
+            return self._keep("summaries", writer.name, model=PreferenceSummary, make=make)
+
+        return WrittenOnce(writer.name, have)
 
     def materials(self, column: Column) -> Materials:
-        return Materials(self._writer, column.backend, self._examples)
+        return Materials(self._writer, self._untrained, column.backend, self._examples)
 
     async def measure(self, rows: Sequence[Row], column: Column, advance: Callable[[int], None]) -> None:
         """Fills one column."""
@@ -107,7 +118,7 @@ class _Bench:
         for user, bare in zip(self.users, plain, strict=True):
             user.plain[column.name] = bare
         for row in rows:
-            if row.build is None:
+            if row.build is None and column.reference is None:
                 cells = measure_nothing(plain, judged=self._judged)
             else:
                 cells = await self._keep(
@@ -124,14 +135,16 @@ class _Bench:
         """Gets the summaries of rows whose claims can be checked."""
         for row in rows:
             for user, summary in zip(self.users, await self._told(row, column), strict=True):
-                user.summaries[row.name] = summary
+                if summary is not None:
+                    user.summaries[row.name] = summary
 
     async def _measure_row(self, row: Row, column: Column, plain: Sequence[Plain]) -> list[Measured]:
         told = await self._told(row, column)
         return await measure(column, self._examples, told, plain, judge=self._world, judged=self._judged)
 
-    async def _told(self, row: Row, column: Column) -> list[PreferenceSummary]:
-        assert row.build is not None
+    async def _told(self, row: Row, column: Column) -> Sequence[PreferenceSummary | None]:
+        if row.build is None:
+            return [None] * len(self._signals)
         return await row.build(self.materials(column)).infer(self._signals)
 
 
@@ -160,10 +173,10 @@ def _notes(cells: Sequence[Cell], world: World | None, models: Sequence[str], cl
     notes = [world.remark] if world else []
     if world is None and miniatures:
         notes.append(f"{' and '.join(miniatures)} know the mini world alone: their scores mean nothing on these data.")
-    if any(cell.row == NO_CONTEXT for cell in cells):
+    if any(cell.row == NO_CONTEXT and cell.accuracy.low == cell.accuracy.high == 0.5 for cell in cells):
         notes.append(
-            "No context is 50 % by construction: with the same prompt on both sides of the margin every pair ties, "
-            "and a tie counts one half."
+            "No context is 50 % by construction where a generator is its own reference: with the same prompt on both "
+            "sides of the margin every pair ties, and a tie counts one half."
         )
     unscored = [f"{cell.unscored} of {cell.pairs} in {cell.row} ({cell.column})" for cell in cells if cell.unscored]
     if unscored:

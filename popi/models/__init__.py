@@ -5,12 +5,16 @@ Each folder beside this file that holds a ``config.json`` is a model, with its c
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
 from popi.errors import ModelError, did_you_mean
 
 FOLDER = Path(__file__).parent
+ORIGIN = "popi.json"
+"""Beside a model that popi trained: ``{"from": ...}``, the model that it was made from."""
+
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
@@ -35,3 +39,18 @@ def find(name_or_path: str) -> str:
         f"no model {name_or_path!r}: neither shipped with popi nor a path here nor a hub id (org/name)",
         fix=did_you_mean(name_or_path, shipped()),
     )
+
+
+def origin(name_or_path: str) -> str | None:
+    """The model that a model was made from by training, or ``None`` if nothing tells of one.
+
+    Raises:
+        ModelError: If what stands beside the model cannot be read.
+    """
+    file = Path(find(name_or_path)) / ORIGIN
+    if not file.is_file():
+        return None
+    try:
+        return str(json.loads(file.read_text(encoding="utf-8"))["from"])
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise ModelError(f"{file} does not tell what the model was made from ({error})", fix="remove it") from error

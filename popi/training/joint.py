@@ -29,6 +29,8 @@ from popi.backends.causal.loading import load
 from popi.backends.transformers import TransformersBackend
 from popi.config import JointRecipe
 from popi.data.example import PersonalizationExample
+from popi.io import write_text
+from popi.models import ORIGIN
 from popi.prompts import Message, inference_messages
 from popi.render import render_signals
 from popi.roles import PreferenceInference, context_tokens
@@ -141,12 +143,17 @@ class _Run:
             save_state(done, self._weights())
             for checkpoint in done.parent.glob("checkpoint-*"):
                 shutil.rmtree(checkpoint)
-        card = f"Trained by `popi train {source}`.\n"
-        for name, model, tokenizer in (
-            (WRITER, self._writer, self._writer_tokenizer),
-            (GENERATOR, self._generator, self._generator_tokenizer),
-        ):
-            self._folder.save(name, partial(save_model, model, tokenizer, card))
+        trained = (WRITER, GENERATOR) if self._recipe.train == "both" else (self._recipe.train,)
+        for role in trained:
+            self._folder.save(role, partial(self._save, role, source))
+
+    def _save(self, role: str, source: str, folder: str) -> None:
+        if role == WRITER:
+            model, tokenizer, made_from = self._writer, self._writer_tokenizer, self._recipe.writer.model
+        else:
+            model, tokenizer, made_from = self._generator, self._generator_tokenizer, self._recipe.generator.model
+        save_model(model, tokenizer, f"Trained by `popi train {source}`.\n", folder)
+        write_text(Path(folder) / ORIGIN, json.dumps({"from": made_from}) + "\n")
 
     def _weights(self) -> dict[str, Any]:
         weights = {WRITER: self._writer.state_dict()}

@@ -27,7 +27,7 @@ def users(make_example: Make) -> list[PersonalizationExample]:
 def materials(users: list[PersonalizationExample], backend: ScriptedBackend) -> Materials:
     writer = inference("llm")(backend)
     signals = [example.user for example in users]
-    return Materials(WrittenOnce(writer.name, lambda: writer.infer(signals)), backend, users)
+    return Materials(WrittenOnce(writer.name, lambda: writer.infer(signals)), None, backend, users)
 
 
 async def texts(row: Row, given: Materials) -> list[str]:
@@ -90,7 +90,8 @@ async def test_summaries_are_had_when_they_are_asked_for(users: list[Personaliza
 
 def test_rows_are_chosen_by_name_in_the_order_of_the_table() -> None:
     assert [row.name for row in choose(["true-taste-oracle", "no-context"])] == ["no-context", "true-taste-oracle"]
-    assert choose([]) == ROWS
+    assert [row.name for row in ROWS if row not in choose([])] == ["popi-summary"]
+    assert choose([], trained=True) == ROWS
     with pytest.raises(ConfigError, match="unknown row 'raw-signal'; did you mean raw-signals"):
         choose(["raw-signal"])
 
@@ -102,3 +103,10 @@ async def test_raw_signals_leave_room_for_the_longest_test_pair(make_example: Ma
     backend = ScriptedBackend(context_length=1000)
     [shown] = await texts(ROW["raw-signals"], materials([long], backend))
     assert 300 < backend.count_tokens(shown) < 1000 - 300
+
+
+def test_an_untrained_writer_has_no_row_of_a_trained_one(users: list[PersonalizationExample]) -> None:
+    build = ROW["popi-summary"].build
+    assert build is not None
+    with pytest.raises(RowUnavailable, match="the writer is an untrained one"):
+        build(materials(users, statement_writer()))

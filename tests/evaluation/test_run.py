@@ -14,7 +14,7 @@ from popi.errors import BackendError, InputError
 from popi.evaluation.folder import Folder
 from popi.evaluation.measure import Column, Measured
 from popi.evaluation.results import Cell, Results
-from popi.evaluation.rows import ROWS, choose
+from popi.evaluation.rows import choose
 from popi.evaluation.run import evaluate
 from popi.evaluation.samples import Sample, from_world
 from popi.evaluation.statistics import TIE
@@ -25,6 +25,7 @@ from popi.testing import ScriptedBackend, tiny_model
 
 Make = Callable[..., PersonalizationExample]
 USERS = 20
+ROWS = choose([])
 
 
 @pytest.fixture(scope="module")
@@ -191,3 +192,37 @@ async def test_clusters_and_pairs_without_a_score_are_told(make_example: Make, t
     notes = " ".join(results.notes)
     assert "count as ties: 4 of 4 in raw-signals (double)." in notes
     assert "they make 2 clusters" in notes
+
+
+async def test_a_trained_generator_is_compared_with_what_it_was(
+    column: Column, make_example: Make, tmp_path: Path
+) -> None:
+    trained = ScriptedBackend(
+        lambda request: "- One thing.", lambda request: 3.0 if request.response == "good" else 1.0, model="trained"
+    )
+    unpersonalized = Column("trained", generator("prompted")(trained), trained, column.generator)
+    users = [make_example(f"{n}", ("good", "bad"), tastes={"format": "bullets"}) for n in range(4)]
+    rows = choose(["no-context", "empty-summary"])
+    results = await run([Sample(0, users)], unpersonalized, tmp_path, rows=rows, judged=4)
+    bare = cell(results, "no-context")
+    assert bare.accuracy.value == 1
+    assert bare.context_tokens == 0
+    assert bare.win_rate is not None
+    assert bare.win_rate.value == 1  # bullets against the reference's prose
+    assert not any("by construction" in note for note in results.notes)
+
+
+async def test_a_trained_writer_stands_beside_what_it_was(
+    samples: list[Sample], column: Column, tmp_path: Path
+) -> None:
+    good = ScriptedBackend(lambda request: "- bullet points", model="good")
+    writers = {"writer": inference("llm")(good), "untrained": inference("llm")(column.backend)}
+    rows = choose(["untrained-summary", "popi-summary", "another-users-summary"], trained=True)
+    results = await evaluate(
+        samples, rows=rows, columns=[column], folder=Folder(tmp_path), judged=0, settings={}, **writers
+    )
+    reports = {report.row: report for report in results.summaries}
+    assert reports["popi-summary"].claims_quantiles[0] == 1
+    assert reports["untrained-summary"].claims_quantiles[0] == 2
+    assert reports["another-users-summary"].claims_quantiles[0] == 1
+    assert "untrained-summary" in cell(results, "popi-summary").differences
