@@ -81,8 +81,8 @@ def note(text: str) -> None:
 class Progress(Protocol):
     """Told how far the work is."""
 
-    def advance(self, count: int = 1) -> None:
-        """Counts more of the work as done."""
+    def advance(self, count: int = 1, figures: str = "") -> None:
+        """Counts more of the work as done; ``figures`` stand beside it until there are others."""
 
     def note(self, text: str) -> None:
         """Prints one line on standard error without breaking the display."""
@@ -108,22 +108,24 @@ def progress(label: str, total: int) -> Iterator[Progress]:
 
     columns = (
         TextColumn("{task.description}"),
+        TextColumn("{task.fields[figures]}"),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
     with RichProgress(*columns, console=Console(stderr=True)) as display:
-        yield _Bar(display, display.add_task(label, total=total))
+        yield _Bar(display, display.add_task(label, total=total, figures=""))
 
 
 class _Lines:
     def __init__(self, label: str, total: int) -> None:
-        self._label, self._total, self._done = label, total, 0
+        self._label, self._total, self._done, self._figures = label, total, 0, ""
         self._start = self._printed = time.monotonic()
 
-    def advance(self, count: int = 1) -> None:
+    def advance(self, count: int = 1, figures: str = "") -> None:
         self._done += count
+        self._figures = figures or self._figures
         if time.monotonic() - self._printed >= SECONDS_BETWEEN_LINES:
             self._print()
 
@@ -135,15 +137,16 @@ class _Lines:
 
     def _print(self) -> None:
         self._printed = time.monotonic()
-        note(f"{self._label}: {self._done} of {self._total}, {self._printed - self._start:.0f} s")
+        figures = f", {self._figures}" if self._figures else ""
+        note(f"{self._label}: {self._done} of {self._total}, {self._printed - self._start:.0f} s{figures}")
 
 
 class _Bar:
     def __init__(self, display: Any, task: Any) -> None:
         self._display, self._task = display, task
 
-    def advance(self, count: int = 1) -> None:
-        self._display.advance(self._task, count)
+    def advance(self, count: int = 1, figures: str = "") -> None:
+        self._display.update(self._task, advance=count, **({"figures": figures} if figures else {}))
 
     def note(self, text: str) -> None:
         self._display.console.print(f"popi: {one_line(text)}", markup=False, highlight=False, soft_wrap=True)

@@ -39,7 +39,7 @@ def train(
 
         def report(measured: dict[str, Any]) -> None:
             nonlocal done
-            shown.advance(measured["step"] - done)
+            shown.advance(measured["step"] - done, _figures(measured))
             done = measured["step"]
             if line := _look(measured):
                 shown.note(line)
@@ -74,6 +74,12 @@ def _results(recipe: Recipe, folder: Path) -> list[Path]:
     if isinstance(recipe, PretrainRecipe):
         return [folder / recipe.phases[-1].name]
     return [folder / role for role in ("writer", "generator") if recipe.train in ("both", role)]
+
+
+def _figures(measured: dict[str, Any]) -> str:
+    """What is shown of every step."""
+    names = {"reward": "reward", "accuracy": "accuracy", "response": "response loss"}
+    return ", ".join(f"{text} {measured[name]:.3f}" for name, text in names.items() if name in measured)
 
 
 def _look(measured: dict[str, Any]) -> str:

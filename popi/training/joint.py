@@ -7,18 +7,15 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from transformers import (
     PrinterCallback,
     ProgressCallback,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
     TrainingArguments,
 )
 from trl.trainer.grpo_config import GRPOConfig
@@ -29,63 +26,32 @@ from popi.backends.causal.loading import load
 from popi.backends.transformers import TransformersBackend
 from popi.config import JointRecipe
 from popi.data.example import PersonalizationExample
+from popi.errors import MissingExtra
 from popi.io import write_text
 from popi.models import ORIGIN
 from popi.prompts import Message, inference_messages
 from popi.render import render_signals
 from popi.roles import PreferenceInference, context_tokens
 from popi.training.checkpoints import BESIDE, Beside, last_complete, load_state, save_state
+from popi.training.curves import draw_curves
 from popi.training.generator import GeneratorTrainer, GeneratorUpdate
 from popi.training.look import Look, look
 from popi.training.reward import PairReward
-from popi.training.run_folder import RunFolder, save_model
+from popi.training.run_folder import METRICS, RunFolder, save_model
+from popi.training.schedule import Phase, phases_of
 from popi.training.scoring import Judged, PairScorer, Reference
 from popi.training.seeds import seed_of
 from popi.training.users import People, gather
+from popi.training.watch import Watch
 from popi.training.writer import WriterTrainer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 Report = Callable[[dict[str, Any]], None]
-Kind = Literal["writer", "generator", "both"]
 WRITER, GENERATOR, REFERENCE, PHASES, SAMPLES = "writer", "generator", "reference.json", "phases", "samples"
+CURVES = "curves.png"
 LIBRARIES = ("torch", "transformers", "tokenizers", "numpy", "trl", "accelerate")
-
-
-@dataclass(frozen=True, slots=True)
-class Phase:
-    """A stretch of a run in which one set of weights, or both, are updated.
-
-    Attributes:
-        name: Of its folder.
-        kind: What is updated.
-        first: Steps of the run before it.
-        steps: Its own.
-    """
-
-    name: str
-    kind: Kind
-    first: int
-    steps: int
-
-
-def phases_of(recipe: JointRecipe) -> list[Phase]:
-    """The phases of a recipe's schedule, in order."""
-    kinds: list[Kind]
-    if recipe.train != "both":
-        kinds, steps = [recipe.train], [recipe.steps]
-    elif recipe.schedule == "interleaved":
-        kinds, steps = ["both"], [recipe.steps]
-    else:
-        rounds = recipe.rounds if recipe.schedule == "alternating" else 1
-        shares = [recipe.steps // rounds + (place < recipe.steps % rounds) for place in range(rounds)]
-        kinds, steps = ["writer", "generator"] * rounds, [share for share in shares for _ in range(2)]
-    first = np.cumsum([0, *steps]).tolist()
-    return [
-        Phase(f"{place}-{kind}", kind, start, count)
-        for place, (kind, start, count) in enumerate(zip(kinds, first, steps, strict=False), start=1)
-    ]
 
 
 def run(recipe: JointRecipe, out: Path, *, source: str, report: Report) -> None:
@@ -333,44 +299,9 @@ class _Run:
             (samples / f"step-{measured['step']:06d}.jsonl").write_text(lines, encoding="utf-8")
         self._folder.log(measured)
         self._report(measured)
-
-
-class Watch(TrainerCallback):
-    """Follows a trainer: writes what it measures, and looks at held-out users.
-
-    Args:
-        phase: The phase.
-        seen: What the reward measures beside the trainer, emptied after each step.
-        look: Looks at held-out users.
-        every: Steps between two looks; the end of the phase is one too.
-        log: Takes what was measured in a step, and what a look has seen.
-    """
-
-    def __init__(
-        self,
-        phase: Phase,
-        seen: dict[str, list[float]],
-        *,
-        look: Callable[[], Look],
-        every: int,
-        log: Callable[[dict[str, Any], Look | None], None],
-    ) -> None:
-        self._phase, self._seen, self._look, self._every, self._log = phase, seen, look, every, log
-
-    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any) -> None:
-        """Called by the trainer after each step, and once at its end."""
-        logs: dict[str, Any] = given["logs"]
-        if "train_runtime" in logs:
-            return
-        step = self._phase.first + state.global_step
-        beside = {name: sum(values) / len(values) for name, values in self._seen.items()}
-        self._seen.clear()
-        measured: dict[str, Any] = {"step": step, "phase": self._phase.name, **logs, **beside}
-        found = None
-        if step % self._every == 0 or state.global_step == self._phase.steps:
-            found = self._look()
-            measured["held_out"] = found.figures()
-        self._log(measured, found)
+        if seen is not None:
+            with suppress(MissingExtra):
+                draw_curves(self._folder.path / METRICS, self._folder.path / CURVES)
 
 
 def _load(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

@@ -1,0 +1,81 @@
+"""The curves of a run as a picture."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+from popi.errors import MissingExtra
+from popi.io import write_bytes
+
+PANELS = {
+    "reward, nats": ("reward",),
+    "accuracy": ("accuracy", "held_out.accuracy"),
+    "margin h, nats": ("margin", "held_out.margin"),
+    "KL from the initial writer, nats a token": ("kl",),
+    "entropy, nats a token": ("entropy",),
+    "tokens of a summary": ("completions/mean_length", "held_out.summary_tokens"),
+    "not enough evidence": ("not_enough_evidence", "held_out.not_enough_evidence"),
+    "loss of the generator": ("generator_loss",),
+    "seconds of a step": ("seconds/rollout", "seconds/scoring", "seconds/update"),
+}
+"""What each panel shows, by the names of the metrics; a dot goes into what is nested."""
+
+SMOOTH = 10
+"""Steps over which a training curve is averaged; the steps themselves stand behind it."""
+
+
+def draw_curves(metrics: Path, picture: Path) -> None:
+    """Draws a run's metrics: a point for every step, a line for their running mean, circles for held-out users.
+
+    Args:
+        metrics: JSON lines of a run.
+        picture: The PNG to be written.
+
+    Raises:
+        MissingExtra: If matplotlib is not installed.
+        PopiError: If the picture cannot be written.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError as error:
+        raise MissingExtra("matplotlib", "bench") from error
+    lines = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+    figure = Figure(figsize=(13, 10), layout="constrained")
+    for axes, (title, names) in zip(figure.subplots(3, 3).flat, PANELS.items(), strict=True):
+        axes.set_title(title, fontsize=10)
+        axes.set_xlabel("step", fontsize=8)
+        for place, name in enumerate(names):
+            points = [(line["step"], value) for line in lines if (value := _value(line, name)) is not None]
+            if not points:
+                continue
+            steps, values = zip(*points, strict=True)
+            if name.startswith("held_out"):
+                axes.plot(steps, values, "o-", color=f"C{place}", markersize=3, label="held-out users")
+            else:
+                axes.plot(steps, values, ".", color=f"C{place}", alpha=0.25, markersize=3)
+                axes.plot(steps, running_mean(values, SMOOTH), color=f"C{place}", label=name)
+        if axes.lines:
+            axes.legend(fontsize=7)
+    drawn = BytesIO()
+    figure.savefig(drawn, format="png", dpi=110)
+    write_bytes(picture, drawn.getvalue())
+
+
+def running_mean(values: Sequence[float], width: int) -> list[float]:
+    """The mean of each value and those before it, at most ``width`` in all."""
+    means = []
+    for end in range(1, len(values) + 1):
+        window = values[max(0, end - width) : end]
+        means.append(sum(window) / len(window))
+    return means
+
+
+def _value(line: dict[str, Any], name: str) -> float | None:
+    found: Any = line
+    for part in name.split("."):
+        found = found.get(part) if isinstance(found, dict) else None
+    return found if isinstance(found, int | float) else None

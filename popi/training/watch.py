@@ -1,0 +1,49 @@
+"""Follows a trainer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from popi.training.look import Look
+from popi.training.schedule import Phase
+
+
+class Watch(TrainerCallback):
+    """Follows a trainer: writes what it measures, and looks at held-out users.
+
+    Args:
+        phase: The phase.
+        seen: What the reward measures beside the trainer, emptied after each step.
+        look: Looks at held-out users.
+        every: Steps between two looks; the end of the phase is one too.
+        log: Takes what was measured in a step, and what a look has seen.
+    """
+
+    def __init__(
+        self,
+        phase: Phase,
+        seen: dict[str, list[float]],
+        *,
+        look: Callable[[], Look],
+        every: int,
+        log: Callable[[dict[str, Any], Look | None], None],
+    ) -> None:
+        self._phase, self._seen, self._look, self._every, self._log = phase, seen, look, every, log
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any) -> None:
+        """Called by the trainer after each step, and once at its end."""
+        logs: dict[str, Any] = given["logs"]
+        if "train_runtime" in logs:
+            return
+        step = self._phase.first + state.global_step
+        beside = {name: sum(values) / len(values) for name, values in self._seen.items()}
+        self._seen.clear()
+        measured: dict[str, Any] = {"step": step, "phase": self._phase.name, **logs, **beside}
+        found = None
+        if step % self._every == 0 or state.global_step == self._phase.steps:
+            found = self._look()
+            measured["held_out"] = found.figures()
+        self._log(measured, found)
