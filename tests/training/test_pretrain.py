@@ -126,5 +126,5 @@ def test_kill_in_the_middle_leaves_a_folder_that_goes_on(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
-    assert (Path(result["model"]) / "model.safetensors").exists()
+    assert (Path(result["models"]) / "model.safetensors").exists()
     assert [json.loads(line)["step"] for line in metrics.read_text().splitlines()] == [1, 2, 3, 4]
