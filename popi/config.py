@@ -274,7 +274,7 @@ def load(path: Path, overrides: dict[str, Any] | None = None) -> Recipe:
     for name, value in (overrides or {}).items():
         _replace(tree, name, value, file)
     task = tree.get("task") if isinstance(tree, dict) else None
-    if isinstance(tree, dict) and task not in _RECIPES:
+    if isinstance(tree, dict) and str(task) not in _RECIPES:
         fix = did_you_mean(str(task), _RECIPES)
         raise ConfigError(f"unknown task {task!r}" if task else "names no task", file=file, field="task", fix=fix)
     return validate(_RECIPES.get(str(task), PretrainRecipe), tree, file=file)

@@ -35,10 +35,10 @@ class GrowingFile:
         """Raises PopiError if another process writes the file, it cannot be written, or it is of another kind."""
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
+            if self.path.exists() and not self.path.is_file():
+                raise InputError("is no regular file", file=self.path, fix="name one, or a new one")
             self._lock = lock(self.path)
             if self.path.exists():
-                if not self.path.is_file():
-                    raise InputError("is no regular file", file=self.path, fix="name one, or a new one")
                 self._repair()
         except OSError as error:
             self._release()

@@ -67,7 +67,8 @@ def from_file(path: Path, *, users: int | None, seeds: Sequence[int]) -> list[Sa
             fix="ask for fewer users or seeds" if examples else "give users their test pairs in the field tests",
         )
     order = np.random.default_rng(seeds[0]).permutation(len(examples))
-    # Users of one cluster stand together, where the first of them is: what they share is not dealt to two samples.
+    # Users of one cluster stand together, where the first of them is: what they share is dealt to one sample, but for
+    # the cluster at the border of two.
     rank: dict[str, int] = {}
     for place in order:
         rank.setdefault(examples[place].cluster, len(rank))

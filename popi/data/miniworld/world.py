@@ -90,7 +90,7 @@ def draw_user(split: str, seed: int, place: int, *, signals: int = SIGNALS, test
         seen = draw_observation(rng, taste, question)
         observations.setdefault(seen.signal.id, seen)
         shown.add(question.text)
-    left = len(_test_prompts(split) - shown)
+    left = len(_test_prompts(split)) - len(_test_prompts(split) & shown)
     if tests > left:
         raise InputError(
             f"{split} has {left} prompts that the signals do not show, not {tests}",
