@@ -155,7 +155,7 @@ class TransformersBackend(Backend):
         def run() -> Result:
             check()
             try:
-                with _evaluating(self._model):
+                with evaluating(self._model):
                     return job(check)
             except (BackendError, _Cancelled):
                 raise
@@ -259,7 +259,7 @@ class _Cancelled(Exception):
 
 
 @contextmanager
-def _evaluating(model: PreTrainedModel) -> Iterator[None]:
+def evaluating(model: PreTrainedModel) -> Iterator[None]:
     """Within it the model neither drops out nor records gradients; a model in training goes back to it."""
     training = model.training
     model.train(False)

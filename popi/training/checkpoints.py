@@ -7,11 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from popi.errors import PopiError
-from popi.io import replacing, write_text
+from popi.io import write_text
+from popi.training.run_folder import save_state
 
 BESIDE, COMPLETE = "beside.pt", "complete"
 
@@ -20,7 +19,7 @@ class Beside(TrainerCallback):
     """Adds to each checkpoint of a trainer what the trainer does not know, and marks it as complete in the end.
 
     Args:
-        state: Gives what is to be kept, or nothing.
+        state: Gives what is to be kept.
     """
 
     def __init__(self, state: Callable[[], dict[str, Any]]) -> None:
@@ -42,23 +41,3 @@ def last_complete(folder: Path) -> Path | None:
         else:
             shutil.rmtree(path)
     return found[max(found)] if found else None
-
-
-def save_state(path: Path, state: dict[str, Any]) -> None:
-    """Writes tensors and numbers, whole or not at all.
-
-    Raises:
-        PopiError: If they cannot be written.
-    """
-    try:
-        with replacing(path, binary=True) as stream:
-            torch.save(state, stream)
-    # Torch tells of a full disk in its own way.
-    except RuntimeError as error:
-        raise PopiError(f"cannot write {path}: {error}; the last checkpoint is intact") from error
-
-
-def load_state(path: Path) -> dict[str, Any]:
-    """Reads what :func:`save_state` wrote."""
-    state: dict[str, Any] = torch.load(path, weights_only=True, map_location="cpu")
-    return state

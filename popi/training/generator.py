@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import Trainer, TrainingArguments, get_cosine_schedule_with_warmup
 
 from popi.errors import PopiError
-from popi.training.objective import LOSSES, Loss
+from popi.training.objective import LOSSES, Loss, accuracy
 from popi.training.scoring import Judged, PairScorer
 
 if TYPE_CHECKING:
@@ -64,11 +64,12 @@ class GeneratorTrainer(Trainer):
         margins = torch.cat([found for _, found in self._scorer.passes(items)])
         loss = self._objective(margins, self._beta).mean()
         check_finite(loss.item(), self.state.global_step)
-        note_margins(self._seen, margins)
+        for name, value in margin_figures(margins, loss.item()).items():
+            self._seen.setdefault(name, []).append(value)
         return loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds the margins and the accuracy of the batches since the last line."""
+        """Adds what was seen of the pairs since the last line."""
         super().log({**logs, **{name: sum(values) / len(values) for name, values in self._seen.items()}}, start_time)
         self._seen.clear()
 
@@ -85,6 +86,7 @@ class GeneratorUpdate:
     """
 
     def __init__(self, model: PreTrainedModel, *, learning_rate: float, steps: int, warmup: int, clip: float) -> None:
+        self._model = model
         self._parameters = [value for value in model.parameters() if value.requires_grad]
         self._optimizer = torch.optim.AdamW(self._parameters, lr=learning_rate, weight_decay=0.0)
         self._schedule = get_cosine_schedule_with_warmup(self._optimizer, warmup, steps)
@@ -99,20 +101,24 @@ class GeneratorUpdate:
         return norm
 
     def state(self) -> dict[str, Any]:
-        """What the next update depends on beside the weights."""
-        return {"optimizer": self._optimizer.state_dict(), "schedule": self._schedule.state_dict()}
+        """Everything that the next update depends on."""
+        return {
+            "weights": self._model.state_dict(),
+            "optimizer": self._optimizer.state_dict(),
+            "schedule": self._schedule.state_dict(),
+        }
 
     def restore(self, state: dict[str, Any]) -> None:
         """Undoes :meth:`state`."""
+        self._model.load_state_dict(state["weights"])
         self._optimizer.load_state_dict(state["optimizer"])
         self._schedule.load_state_dict(state["schedule"])
 
 
-def note_margins(seen: dict[str, list[float]], margins: Tensor) -> None:
-    """Adds what margins are like to what is logged."""
+def margin_figures(margins: Tensor, loss: float) -> dict[str, float]:
+    """What is logged of the pairs of a step: their mean margin and loss, in nats, and the accuracy."""
     found = margins.detach()
-    seen.setdefault("margin", []).append(found.mean().item())
-    seen.setdefault("accuracy", []).append(((found > 0).float() + (found == 0).float() / 2).mean().item())
+    return {"margin": found.mean().item(), "accuracy": accuracy(found), "generator_loss": loss}
 
 
 def check_finite(loss: float, step: int) -> None:

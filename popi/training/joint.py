@@ -32,12 +32,12 @@ from popi.models import ORIGIN
 from popi.prompts import Message, inference_messages
 from popi.render import render_signals
 from popi.roles import PreferenceInference, context_tokens
-from popi.training.checkpoints import BESIDE, Beside, last_complete, load_state, save_state
+from popi.training.checkpoints import BESIDE, Beside, last_complete
 from popi.training.curves import draw_curves
 from popi.training.generator import GeneratorTrainer, GeneratorUpdate
 from popi.training.look import Look, look
 from popi.training.reward import PairReward
-from popi.training.run_folder import METRICS, RunFolder, save_model
+from popi.training.run_folder import METRICS, RunFolder, load_state, save_model, save_state
 from popi.training.schedule import Phase, phases_of
 from popi.training.scoring import Judged, PairScorer, Reference
 from popi.training.seeds import seed_of
@@ -146,11 +146,8 @@ class _Run:
         self._folder.forget_after(phase.first + at)
         make = self._generator_trainer if phase.kind == "generator" else self._writer_trainer
         trainer, update = make(phase, folder)
-        if checkpoint is not None:
-            beside = load_state(checkpoint / BESIDE)
-            self._restore({**self._weights(), **beside["weights"]})
-            if update is not None:
-                update.restore(beside["update"])
+        if checkpoint is not None and update is not None:
+            update.restore(load_state(checkpoint / BESIDE))
         trainer.remove_callback(PrinterCallback)
         trainer.remove_callback(ProgressCallback)
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -195,7 +192,7 @@ class _Run:
             conversations=self._conversations(self._people.train),
             earn=earn,
             batch_tokens=recipe.batch_tokens,
-            callbacks=[self._watch(phase, earn.seen), Beside(lambda: self._beside(update))],
+            callbacks=[self._watch(phase), Beside(lambda: {} if update is None else update.state())],
         )
         return trainer, update
 
@@ -208,7 +205,7 @@ class _Run:
             items=self._items(phase),
             loss=generator.loss,
             beta=generator.beta,
-            callbacks=[self._watch(phase, {}), Beside(lambda: self._beside(None))],
+            callbacks=[self._watch(phase), Beside(dict)],
         )
         return trainer, None
 
@@ -276,27 +273,16 @@ class _Run:
         options = {"max_tokens": recipe.writer.max_tokens, "temperature": temperature}
         return registry.make_inference("llm", self._writer_backend, **options, seed=seed_of(recipe.seed, purpose))
 
-    def _beside(self, update: GeneratorUpdate | None) -> dict[str, Any]:
-        return {"weights": self._weights(), "update": None if update is None else update.state()}
-
-    def _watch(self, phase: Phase, seen: dict[str, list[float]]) -> Watch:
-        return Watch(
-            phase,
-            seen,
-            look=self._look,
-            every=self._recipe.evaluate_every,
-            log=self._log,
-        )
+    def _watch(self, phase: Phase) -> Watch:
+        return Watch(phase, look=self._look, every=self._recipe.evaluate_every, log=self._log)
 
     def _look(self) -> Look:
         return asyncio.run(look(self._inference(), self._scorer, self._people.held_out, self._reference))
 
     def _log(self, measured: dict[str, Any], seen: Look | None) -> None:
         if seen is not None:
-            samples = self._folder.path / SAMPLES
-            samples.mkdir(exist_ok=True)
             lines = "".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in seen.samples)
-            (samples / f"step-{measured['step']:06d}.jsonl").write_text(lines, encoding="utf-8")
+            write_text(self._folder.path / SAMPLES / f"step-{measured['step']:06d}.jsonl", lines)
         self._folder.log(measured)
         self._report(measured)
         if seen is not None:

@@ -9,6 +9,7 @@ from typing import Any
 from popi.data.example import PersonalizationExample
 from popi.roles import PreferenceInference
 from popi.summary import PreferenceSummary
+from popi.training.objective import accuracy
 from popi.training.scoring import Judged, PairScorer, Reference
 
 
@@ -63,7 +64,7 @@ async def look(
     margins = scorer.margins(items)
     summaries = [summary for summary in told if summary is not None]
     return Look(
-        accuracy=float(((margins > 0).float() + (margins == 0).float() / 2).mean()),
+        accuracy=accuracy(margins),
         margin=float(margins.mean()),
         summary_tokens=sum(summary.provenance.tokens for summary in summaries) / len(users),
         not_enough_evidence=sum(summary.status == "not_enough_evidence" for summary in summaries) / len(users),

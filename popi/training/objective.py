@@ -14,7 +14,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Literal
 
-import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
@@ -60,12 +59,12 @@ def rewards(losses_U_G_P: Tensor, tokens_U_G: Tensor | None = None, token_price:
     """What each summary earns: minus the loss of the held-out pairs under it, in the mean over them.
 
     Args:
-        losses_U_G_P: The loss of each pair under each summary.
+        losses_U_G_P: The loss of each pair under each summary; leading dimensions may be missing.
         tokens_U_G: Lengths of the summaries.
         token_price: What one token of a summary costs.
 
     Returns:
-        (U, G).
+        (U, G), or what is left of it.
     """
     earned_U_G = -losses_U_G_P.mean(dim=-1)
     return earned_U_G if tokens_U_G is None else earned_U_G - token_price * tokens_U_G
@@ -121,10 +120,10 @@ def policy_loss(
     return ((loss_R_T * mask_R_T).sum(dim=1) / mask_R_T.sum(dim=1).clamp(min=1)).mean()
 
 
-def information(h: Tensor, beta: float) -> Tensor:
-    """How many nats of a pair's preference the summaries carry, at least: log 2 - E[-log sigmoid(beta h)].
+def accuracy(h: Tensor) -> float:
+    """Share of the pairs whose margin is positive; a tie counts half.
 
-    With p(y_w > y_l | x, z) = sigmoid(beta h), beta E[loss] = approximation error + H(L|x,y,y') - I(L;Z|x,y,y'), and
-    the label alone is worth log 2: so this is a lower bound of I(L;Z) that a better fitted generator raises.
+    Args:
+        h: Margins, (pairs,), in nats.
     """
-    return torch.log(torch.tensor(2.0)) + logsigmoid(beta * h).mean()
+    return ((h > 0).double() + (h == 0).double() / 2).mean().item()

@@ -9,7 +9,7 @@ import torch
 
 from popi.data.example import TestPair
 from popi.summary import PreferenceSummary
-from popi.training.generator import GeneratorUpdate, check_finite, note_margins
+from popi.training.generator import GeneratorUpdate, check_finite, margin_figures
 from popi.training.objective import LOSSES, Loss, rewards
 from popi.training.scoring import Judged, PairScorer, Reference
 from popi.training.seeds import seed_of
@@ -31,9 +31,6 @@ class PairReward:
         seed: Of the run.
         update: Updates the generator by the gradient of the same losses.
         keep_gradient: Leave that gradient to an update that comes later, where the writer has the same weights.
-
-    Attributes:
-        seen: What was measured since it was last cleared.
     """
 
     def __init__(
@@ -54,44 +51,46 @@ class PairReward:
         self._loss, self._beta = LOSSES[loss], beta
         self._count, self._price, self._seed = pairs_per_summary, token_price, seed
         self._update, self._keep_gradient = update, keep_gradient
-        self.seen: dict[str, list[float]] = {}
 
     def __call__(
         self, users: list[int], summaries: list[PreferenceSummary], tokens: list[int], step: int
-    ) -> list[float]:
-        """Rewards each summary, in nats."""
+    ) -> tuple[list[float], dict[str, float]]:
+        """Rewards each summary, in nats, and tells of the pairs that judged them.
+
+        Raises:
+            PopiError: If a loss is no number.
+        """
         judges = [self._judges(user, step) for user in users]
         items = [
             Judged(summary.text, pair, self._reference[pair])
             for summary, pairs in zip(summaries, judges, strict=True)
             for pair in pairs
         ]
-        losses = self._losses(items, step)
-        ends = np.cumsum([len(pairs) for pairs in judges]).tolist()
-        by_summary = [losses[end - len(pairs) : end] for end, pairs in zip(ends, judges, strict=True)]
-        return [
-            float(rewards(part[None, None], torch.tensor([[float(length)]]), self._price))
+        losses, margins = self._score(items)
+        check_finite(losses.mean().item(), step)
+        figures = margin_figures(margins, losses.mean().item())
+        if self._update is not None:
+            figures["generator_grad_norm"] = self._update()
+        by_summary = losses.split([len(pairs) for pairs in judges])
+        earned = [
+            rewards(part, torch.tensor(float(length)), self._price).item()
             for part, length in zip(by_summary, tokens, strict=True)
         ]
+        return earned, figures
 
     def _judges(self, user: int, step: int) -> list[TestPair]:
         pairs = self._pairs[user]
         rng = np.random.default_rng(seed_of(self._seed, "pairs", step, user))
         return [pairs[place] for place in rng.permutation(len(pairs))[: self._count]]
 
-    def _losses(self, items: Sequence[Judged], step: int) -> torch.Tensor:
-        """The loss of each item; the gradient of their mean is followed, kept or not taken at all."""
+    def _score(self, items: Sequence[Judged]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Losses and margins: (items,) each; where somebody learns, the gradient of the mean loss is collected."""
         learns = self._update is not None or self._keep_gradient
-        found, margins = torch.zeros(len(items)), torch.zeros(len(items))
+        losses, margins = torch.zeros(len(items)), torch.zeros(len(items))
         with torch.set_grad_enabled(learns):
             for chosen, margins_N in self._scorer.passes(items):
                 losses_N = self._loss(margins_N, self._beta)
                 if learns:
                     (losses_N.sum() / len(items)).backward()
-                found[chosen], margins[chosen] = losses_N.detach().cpu(), margins_N.detach().cpu()
-        check_finite(found.mean().item(), step)
-        self.seen.setdefault("generator_loss", []).append(found.mean().item())
-        note_margins(self.seen, margins)
-        if self._update is not None:
-            self.seen.setdefault("generator_grad_norm", []).append(self._update())
-        return found
+                losses[chosen], margins[chosen] = losses_N.detach().cpu(), margins_N.detach().cpu()
+        return losses, margins

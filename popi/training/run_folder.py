@@ -18,7 +18,7 @@ from pydantic import BaseModel
 
 from popi import __version__
 from popi.errors import InputError, PopiError
-from popi.io import lock, read_json, write_text
+from popi.io import lock, read_json, replacing, write_text
 from popi.prompts import template_hash
 
 if TYPE_CHECKING:
@@ -100,15 +100,7 @@ class RunFolder:
         Raises:
             PopiError: If the disk is full; the earlier checkpoint is as it was.
         """
-        import torch
-
-        temporary = self.path / f".{CHECKPOINT}.part"
-        try:
-            torch.save(state, temporary)
-            os.replace(temporary, self.path / CHECKPOINT)
-        except (OSError, RuntimeError) as error:
-            temporary.unlink(missing_ok=True)
-            raise PopiError(f"cannot write the checkpoint in {self.path}: {error}; the last one is intact") from error
+        save_state(self.path / CHECKPOINT, state)
 
     def load_checkpoint(self) -> dict[str, Any] | None:
         """The last checkpoint, if there is one; metrics logged after it are forgotten.
@@ -116,16 +108,11 @@ class RunFolder:
         Raises:
             InputError: If the checkpoint cannot be read.
         """
-        import torch
-
         file = self.path / CHECKPOINT
         if not file.exists():
             (self.path / METRICS).unlink(missing_ok=True)
             return None
-        try:
-            state: dict[str, Any] = torch.load(file, weights_only=True)
-        except Exception as error:
-            raise InputError("is not a checkpoint of this version", file=file, fix="remove it to start anew") from error
+        state = load_state(file)
         self.forget_after(state["step"])
         return state
 
@@ -165,6 +152,37 @@ class RunFolder:
             raise PopiError(f"cannot write {self.path / name}: {error}") from error
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+def save_state(path: Path, state: dict[str, Any]) -> None:
+    """Writes tensors and numbers, whole or not at all.
+
+    Raises:
+        PopiError: If they cannot be written; what was there is as it was.
+    """
+    import torch
+
+    try:
+        with replacing(path, binary=True) as stream:
+            torch.save(state, stream)
+    # Torch tells of a full disk in its own way.
+    except RuntimeError as error:
+        raise PopiError(f"cannot write {path}: {error}; the last one is intact") from error
+
+
+def load_state(path: Path) -> dict[str, Any]:
+    """Reads what :func:`save_state` wrote.
+
+    Raises:
+        InputError: If it is something else.
+    """
+    import torch
+
+    try:
+        state: dict[str, Any] = torch.load(path, weights_only=True, map_location="cpu")
+    except Exception as error:
+        raise InputError("is not a checkpoint of this version", file=path, fix="remove it to start anew") from error
+    return state
 
 
 def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, card: str, folder: str) -> None:

@@ -16,7 +16,6 @@ class Watch(TrainerCallback):
 
     Args:
         phase: The phase.
-        seen: What the reward measures beside the trainer, emptied after each step.
         look: Looks at held-out users.
         every: Steps between two looks; the end of the phase is one too.
         log: Takes what was measured in a step, and what a look has seen.
@@ -25,13 +24,12 @@ class Watch(TrainerCallback):
     def __init__(
         self,
         phase: Phase,
-        seen: dict[str, list[float]],
         *,
         look: Callable[[], Look],
         every: int,
         log: Callable[[dict[str, Any], Look | None], None],
     ) -> None:
-        self._phase, self._seen, self._look, self._every, self._log = phase, seen, look, every, log
+        self._phase, self._look, self._every, self._log = phase, look, every, log
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any) -> None:
         """Called by the trainer after each step, and once at its end."""
@@ -39,9 +37,7 @@ class Watch(TrainerCallback):
         if "train_runtime" in logs:
             return
         step = self._phase.first + state.global_step
-        beside = {name: sum(values) / len(values) for name, values in self._seen.items()}
-        self._seen.clear()
-        measured: dict[str, Any] = {"step": step, "phase": self._phase.name, **logs, **beside}
+        measured: dict[str, Any] = {"step": step, "phase": self._phase.name, **logs}
         found = None
         if step % self._every == 0 or state.global_step == self._phase.steps:
             found = self._look()

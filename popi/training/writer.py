@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,6 +16,8 @@ from popi.backends.causal.cache import has_plain_cache
 from popi.backends.causal.chat_tokens import ChatTokens
 from popi.backends.causal.decoding import Draft, decode, end_tokens_of
 from popi.backends.causal.scoring import Scored
+from popi.backends.transformers import evaluating
+from popi.errors import InputError
 from popi.prompts import Message
 from popi.summary import Author, PreferenceSummary, Provenance, finished_part, read_reply
 from popi.training.likelihood import token_likelihood
@@ -27,8 +28,9 @@ if TYPE_CHECKING:
 
 TRAINED = Provenance(author=Author.INFERRED)
 
-Earn = Callable[[list[int], list[PreferenceSummary], list[int], int], list[float]]
-"""Users by their places, a summary of each, its length in tokens and the number of the step, to rewards."""
+Earn = Callable[[list[int], list[PreferenceSummary], list[int], int], tuple[list[float], dict[str, float]]]
+"""Users by their places, a summary of each, its length in tokens and the number of the step, to rewards in nats, and
+to what else was measured."""
 
 
 class WriterTrainer(GRPOTrainer):
@@ -66,6 +68,8 @@ class WriterTrainer(GRPOTrainer):
         self._batch_tokens = batch_tokens
         self._ends = end_tokens_of(model, self._chat)
         self._earn = earn
+        assert args.max_completion_length is not None, "TRL's default is a number"
+        self._max_tokens = args.max_completion_length
         rows = [
             {"prompt": [{"role": turn.role, "content": turn.content} for turn in messages], "user": place}
             for place, messages in enumerate(conversations)
@@ -84,13 +88,20 @@ class WriterTrainer(GRPOTrainer):
             )
 
     def roll_out(self, prompts: Sequence[Sequence[dict[str, str]]]) -> dict[str, Any]:
-        """Samples one summary for each prompt; the same step samples the same, whatever went before."""
+        """Samples one summary for each prompt; the same step samples the same, whatever went before.
+
+        Raises:
+            InputError: If the chat template refuses what the writer reads.
+        """
         began = time.perf_counter()
         rendered = self._chat.render([[Message(**turn) for turn in prompt] for prompt in prompts])  # type: ignore[arg-type]
+        for prompt in rendered:
+            if prompt.error is not None:
+                raise InputError(f"a user's signals cannot be read: {prompt.error}", fix="mend the chat template")
         drafts = [
             Draft(
                 prompt.tokens,
-                limit=int(self.max_completion_length or 1),
+                limit=self._max_tokens,
                 temperature=self.temperature,
                 top_p=self.top_p,
                 seed=seed_of(self.args.seed, "rollout", self.state.global_step, place),
@@ -98,7 +109,7 @@ class WriterTrainer(GRPOTrainer):
             for place, prompt in enumerate(rendered)
         ]
         model = self.accelerator.unwrap_model(self.model)
-        with sampling(model):
+        with evaluating(model):
             sampled = decode(
                 model,
                 drafts,
@@ -115,7 +126,9 @@ class WriterTrainer(GRPOTrainer):
         began = time.perf_counter()
         summaries = [self.read(ids) for ids in completion_ids]
         tokens = list(map(len, completion_ids))
-        rewards = self._earn(user, summaries, tokens, self.state.global_step)
+        rewards, figures = self._earn(user, summaries, tokens, self.state.global_step)
+        for name, value in figures.items():
+            self._log_metric(name, value)
         silent = sum(summary.status == "not_enough_evidence" for summary in summaries)
         self._log_metric("not_enough_evidence", silent / len(summaries))
         self._log_metric("seconds/scoring", time.perf_counter() - began)
@@ -166,15 +179,3 @@ class WriterTrainer(GRPOTrainer):
 
 def _roll_out(prompts: Sequence[Sequence[dict[str, str]]], trainer: WriterTrainer) -> dict[str, Any]:
     return trainer.roll_out(prompts)
-
-
-@contextmanager
-def sampling(model: PreTrainedModel) -> Iterator[None]:
-    """Within it the model neither drops out nor records gradients."""
-    training = model.training
-    model.train(False)
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        model.train(training)

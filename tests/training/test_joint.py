@@ -106,7 +106,6 @@ def moved(before, after):
     return {name for name, value in before.items() if not torch.equal(value.bfloat16(), after[name])}
 
 
-SHARED = {"shared": True, "generator.model": None}
 SCHEDULES = [
     {"schedule": "sequential"},
     {"schedule": "alternating", "steps": 4},

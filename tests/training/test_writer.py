@@ -32,7 +32,7 @@ def trainer(tmp_path):
         tokenizer,
         arguments,
         conversations=[inference_messages(f"[1] said: I like {'very ' * n}much {n}") for n in range(4)],
-        earn=lambda users, summaries, tokens, step: [float(n) for n in tokens],
+        earn=lambda users, summaries, tokens, step: ([float(n) for n in tokens], {}),
         batch_tokens=4096,
     )
 
