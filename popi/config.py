@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import yaml
 from pydantic import (
@@ -103,6 +103,8 @@ class PretrainRecipe(_Section):
         checkpoint_every: Steps between two checkpoints.
     """
 
+    RUN: ClassVar = "popi.training.pretrain:run"
+
     task: Literal["pretrain"]
     name: Name
     seed: int = Field(default=0, ge=0)
@@ -121,6 +123,15 @@ class PretrainRecipe(_Section):
             if names.count(name) > 1 or name == "tokenizer":
                 raise ValueError(f"each phase leaves a folder, and another one is called {name!r}")
         return phases
+
+    def cost(self) -> dict[str, int]:
+        """How many steps and lessons it takes."""
+        lessons = sum(phase.steps * sum(phase.lessons.values()) for phase in self.phases)
+        return {"steps": sum(phase.steps for phase in self.phases), "lessons": lessons}
+
+    def results(self) -> tuple[str, ...]:
+        """The models in its run folder."""
+        return (self.phases[-1].name,)
 
 
 class Users(_Section):
@@ -217,6 +228,8 @@ class JointRecipe(_Section):
         checkpoint_every: Steps between two checkpoints.
     """
 
+    RUN: ClassVar = "popi.training.joint:run"
+
     task: Literal["joint"]
     name: Name
     seed: int = Field(default=0, ge=0)
@@ -246,6 +259,17 @@ class JointRecipe(_Section):
         if self.schedule == "alternating" and self.steps < self.rounds:
             raise ValueError("a round has at least one step")
         return self
+
+    def cost(self) -> dict[str, int]:
+        """How many steps it takes, and how many rollouts of at most how many tokens."""
+        updates = 2 if self.train == "both" and self.schedule != "interleaved" else 1
+        rollouts = 0 if self.train == "generator" else self.steps * self.users_per_step * self.writer.samples
+        tokens = rollouts * self.writer.max_tokens
+        return {"steps": self.steps * updates, "rollouts": rollouts, "rollout_tokens_at_most": tokens}
+
+    def results(self) -> tuple[str, ...]:
+        """The models in its run folder."""
+        return ("writer", "generator") if self.train == "both" else (self.train,)
 
 
 Recipe = PretrainRecipe | JointRecipe

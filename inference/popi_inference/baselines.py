@@ -14,6 +14,7 @@ from popi.signals import UserSignals
 from popi.summary import NO_EVIDENCE, Author, PreferenceSummary, Provenance, parse_claims
 
 ANSWER_TOKENS = 256
+"""Room for a written answer."""
 
 
 class RawSignals(PreferenceInference):

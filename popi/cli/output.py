@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 import sys
 import time
@@ -76,6 +77,25 @@ def note(text: str) -> None:
     """Prints one line on standard error."""
     sys.stderr.write(f"popi: {one_line(text)}\n")
     sys.stderr.flush()
+
+
+class _Notes(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        note(record.getMessage())
+
+
+@contextmanager
+def telling_log() -> Iterator[None]:
+    """Within it, what the package logs of its work is printed as notes."""
+    log, handler = logging.getLogger("popi"), _Notes()
+    level = log.level
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+        log.setLevel(level)
 
 
 class Progress(Protocol):

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
-from popi.cli.output import JsonFlag, note, print_json, print_records, progress
-
-if TYPE_CHECKING:
-    from popi.config import Recipe
+from popi.cli.output import JsonFlag, note, print_json, print_records, progress, telling_log
 
 
 def train(
@@ -23,18 +20,17 @@ def train(
     json: JsonFlag = False,
 ) -> None:
     """Train what a recipe says, or go on where the same command was stopped."""
-    from popi.config import PretrainRecipe, load, parse_overrides
+    from popi.config import load, parse_overrides
     from popi.registry import load as load_part
 
     resolved = load(recipe, parse_overrides(set_ or []))
-    pretraining = isinstance(resolved, PretrainRecipe)
-    cost = _cost(resolved)
+    cost = resolved.cost()
     if dry_run:
         print_json({"recipe": resolved.model_dump(mode="json"), **cost})
         return
-    run = load_part("popi.training.pretrain:run" if pretraining else "popi.training.joint:run")
+    run = load_part(resolved.RUN)
     folder = out or Path("runs") / resolved.name
-    with progress(resolved.name, cost["steps"]) as shown:
+    with telling_log(), progress(resolved.name, cost["steps"]) as shown:
         done = 0
 
         def report(measured: dict[str, Any]) -> None:
@@ -49,31 +45,8 @@ def train(
         except KeyboardInterrupt:
             note(f"stopped at step {done}; the same command goes on from the last checkpoint in {folder}")
             raise
-    print_records([{"models": ", ".join(map(str, _results(resolved, folder))), **cost}], json_flag=json)
-
-
-def _cost(recipe: Recipe) -> dict[str, int]:
-    """What a recipe takes: steps, and lessons or rollouts with the most tokens that they can have."""
-    from popi.config import PretrainRecipe
-
-    if isinstance(recipe, PretrainRecipe):
-        steps = sum(phase.steps for phase in recipe.phases)
-        return {"steps": steps, "lessons": sum(phase.steps * sum(phase.lessons.values()) for phase in recipe.phases)}
-    updates = 2 if recipe.train == "both" and recipe.schedule != "interleaved" else 1
-    rollouts = 0 if recipe.train == "generator" else recipe.steps * recipe.users_per_step * recipe.writer.samples
-    return {
-        "steps": recipe.steps * updates,
-        "rollouts": rollouts,
-        "rollout_tokens_at_most": rollouts * recipe.writer.max_tokens,
-    }
-
-
-def _results(recipe: Recipe, folder: Path) -> list[Path]:
-    from popi.config import PretrainRecipe
-
-    if isinstance(recipe, PretrainRecipe):
-        return [folder / recipe.phases[-1].name]
-    return [folder / role for role in ("writer", "generator") if recipe.train in ("both", role)]
+    models = ", ".join(str(folder / name) for name in resolved.results())
+    print_records([{"models": models, **cost}], json_flag=json)
 
 
 def _figures(measured: dict[str, Any]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from io import BytesIO
 from pathlib import Path
 
-from popi.errors import MissingExtra
+from popi import registry
 from popi.evaluation.results import PERFECT, Results
 from popi.io import write_bytes
 
@@ -19,11 +19,7 @@ def draw_accuracy(results: Results, path: Path) -> None:
         MissingExtra: If matplotlib is not installed.
         PopiError: If the file cannot be written.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError as error:
-        raise MissingExtra("matplotlib", "bench") from error
-    figure = Figure(figsize=(9, 5), layout="constrained")
+    figure = registry.load("matplotlib.figure:Figure")(figsize=(9, 5), layout="constrained")
     axes = figure.add_subplot()
     rows = list(dict.fromkeys(cell.row for cell in results.cells))
     columns = list(dict.fromkeys(cell.column for cell in results.cells))

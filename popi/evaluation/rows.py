@@ -18,9 +18,6 @@ from popi.roles import PreferenceInference
 from popi.signals import UserSignals
 from popi.summary import PreferenceSummary
 
-ANSWER_TOKENS = 256
-"""Room for a written answer."""
-
 
 class RowUnavailable(PopiError):
     """The data lack what a row needs; the table is made without it and says why."""
@@ -89,7 +86,8 @@ def _raw(materials: Materials) -> PreferenceInference:
     longest = materials.reader.count_tokens(max(texts, key=len))
     # What takes more than half of the context is too long for every row.
     half = (materials.reader.capabilities.context_length or 2 * longest) // 2
-    return registry.inference("raw")(materials.reader, answer_tokens=max(ANSWER_TOKENS, min(longest, half)))
+    usual = registry.inference_options("raw")["answer_tokens"]
+    return registry.make_inference("raw", materials.reader, answer_tokens=max(usual, min(longest, half)))
 
 
 def _oracle(which: Literal["evidence", "truth"]) -> Callable[[Materials], PreferenceInference]:

@@ -8,7 +8,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-from popi.errors import MissingExtra
+from popi import registry
 from popi.io import write_bytes
 
 PANELS = {
@@ -39,12 +39,9 @@ def draw_curves(metrics: Path, picture: Path) -> None:
         MissingExtra: If matplotlib is not installed.
         PopiError: If the picture cannot be written.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError as error:
-        raise MissingExtra("matplotlib", "bench") from error
+    make_figure = registry.load("matplotlib.figure:Figure")
     lines = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
-    figure = Figure(figsize=(13, 10), layout="constrained")
+    figure = make_figure(figsize=(13, 10), layout="constrained")
     for axes, (title, names) in zip(figure.subplots(3, 3).flat, PANELS.items(), strict=True):
         axes.set_title(title, fontsize=10)
         axes.set_xlabel("step", fontsize=8)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+import logging
 import shutil
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -22,16 +23,13 @@ from trl.trainer.grpo_config import GRPOConfig
 
 from popi import registry
 from popi.backends.causal.chat_tokens import ChatTokens
-from popi.backends.causal.loading import load
+from popi.backends.causal.loading import load, quiet
 from popi.backends.transformers import TransformersBackend
 from popi.config import JointRecipe
-from popi.data.example import PersonalizationExample
 from popi.errors import MissingExtra
 from popi.io import write_text
 from popi.models import ORIGIN
-from popi.prompts import Message, inference_messages
-from popi.render import render_signals
-from popi.roles import PreferenceInference, context_tokens
+from popi.roles import PreferenceInference
 from popi.training.checkpoints import BESIDE, Beside, last_complete
 from popi.training.curves import draw_curves
 from popi.training.generator import GeneratorTrainer, GeneratorUpdate
@@ -41,12 +39,14 @@ from popi.training.run_folder import METRICS, RunFolder, load_state, save_model,
 from popi.training.schedule import Phase, phases_of
 from popi.training.scoring import Judged, PairScorer, Reference
 from popi.training.seeds import seed_of
-from popi.training.users import People, gather
+from popi.training.users import People, conversations, gather
 from popi.training.watch import Watch
 from popi.training.writer import WriterTrainer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+log = logging.getLogger(__name__)
 
 Report = Callable[[dict[str, Any]], None]
 WRITER, GENERATOR, REFERENCE, PHASES, SAMPLES = "writer", "generator", "reference.json", "phases", "samples"
@@ -72,7 +72,10 @@ def run(recipe: JointRecipe, out: Path, *, source: str, report: Report) -> None:
     """
     with RunFolder.open(out, recipe, libraries=LIBRARIES) as folder:
         people = gather(recipe.data, held_out=recipe.evaluate_users, seed=recipe.seed)
-        _Run(recipe, folder, people, report).all(source)
+        if people.left_out:
+            log.info("%d users are left out: they have no evidence or no pairs", people.left_out)
+        with quiet():
+            _Run(recipe, folder, people, report).all(source)
 
 
 class _Run:
@@ -109,8 +112,7 @@ class _Run:
             save_state(done, self._weights())
             for checkpoint in done.parent.glob("checkpoint-*"):
                 shutil.rmtree(checkpoint)
-        trained = (WRITER, GENERATOR) if self._recipe.train == "both" else (self._recipe.train,)
-        for role in trained:
+        for role in self._recipe.results():
             self._folder.save(role, partial(self._save, role, source))
 
     def _save(self, role: str, source: str, folder: str) -> None:
@@ -189,7 +191,7 @@ class _Run:
             self._writer,
             self._writer_tokenizer,
             arguments,
-            conversations=self._conversations(self._people.train),
+            conversations=conversations(self._people.train, self._writer_backend, writer.max_tokens),
             earn=earn,
             batch_tokens=recipe.batch_tokens,
             callbacks=[self._watch(phase), Beside(lambda: {} if update is None else update.state())],
@@ -231,15 +233,6 @@ class _Run:
             "bf16": not on_cpu,
             "gradient_checkpointing": False,
         }
-
-    def _conversations(self, users: Sequence[PersonalizationExample]) -> list[list[Message]]:
-        """What the writer reads of each user, as it does when it is used."""
-        backend = self._writer_backend
-        budget = context_tokens(backend, inference_messages(""), self._recipe.writer.max_tokens)
-        return [
-            inference_messages(render_signals(example.user.signals, backend.count_tokens, budget).text)
-            for example in users
-        ]
 
     def _items(self, phase: Phase) -> list[Judged]:
         """The pairs of a generator's phase under fixed contexts: one of each user in turn."""

@@ -189,8 +189,11 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, card:
     """Writes a model in bfloat16, its tokenizer and its card into a folder."""
     import torch
 
+    from popi.backends.causal.loading import quiet
+
     half = {key: value.to(torch.bfloat16) for key, value in model.state_dict().items()}
-    model.save_pretrained(folder, state_dict=half)
+    with quiet():
+        model.save_pretrained(folder, state_dict=half)
     tokenizer.save_pretrained(folder)
     _declare_dtype(Path(folder) / "config.json")
     write_text(Path(folder) / "README.md", card)

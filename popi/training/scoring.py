@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+import logging
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,6 +26,9 @@ from popi.training.objective import Over
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,7 +163,6 @@ class Reference:
         file: Path,
         over: Over = "sum",
         batch: int = 512,
-        advance: Callable[[int], None] = lambda pairs: None,
     ) -> Reference:
         """Reads the file, or scores every pair and writes it.
 
@@ -170,7 +173,6 @@ class Reference:
             file: Where the differences are kept.
             over: Whether the tokens of a response are summed or averaged.
             batch: Pairs at once.
-            advance: Told how many pairs are done.
 
         Raises:
             InputError: If the file was made by another model, with other templates or of other pairs, or a pair
@@ -194,7 +196,7 @@ class Reference:
         for start in range(0, len(names), batch):
             part = names[start : start + batch]
             differences |= zip(part, await _differences([wanted[name] for name in part], backend, over), strict=True)
-            advance(len(part))
+            log.info("reference: %d of %d pairs scored", start + len(part), len(names))
         write_text(file, json.dumps({"made_of": made_of, "differences": differences}) + "\n")
         return cls(differences)
 

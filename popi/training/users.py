@@ -7,9 +7,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from popi.backends.base import Backend
 from popi.config import Users
 from popi.data.example import PersonalizationExample, TestPair, read_examples
 from popi.errors import ConfigError, InputError
+from popi.prompts import Message, inference_messages
+from popi.render import render_signals
+from popi.roles import context_tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +72,23 @@ def gather(data: Users, *, held_out: int, seed: int) -> People:
     if data.users is not None and data.users > len(train):
         raise ConfigError(f"{len(train)} users are left to learn from, not {data.users}", field="data.users")
     return People(train[: data.users], dealt[:held_out], len(read) - len(useful))
+
+
+def conversations(users: Sequence[PersonalizationExample], backend: Backend, max_tokens: int) -> list[list[Message]]:
+    """What the writer reads of each user: the same as when it is asked for a summary to be used.
+
+    Args:
+        users: The users.
+        backend: The writer.
+        max_tokens: The most tokens of a summary.
+
+    Raises:
+        ModelError: If the writer's context has no room for any signal.
+    """
+    budget = context_tokens(backend, inference_messages(""), max_tokens)
+    return [
+        inference_messages(render_signals(example.user.signals, backend.count_tokens, budget).text) for example in users
+    ]
 
 
 def _useful(examples: Iterable[PersonalizationExample]) -> list[PersonalizationExample]:

@@ -60,7 +60,8 @@ def test_gradients_pass_by_pass_add_up_to_those_of_all_at_once(tiny):
         return torch.cat([value.grad.flatten() for value in model.parameters()])
 
     together, apart = gradient(100_000), gradient(1)
-    assert (together - apart).abs().max() <= 1e-5 * together.abs().max()
+    # A margin is a small difference of large sums: their rounding weighs more in it.
+    assert (together - apart).abs().max() <= 1e-4 * together.abs().max()
 
 
 def test_a_pair_that_has_no_room_is_bad_input(tiny):
@@ -70,13 +71,13 @@ def test_a_pair_that_has_no_room_is_bad_input(tiny):
         PairScorer(model, tokens).margins([long])
 
 
-async def test_the_reference_is_scored_once_and_kept(tiny, tmp_path):
+async def test_the_reference_is_scored_once_and_kept(tiny, tmp_path, caplog):
+    caplog.set_level("INFO", logger="popi.training.scoring")
     model, tokens, tokenizer = tiny
     backend = TransformersBackend.from_model(model, tokenizer, "tiny")
     file = tmp_path / "reference.json"
-    done = []
-    made = await Reference.of(PAIRS, backend, fingerprint="a", file=file, batch=3, advance=done.append)
-    assert done == [3, 1]
+    made = await Reference.of(PAIRS, backend, fingerprint="a", file=file, batch=3)
+    assert caplog.messages == ["reference: 3 of 4 pairs scored", "reference: 4 of 4 pairs scored"]
     bare = [Judged(None, pair, made[pair]) for pair in PAIRS]
     assert PairScorer(model, tokens).margins(bare).abs().max() < 1e-4
     await backend.close()

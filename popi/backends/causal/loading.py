@@ -41,7 +41,7 @@ def load(name_or_path: str, device: str | None, dtype: str) -> tuple[PreTrainedM
         dtype = default_dtype(place)
     where = find(name_or_path)
     try:
-        with _quiet():
+        with quiet():
             model, tokenizer = _read(where, getattr(torch, dtype))
             return model.train(False).to(place), tokenizer
     except ModelError:
@@ -116,8 +116,8 @@ def _first_line(error: Exception) -> str:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Keeps progress bars and reports of a load off the terminal: what matters of them becomes an error."""
+def quiet() -> Iterator[None]:
+    """Keeps progress bars and reports of a load or a save off the terminal: what matters of them becomes an error."""
     level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity(logging.CRITICAL)
     transformers_logging.disable_progress_bar()
