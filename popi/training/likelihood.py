@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from popi.backends.causal.scoring import ResponseLogits, Scored, pack, response_logits, shared_prefixes
+from popi.backends.causal.scoring import ResponseLogits, Row, Scored, pack, response_logits
 from popi.training.objective import Over
 
 
@@ -50,11 +50,9 @@ def token_likelihood(
     """
     width = max(len(item.response) for item in items)
     parts: list[tuple[Tensor, Tensor, Tensor]] = []
-    for batch in pack(model, items, batch_tokens=batch_tokens, share=share):
-        found = response_logits(model, [items[index] for index in batch.indices], batch.prefix_lengths)
-        logps_N, entropies_N = _of_logits(found, temperature)
-        places = [index * width + column for index in batch.indices for column in range(len(items[index].response))]
-        parts.append((torch.tensor(places, device=logps_N.device), logps_N, entropies_N))
+    for rows in pack(model, items, batch_tokens=batch_tokens, share=share):
+        found = response_logits(model, items, rows)
+        parts.append((found.items_N * width + found.offsets_N, *_of_logits(found, temperature)))
     places_N, logps_N, entropies_N = (torch.cat(part) for part in zip(*parts, strict=True))
     blank = logps_N.new_zeros(len(items) * width)
     return TokenLikelihood(
@@ -63,25 +61,23 @@ def token_likelihood(
     )
 
 
-def response_logps(model: PreTrainedModel, items: Sequence[Scored], *, share: bool, over: Over = "sum") -> Tensor:
-    """The log-probability of each response, in one forward pass: (R,), in nats.
+def response_logps(
+    model: PreTrainedModel, items: Sequence[Scored], rows: Sequence[Row], *, over: Over = "sum"
+) -> Tensor:
+    """The log-probability of each response, in one forward pass: (items,), in nats; 0 for what is in no row.
 
     Args:
         model: The model that scores.
         items: Prompts and responses.
-        share: Whether the model has a plain cache.
+        rows: The pass.
         over: Whether a response's tokens are summed or averaged.
     """
-    prefix_lengths = shared_prefixes([item.prompt for item in items]) if share else [0] * len(items)
-    # Rows with a prefix in common have to stand side by side.
-    order = sorted(range(len(items)), key=lambda index: (prefix_lengths[index], items[index].prompt))
-    found = response_logits(model, [items[index] for index in order], [prefix_lengths[index] for index in order])
+    found = response_logits(model, items, rows)
     logps_N, _ = _of_logits(found, 1.0)
-    rows_N = torch.tensor(order, device=logps_N.device)[found.rows_N]
-    sums_R = logps_N.new_zeros(len(items)).index_add(0, rows_N, logps_N)
+    sums_I = logps_N.new_zeros(len(items)).index_add(0, found.items_N, logps_N)
     if over == "sum":
-        return sums_R
-    return sums_R / torch.tensor([len(item.response) for item in items], device=sums_R.device)
+        return sums_I
+    return sums_I / torch.tensor([len(item.response) for item in items], device=sums_I.device)
 
 
 def _of_logits(found: ResponseLogits, temperature: float) -> tuple[Tensor, Tensor]:

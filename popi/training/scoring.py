@@ -16,7 +16,7 @@ from torch import Tensor
 from popi.backends.base import Backend, ScoreRequest
 from popi.backends.causal.cache import has_plain_cache
 from popi.backends.causal.chat_tokens import ChatTokens
-from popi.backends.causal.scoring import Scored
+from popi.backends.causal.scoring import Row, Scored
 from popi.data.example import TestPair
 from popi.errors import InputError
 from popi.io import read_json, write_text
@@ -79,10 +79,17 @@ class PairScorer:
         """
         pairs = self._encode(items)
         for chosen in self._packed(pairs):
-            scored = [response for index in chosen for response in pairs[index]]
-            logps = response_logps(self._model, scored, share=self._share, over=self._over)
+            scored = [answer for index in chosen for answer in pairs[index]]
+            logps = response_logps(self._model, scored, self._rows(scored), over=self._over)
             reference = torch.tensor([items[index].reference for index in chosen], device=logps.device)
             yield chosen, logps[0::2] - logps[1::2] - reference
+
+    def _rows(self, scored: Sequence[Scored]) -> list[Row]:
+        """A row for each pair, its prompt but for the last token computed once; or a row for each answer."""
+        if not self._share:
+            return [Row([place], 0) for place in range(len(scored))]
+        pairs = range(0, len(scored), 2)
+        return [Row([place, place + 1], len(scored[place].prompt) - 1) for place in pairs]
 
     @torch.no_grad()
     def margins(self, items: Sequence[Judged]) -> Tensor:
@@ -115,18 +122,18 @@ class PairScorer:
         return made
 
     def _packed(self, pairs: Sequence[tuple[Scored, Scored]]) -> Iterator[list[int]]:
-        """Indices of pairs of like length and with like beginnings, as many as a pass may hold."""
+        """Indices of pairs of like length, as many as a pass may hold."""
 
         def size(index: int) -> int:
-            return len(pairs[index][0].prompt) + max(len(answer.response) for answer in pairs[index])
+            prompt, answers = len(pairs[index][0].prompt), [len(answer.response) for answer in pairs[index]]
+            return prompt + sum(answers) if self._share else 2 * (prompt + max(answers))
 
         batch: list[int] = []
-        widest = 0
         for index in sorted(range(len(pairs)), key=lambda index: (size(index), pairs[index][0].prompt)):
-            widest = max(widest, size(index))
-            if batch and 2 * widest * (len(batch) + 1) > self._batch_tokens:
+            # The last is the longest.
+            if batch and size(index) * (len(batch) + 1) > self._batch_tokens:
                 yield batch
-                batch, widest = [], size(index)
+                batch = []
             batch.append(index)
         if batch:
             yield batch

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from popi.backends.causal.scoring import Scored, _batches, shared_prefixes
+from popi.backends.causal.scoring import ROW_OWN_TOKENS, Scored, _passes, _read, _rows, shared_prefixes
 
 ids = st.lists(st.integers(0, 2), min_size=1, max_size=6)
 
@@ -52,10 +52,24 @@ def test_the_order_of_the_prompts_does_not_matter(prompts: list[list[int]], rand
 
 
 @given(st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), max_size=30), st.integers(1, 40))
-def test_a_batch_holds_no_more_tokens_of_its_own_than_it_may(lengths: list[tuple[int, int]], max_own: int) -> None:
+def test_a_pass_holds_no_more_tokens_of_its_own_than_it_may(lengths: list[tuple[int, int]], max_own: int) -> None:
     items = [Scored([1] * prompt, [2] * response) for prompt, response in lengths]
-    made = list(_batches(items, [0] * len(items), batch_tokens=10_000, max_own=max_own, max_scored=10_000))
-    assert sorted(index for batch in made for index in batch) == list(range(len(items)))
-    for batch in made:
-        widest = max(len(items[index].prompt) + len(items[index].response) for index in batch)
-        assert len(batch) == 1 or len(batch) * widest <= max_own
+    prefixes = shared_prefixes([item.prompt for item in items])
+    rows = _rows(items, prefixes)
+    made = list(_passes(items, rows, batch_tokens=10_000, max_own=max_own, max_scored=10_000))
+    assert sorted(index for passed in made for row in passed for index in row.items) == list(range(len(items)))
+    for passed in made:
+        own = [sum(len(_read(items[index], row.prefix)) for index in row.items) for row in passed]
+        assert len(passed) == 1 or len(passed) * max(own) <= max_own
+
+
+@given(st.lists(st.tuples(st.integers(0, 2), st.integers(1, 400)), max_size=20))
+def test_a_row_shares_one_prefix_and_is_not_too_long(drawn: list[tuple[int, int]]) -> None:
+    items = [Scored([prompt] * 300, [2] * response) for prompt, response in drawn]
+    prefixes = shared_prefixes([item.prompt for item in items])
+    rows = _rows(items, prefixes)
+    assert sorted(index for row in rows for index in row.items) == list(range(len(items)))
+    for row in rows:
+        assert len({(items[index].prompt[0], prefixes[index]) for index in row.items}) == 1
+        own = sum(len(_read(items[index], row.prefix)) for index in row.items)
+        assert len(row.items) == 1 or (row.prefix == 299 and own <= ROW_OWN_TOKENS)

@@ -1,10 +1,10 @@
-"""Key/value caches: a prefix is computed once, and every row that begins with it goes on from there."""
+"""Key/value caches: a prefix is computed once, and everything that begins with it goes on from there."""
 
 from __future__ import annotations
 
 import inspect
-from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -12,77 +12,90 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
+PREFIX, PADDING = -1, -2
+"""Who owns a place of a row, where it is not a branch: everybody, or nobody."""
+
+MASKED_ATTENTION = ("sdpa", "eager")
+"""The attention implementations, by the beginnings of their names, that follow a mask of single places."""
+
 
 def has_plain_cache(model: PreTrainedModel) -> bool:
     """Whether a model's cache holds one key and one value for every token in every layer, at positions that we give.
 
-    Only then can its rows be shared, shifted and dropped. Sliding windows and recurrent states are not of this kind.
+    Only then can its prefixes be shared. Sliding windows and recurrent states are not of this kind, and attention
+    that knows no mask of single places cannot keep branches apart.
     """
     parameters = inspect.signature(model.forward).parameters
     if not {"past_key_values", "position_ids"} <= parameters.keys():
         return False
+    if not str(model.config._attn_implementation).startswith(MASKED_ATTENTION):
+        return False
     return all(type(layer) is DynamicLayer for layer in DynamicCache(config=model.config).layers)
 
 
-class PrefixedRows:
-    """Rows of tokens that go on from cached prefixes.
+class Branches:
+    """Branches of tokens that go on from cached prefixes, any number of them in a row of the batch.
 
-    Each prefix is computed once. Prefixes are right-padded for that, where a causal model needs no mask; the rows are
-    left-padded copies, so that all go on at the same column.
+    Each prefix is computed once and never copied for its branches: a mask lets a branch see the prefix of its row and
+    its own tokens, and hides the other branches (tree attention, as in SpecInfer, arXiv 2305.09781). Gradients flow
+    through the prefixes where they are on.
 
     Args:
         model: A model with a plain cache.
-        prefixes: Token ids of the distinct prefixes; may be empty ones.
-        sources: The prefix of each row, as an index, in ascending order.
-        room: The most tokens that a row will go on for.
+        prefixes: Token ids of the prefix of each row, equal ones side by side; may be empty ones.
+        room: The most tokens that will be appended to a row, where that is done in many steps; 0 if in one.
     """
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        prefixes: Sequence[Sequence[int]],
-        sources: Sequence[int],
-        room: int,
-    ) -> None:
+    def __init__(self, model: PreTrainedModel, prefixes: Sequence[Sequence[int]], *, room: int = 0) -> None:
         self._model = model
         device = model.device
-        lengths_P = [len(prefix) for prefix in prefixes]
-        width = max(lengths_P)
-        lengths_R = torch.tensor([lengths_P[source] for source in sources], device=device)
-        self._next_R = lengths_R
-        self._mask_R_L: Tensor | None = None
-        if min(lengths_P) < width:
-            columns = torch.arange(width + room, device=device)
-            self._mask_R_L = columns >= (width - lengths_R)[:, None]
-        self._width = width
-        cache = DynamicCache(config=model.config)
-        self._cache: Cache = cache
-        if width:
-            model.base_model(input_ids=pad(prefixes, device), past_key_values=cache, use_cache=True)
-            self._cache = _expand_cache(cache, lengths_P, sources, room)
+        self._lengths_R = torch.tensor([len(prefix) for prefix in prefixes], device=device)
+        width = int(self._lengths_R.max())
+        within_R_W = torch.arange(width, device=device) < self._lengths_R[:, None]
+        self._owners_R_L = torch.full_like(within_R_W, PADDING, dtype=torch.long).masked_fill(within_R_W, PREFIX)
+        self._cache: Cache = self._computed(prefixes) if width else DynamicCache(config=model.config)
+        if width and room:
+            self._cache = Cache(layers=[_RoomyLayer(keys, values, room) for keys, values, _ in self._cache])
 
-    def __call__(self, tokens_R_T: Tensor) -> Tensor:
-        """Appends tokens to every row and gives the logits behind each of them, ``[R, T, V]``."""
-        steps = tokens_R_T.shape[1]
-        positions_R_T = self._next_R[:, None] + torch.arange(steps, device=tokens_R_T.device)
-        self._next_R = self._next_R + steps
-        self._width += steps
-        mask = None if self._mask_R_L is None else self._mask_R_L[:, : self._width]
-        output = self._model(
+    def _computed(self, prefixes: Sequence[Sequence[int]]) -> DynamicCache:
+        cache = DynamicCache(config=self._model.config)
+        runs = [(prefix, len(list(equals))) for prefix, equals in groupby(prefixes)]
+        # Padding stands on the right, where a causal model needs no mask.
+        tokens_P_W = pad([prefix for prefix, _ in runs], self._model.device)
+        self._model.base_model(input_ids=tokens_P_W, past_key_values=cache, use_cache=True)
+        if len(runs) < len(prefixes):
+            counts_P = torch.tensor([count for _, count in runs], device=self._model.device)
+            cache.batch_select_indices(torch.arange(len(runs), device=counts_P.device).repeat_interleave(counts_P))
+        return cache
+
+    def __call__(self, tokens_R_T: Tensor, owners_R_T: Tensor, offsets_R_T: Tensor) -> Tensor:
+        """Appends tokens to the rows and gives the logits behind each of them, ``[R, T, V]``.
+
+        Args:
+            tokens_R_T: Token ids.
+            owners_R_T: The branch that each belongs to, from 0, or :data:`PADDING`.
+            offsets_R_T: Its place in its branch, from 0.
+        """
+        before = self._owners_R_L.shape[1]
+        self._owners_R_L = torch.cat((self._owners_R_L, owners_R_T), dim=1)
+        places_L = torch.arange(self._owners_R_L.shape[1], device=tokens_R_T.device)
+        owners_R_1_L = self._owners_R_L[:, None]
+        own_R_T_L = (owners_R_1_L == owners_R_T[:, :, None]) & (places_L <= places_L[before:, None])
+        hidden_R_T_L = ~(own_R_T_L | (owners_R_1_L == PREFIX))
+        mask_R_T_L = torch.zeros_like(hidden_R_T_L, dtype=self._model.dtype)
+        mask_R_T_L.masked_fill_(hidden_R_T_L, torch.finfo(self._model.dtype).min)
+        logits: Tensor = self._model(
             input_ids=tokens_R_T,
-            attention_mask=mask,
-            position_ids=positions_R_T,
+            attention_mask=mask_R_T_L[:, None],
+            position_ids=self._lengths_R[:, None] + offsets_R_T,
             past_key_values=self._cache,
             use_cache=True,
-        )
-        logits: Tensor = output.logits
+        ).logits
         return logits
 
-    def keep(self, rows: Sequence[int]) -> None:
+    def keep(self, rows_K: Tensor) -> None:
         """Drops all rows but these."""
-        rows_K = torch.tensor(rows, device=self._next_R.device)
-        self._next_R = self._next_R[rows_K]
-        self._mask_R_L = None if self._mask_R_L is None else self._mask_R_L[rows_K]
+        self._lengths_R, self._owners_R_L = self._lengths_R[rows_K], self._owners_R_L[rows_K]
         self._cache.batch_select_indices(rows_K)
 
 
@@ -118,10 +131,11 @@ class OwnCache:
 class _RoomyLayer(DynamicLayer):
     """A layer of a cache with room for what is to come: appending copies the new tokens, not the whole layer."""
 
-    def __init__(self, keys: Tensor, values: Tensor, length: int) -> None:
+    def __init__(self, keys_R_H_L_D: Tensor, values_R_H_L_D: Tensor, room: int) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._roomy_keys, self._roomy_values, self._length = keys, values, length
-        self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
+        self._roomy_keys, self._roomy_values = _with_room(keys_R_H_L_D, room), _with_room(values_R_H_L_D, room)
+        self._length = keys_R_H_L_D.shape[2]
+        self.dtype, self.device, self.is_initialized = keys_R_H_L_D.dtype, keys_R_H_L_D.device, True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         start, self._length = self._length, self._length + key_states.shape[2]
@@ -136,26 +150,14 @@ class _RoomyLayer(DynamicLayer):
         self._roomy_keys, self._roomy_values = self._roomy_keys[indices], self._roomy_values[indices]
 
 
-def _expand_cache(cache: DynamicCache, lengths_P: Sequence[int], sources: Sequence[int], room: int) -> Cache:
-    layers: list[Any] = [
-        _RoomyLayer(_expand(keys, lengths_P, sources, room), _expand(values, lengths_P, sources, room), keys.shape[2])
-        for keys, values, _ in cache
-    ]
-    return Cache(layers=layers)
+def _with_room(states_R_H_L_D: Tensor, room: int) -> Tensor:
+    rows, heads, length, size = states_R_H_L_D.shape
+    roomy_R_H_L_D = states_R_H_L_D.new_empty((rows, heads, length + room, size))
+    roomy_R_H_L_D[:, :, :length] = states_R_H_L_D
+    return roomy_R_H_L_D
 
 
-def _expand(states_P_H_L_D: Tensor, lengths_P: Sequence[int], sources: Sequence[int], room: int) -> Tensor:
-    """One row for each source, its states moved to the right end of the prefix's columns, with room behind."""
-    _, heads, width, size = states_P_H_L_D.shape
-    # Zeros, not whatever was in memory: a masked place still takes part as 0 x value.
-    rows_R_H_L_D = states_P_H_L_D.new_zeros((len(sources), heads, width + room, size))
-    for source, length in enumerate(lengths_P):
-        rows = slice(bisect_left(sources, source), bisect_right(sources, source))
-        rows_R_H_L_D[rows, :, width - length : width] = states_P_H_L_D[source, :, :length]
-    return rows_R_H_L_D
-
-
-def pad(rows: Sequence[Sequence[int]], device: torch.device) -> Tensor:
-    """Rows of token ids as one right-padded tensor ``[R, T]``. What stands in the padding is never looked at."""
+def pad(rows: Sequence[Sequence[int]], device: torch.device, fill: int = 0) -> Tensor:
+    """Rows of numbers as one right-padded tensor ``[R, T]``."""
     width = max(len(row) for row in rows)
-    return torch.tensor([[*row, *[0] * (width - len(row))] for row in rows], dtype=torch.long, device=device)
+    return torch.tensor([[*row, *[fill] * (width - len(row))] for row in rows], dtype=torch.long, device=device)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence, Set
 from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from popi.backends.causal.cache import OwnCache, PrefixedRows
+from popi.backends.causal.cache import PADDING, Branches, OwnCache
 from popi.backends.causal.chat_tokens import ChatTokens
 
 # Dropping rows copies the rest of the cache, which costs about one step: it pays once a quarter of the rows is done.
@@ -65,8 +67,8 @@ def decode(
     for batch in _batches(drafts, batch_tokens if share else 0):
         check()
         chosen = [drafts[index] for index in batch]
-        rows = _shared_rows(model, chosen) if share else OwnCache(model, chosen[0].prompt[:-1])
-        _decode_batch(rows, chosen, [answers[index] for index in batch], end_tokens, model.device, check)
+        steps = _Steps(model, chosen) if share else _OwnSteps(model, chosen[0])
+        _decode_batch(steps, chosen, [answers[index] for index in batch], end_tokens, model.device, check)
     return answers
 
 
@@ -107,32 +109,29 @@ def choose(logits_R_V: Tensor, temperature_R: Tensor, top_p_R: Tensor, noise_R_V
 
 
 def _batches(drafts: Sequence[Draft], batch_tokens: int) -> Iterator[list[int]]:
-    """Indices of drafts of like length, identical prompts side by side."""
+    """Indices of drafts of like length, identical prompts side by side, which take one row.
+
+    A row has room for the answers of all its drafts, and as much as the others: prompts that are asked equally often
+    go together.
+    """
+    often = Counter(tuple(draft.prompt) for draft in drafts)
+    ranks = [(often[tuple(draft.prompt)], len(draft.prompt), draft.prompt) for draft in drafts]
     batch: list[int] = []
-    width = room = 0
-    for index in sorted(range(len(drafts)), key=lambda i: (len(drafts[i].prompt), drafts[i].prompt)):
-        width, room = max(width, len(drafts[index].prompt)), max(room, drafts[index].limit)
-        if batch and (len(batch) + 1) * (width + room) > batch_tokens:
+    rows = columns = run = room = 0
+    for index in sorted(range(len(drafts)), key=ranks.__getitem__):
+        draft = drafts[index]
+        run = run + 1 if batch and draft.prompt == drafts[batch[-1]].prompt else 1
+        rows, columns, room = rows + (run == 1), max(columns, run), max(room, draft.limit)
+        if batch and rows * (len(draft.prompt) + columns * room) > batch_tokens:
             yield batch
-            batch, width, room = [], len(drafts[index].prompt), drafts[index].limit
+            batch, rows, columns, run, room = [], 1, 1, 1, draft.limit
         batch.append(index)
     if batch:
         yield batch
 
 
-def _shared_rows(model: PreTrainedModel, drafts: Sequence[Draft]) -> PrefixedRows:
-    """Caches all but the last token of each prompt: that one is the first step's, which gives the first logits."""
-    prefixes: list[list[int]] = []
-    sources: list[int] = []
-    for row, draft in enumerate(drafts):
-        if row == 0 or draft.prompt != drafts[row - 1].prompt:
-            prefixes.append(draft.prompt[:-1])
-        sources.append(len(prefixes) - 1)
-    return PrefixedRows(model, prefixes, sources, room=max(draft.limit for draft in drafts))
-
-
 def _decode_batch(
-    rows: PrefixedRows | OwnCache,
+    steps: _Steps | _OwnSteps,
     drafts: Sequence[Draft],
     answers: Sequence[list[int]],
     end_tokens: Set[int],
@@ -145,7 +144,7 @@ def _decode_batch(
     last_R = torch.tensor([draft.prompt[-1] for draft in drafts], device=device)
     step = 0
     while True:
-        logits_R_V = rows(last_R[:, None])[:, -1]
+        logits_R_V = steps(last_R)
         if bool(logits_R_V[:, 0].isnan().any()):
             raise ArithmeticError("the model's logits are not numbers")
         last_R = sampling.next_tokens(logits_R_V)
@@ -160,12 +159,66 @@ def _decode_batch(
         if not live:
             return
         check()
-        if len(live) < COMPACT_BELOW * len(running) and isinstance(rows, PrefixedRows):
+        if len(live) < COMPACT_BELOW * len(running):
             kept = [place for place, index in enumerate(running) if index in live]
-            rows.keep(kept)
+            steps.keep(kept)
             sampling.keep(kept)
             last_R = last_R[kept]
             running = [running[place] for place in kept]
+
+
+class _Steps:
+    """One token more for every draft that still runs; drafts of one prompt are branches of one row.
+
+    Args:
+        model: A model with a plain cache.
+        drafts: What is to be continued, identical prompts side by side.
+    """
+
+    def __init__(self, model: PreTrainedModel, drafts: Sequence[Draft]) -> None:
+        self._device, self._done = model.device, 0
+        groups = [(prompt, len(list(equals))) for prompt, equals in groupby(draft.prompt for draft in drafts)]
+        room = max(draft.limit for draft in drafts) * max(count for _, count in groups)
+        # The last token of a prompt is the first step's, which gives the first logits.
+        self._branches = Branches(model, [prompt[:-1] for prompt, _ in groups], room=room)
+        self._lay_out([row for row, (_, count) in enumerate(groups) for _ in range(count)], list(range(len(drafts))))
+
+    def __call__(self, last_N: Tensor) -> Tensor:
+        """The logits behind the last token of each draft: ``[N, V]``."""
+        tokens_R_C = torch.zeros_like(self._owners_R_C)
+        tokens_R_C[self._places_N] = last_N
+        logits_R_C_V = self._branches(tokens_R_C, self._owners_R_C, torch.full_like(tokens_R_C, self._done))
+        self._done += 1
+        return logits_R_C_V[self._places_N]
+
+    def keep(self, drafts: Sequence[int]) -> None:
+        """Drops all drafts but these."""
+        rows, owners = [self._rows[place] for place in drafts], [self._owners[place] for place in drafts]
+        left = sorted(set(rows))
+        if len(left) < len(self._owners_R_C):
+            self._branches.keep(torch.tensor(left, device=self._device))
+        self._lay_out([left.index(row) for row in rows], owners)
+
+    def _lay_out(self, rows: list[int], owners: list[int]) -> None:
+        """Gives each draft a column in the row of its prompt."""
+        self._rows, self._owners = rows, owners
+        columns = [column for _, equals in groupby(rows) for column, _ in enumerate(equals)]
+        self._places_N = torch.tensor(rows, device=self._device), torch.tensor(columns, device=self._device)
+        self._owners_R_C = torch.full((rows[-1] + 1, max(columns) + 1), PADDING, device=self._device)
+        self._owners_R_C[self._places_N] = torch.tensor(owners, device=self._device)
+
+
+class _OwnSteps:
+    """The same for a single draft and a model with a cache of its own kind."""
+
+    def __init__(self, model: PreTrainedModel, draft: Draft) -> None:
+        self._cache = OwnCache(model, draft.prompt[:-1])
+
+    def __call__(self, last_1: Tensor) -> Tensor:
+        return self._cache(last_1[:, None])[:, -1]
+
+    def keep(self, drafts: Sequence[int]) -> None:
+        assert list(drafts) == [0], "without its only draft the work is done"
 
 
 class _Sampling:

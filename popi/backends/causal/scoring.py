@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
-import math
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import chain, groupby
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
-from popi.backends.causal.cache import PrefixedRows, pad
+from popi.backends.causal.cache import PADDING, Branches, pad
 
 # Logits are the largest thing in the work of scoring: at most 2^28 of them at once, 1 GiB in fp32.
 MAX_LOGITS = 2**28
 
 # Activations of more tokens at once leave the caches of a processor (docs/log.md). A GPU wants all that it can hold.
 CPU_OWN_TOKENS = 2048
+
+
+# Branches of a row are hidden from each other by a mask, but computed: attention costs the square of their sum.
+ROW_OWN_TOKENS = 512
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,32 +35,31 @@ class Scored:
 
 
 @dataclass(frozen=True, slots=True)
-class Packed:
-    """Items that are computed together.
+class Row:
+    """Items that are computed in one row of a forward pass.
 
     Attributes:
-        indices: Which of the items.
-        prefix_lengths: How many leading tokens of each one's prompt are computed once for its neighbours too.
+        items: Which of the items.
+        prefix: How many leading tokens of their prompts are computed once for all of them.
     """
 
-    indices: list[int]
-    prefix_lengths: list[int]
+    items: list[int]
+    prefix: int
 
 
-def pack(model: PreTrainedModel, items: Sequence[Scored], *, batch_tokens: int, share: bool) -> Iterator[Packed]:
-    """Sorts items into forward passes: like lengths together, and what prompts share side by side.
+def pack(model: PreTrainedModel, items: Sequence[Scored], *, batch_tokens: int, share: bool) -> Iterator[list[Row]]:
+    """Sorts items into forward passes: those that share a prefix in a row, rows of like length together.
 
     Args:
         model: The model that will score.
         items: What to score.
-        batch_tokens: The most tokens of the rows of a batch.
+        batch_tokens: The most tokens of the rows of a pass.
         share: Whether the model has a plain cache, so that prompts can share the prefix that they have in common.
     """
     prefix_lengths = shared_prefixes([item.prompt for item in items]) if share else [0] * len(items)
     max_scored = MAX_LOGITS // model.config.get_text_config().vocab_size
     max_own = CPU_OWN_TOKENS if model.device.type == "cpu" else batch_tokens
-    for batch in _batches(items, prefix_lengths, batch_tokens, max_own, max_scored):
-        yield Packed(batch, [prefix_lengths[index] for index in batch])
+    return _passes(items, _rows(items, prefix_lengths), batch_tokens, max_own, max_scored)
 
 
 def score(
@@ -73,24 +75,19 @@ def score(
     Args:
         model: The model, in evaluation mode.
         items: What to score.
-        batch_tokens: The most tokens of the rows of a batch.
+        batch_tokens: The most tokens of the rows of a pass.
         share: Whether the model has a plain cache.
-        check: Called before every batch; stops the work by raising.
+        check: Called before every pass; stops the work by raising.
     """
-    sums = [0.0] * len(items)
-    for batch in pack(model, items, batch_tokens=batch_tokens, share=share):
+    sums_I = torch.zeros(len(items), dtype=torch.float64)
+    for rows in pack(model, items, batch_tokens=batch_tokens, share=share):
         check()
-        chosen = [items[index] for index in batch.indices]
-        found = response_logits(model, chosen, batch.prefix_lengths)
+        found = response_logits(model, items, rows)
         logprobs_N = -cross_entropy(found.logits_N_V.float(), found.targets_N, reduction="none")
-        sums_R = logprobs_N.new_zeros(len(chosen), dtype=torch.float64)
-        for index, logprob in zip(
-            batch.indices, sums_R.index_add(0, found.rows_N, logprobs_N.double()).tolist(), strict=True
-        ):
-            sums[index] = logprob
-    if any(map(math.isnan, sums)):
+        sums_I.index_add_(0, found.items_N.cpu(), logprobs_N.double().cpu())
+    if bool(sums_I.isnan().any()):
         raise ArithmeticError("the model's logits are not numbers")
-    return sums
+    return sums_I.tolist()
 
 
 def shared_prefixes(prompts: Sequence[list[int]]) -> list[int]:
@@ -125,76 +122,104 @@ def _common_prefix(first: Sequence[int], second: Sequence[int]) -> int:
     return bisect_left(range(1, min(len(first), len(second)) + 1), True, key=lambda end: first[:end] != second[:end])
 
 
-def _batches(
-    items: Sequence[Scored], prefix_lengths: Sequence[int], batch_tokens: int, max_own: int, max_scored: int
-) -> Iterator[list[int]]:
-    """Indices of items of like lengths, those with a common prefix side by side.
+def _rows(items: Sequence[Scored], prefix_lengths: Sequence[int]) -> list[Row]:
+    """Items with a prefix in common share a row, up to :data:`ROW_OWN_TOKENS`; the others have one each."""
 
-    The rows of a batch hold at most ``batch_tokens`` tokens, at most ``max_own`` of them behind the prefixes, and at
-    most ``max_scored`` responses' tokens, unless one item alone holds more.
+    def prefix(index: int) -> list[int]:
+        return items[index].prompt[: prefix_lengths[index]]
+
+    rows: list[Row] = []
+    room = 0
+    for index in sorted(range(len(items)), key=lambda index: (prefix_lengths[index], prefix(index))):
+        length, own = prefix_lengths[index], len(_read(items[index], prefix_lengths[index]))
+        joins = rows and length and own <= room and prefix(rows[-1].items[-1]) == prefix(index)
+        if not joins:
+            rows.append(Row([], length))
+            room = ROW_OWN_TOKENS
+        rows[-1].items.append(index)
+        room -= own
+    return rows
+
+
+def _passes(
+    items: Sequence[Scored], rows: Sequence[Row], batch_tokens: int, max_own: int, max_scored: int
+) -> Iterator[list[Row]]:
+    """Rows of like lengths, those with a common prefix side by side.
+
+    The rows of a pass hold at most ``batch_tokens`` tokens, at most ``max_own`` of them behind the prefixes, and at
+    most ``max_scored`` responses' tokens, unless one row alone holds more.
     """
 
-    def like(index: int) -> tuple[int, list[int], int]:
-        length, item = prefix_lengths[index], items[index]
-        return length, item.prompt[:length], len(item.prompt) - length + len(item.response)
+    def own(row: Row) -> int:
+        return sum(len(_read(items[index], row.prefix)) for index in row.items)
 
-    batch: list[int] = []
-    prefix = rest = scored = 0
-    for index in sorted(range(len(items)), key=like):
-        length, _, own = like(index)
-        prefix, rest, scored = max(prefix, length), max(rest, own), scored + len(items[index].response)
-        rows = len(batch) + 1
-        if batch and (rows * (prefix + rest) > batch_tokens or rows * rest > max_own or scored > max_scored):
+    def like(row: Row) -> tuple[int, list[int], int]:
+        return row.prefix, items[row.items[0]].prompt[: row.prefix], own(row)
+
+    batch: list[Row] = []
+    rest = scored = 0
+    for row in sorted(rows, key=like):
+        rest, more = max(rest, own(row)), sum(len(items[index].response) for index in row.items)
+        scored, count = scored + more, len(batch) + 1
+        if batch and (count * (row.prefix + rest) > batch_tokens or count * rest > max_own or scored > max_scored):
             yield batch
-            batch, prefix, rest, scored = [], length, own, len(items[index].response)
-        batch.append(index)
+            batch, rest, scored = [], own(row), more
+        batch.append(row)
     if batch:
         yield batch
 
 
 @dataclass(frozen=True, slots=True)
 class ResponseLogits:
-    """What a model predicts in the places of the tokens of responses, one response after the other.
+    """What a model predicts in the places of the tokens of responses, the tokens of one in order.
 
     Attributes:
         logits_N_V: Logits, ``[N, V]``.
         targets_N: The tokens that stand there, ``[N]``.
-        rows_N: Which response each belongs to, ``[N]``, ascending.
+        items_N: Which item each belongs to, ``[N]``.
+        offsets_N: Which token of its response each is, ``[N]``.
     """
 
     logits_N_V: Tensor
     targets_N: Tensor
-    rows_N: Tensor
+    items_N: Tensor
+    offsets_N: Tensor
 
 
-def response_logits(model: PreTrainedModel, items: Sequence[Scored], prefix_lengths: Sequence[int]) -> ResponseLogits:
-    """Runs one batch of :func:`pack`. Gradients flow through it where they are on, through the shared prefixes too."""
-    rests = [[*item.prompt[length:], *item.response] for item, length in zip(items, prefix_lengths, strict=True)]
-    tokens_R_T = pad(rests, model.device)
-    # The logits behind a token are those of the next one.
-    places = [
-        (row, column)
-        for row, (item, rest) in enumerate(zip(items, rests, strict=True))
-        for column in range(len(rest) - len(item.response) - 1, len(rest) - 1)
-    ]
-    rows_N, columns_N = torch.tensor(places, device=model.device).unbind(dim=1)
+def response_logits(model: PreTrainedModel, items: Sequence[Scored], rows: Sequence[Row]) -> ResponseLogits:
+    """Runs one pass of :func:`pack`. Gradients flow through it where they are on, through the shared prefixes too."""
+    read = [[_read(items[index], row.prefix) for index in row.items] for row in rows]
+    scored: list[tuple[int, int, int, int, int]] = []
+    for place, (row, parts) in enumerate(zip(rows, read, strict=True)):
+        end = 0
+        for index, part in zip(row.items, parts, strict=True):
+            end += len(part)
+            # The logits behind a token are those of the next one.
+            first = end - len(items[index].response)
+            scored += [(place, first + n, token, index, n) for n, token in enumerate(items[index].response)]
+    rows_N, columns_N, targets_N, items_N, offsets_N = torch.tensor(scored, device=model.device).unbind(dim=1)
     with _head_at(model, rows_N, columns_N):
-        logits_N_V = _run(model, items, prefix_lengths, tokens_R_T[:, :-1])
-    return ResponseLogits(logits_N_V, tokens_R_T[rows_N, columns_N + 1], rows_N)
+        prefixes = [items[row.items[0]].prompt[: row.prefix] for row in rows]
+        logits_N_V = _run(model, prefixes, read)[0]
+    return ResponseLogits(logits_N_V, targets_N, items_N, offsets_N)
 
 
-def _run(model: PreTrainedModel, items: Sequence[Scored], prefix_lengths: Sequence[int], tokens_R_T: Tensor) -> Tensor:
-    """The model's logits behind the tokens; right padding needs no mask, as a causal model looks only back."""
-    if not any(prefix_lengths):
+def _read(item: Scored, prefix: int) -> list[int]:
+    """What the model reads of an item behind the prefix: the last token is predicted, never read."""
+    return [*item.prompt[prefix:], *item.response[:-1]]
+
+
+def _run(model: PreTrainedModel, prefixes: Sequence[list[int]], read: Sequence[Sequence[list[int]]]) -> Tensor:
+    """The model's logits behind the branches of each row, one branch after the other."""
+    tokens_R_T = pad([list(chain(*parts)) for parts in read], model.device)
+    if not any(prefixes):
+        # Right padding needs no mask, as a causal model looks only back.
         logits: Tensor = model(input_ids=tokens_R_T, use_cache=False).logits
-        return logits[0]
-    prefixes: list[list[int]] = []
-    sources: list[int] = []
-    named = (item.prompt[:length] for item, length in zip(items, prefix_lengths, strict=True))
-    for source, (prefix, rows) in enumerate(groupby(named)):
-        prefixes.append(prefix)
-        sources.extend(source for _ in rows)
-    return PrefixedRows(model, prefixes, sources, room=tokens_R_T.shape[1])(tokens_R_T)[0]
+        return logits
+    owners = [[branch for branch, part in enumerate(parts) for _ in part] for parts in read]
+    offsets = [[offset for part in parts for offset, _ in enumerate(part)] for parts in read]
+    branches = Branches(model, prefixes)
+    return branches(tokens_R_T, pad(owners, model.device, PADDING), pad(offsets, model.device))
 
 
 @contextmanager
