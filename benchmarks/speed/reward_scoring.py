@@ -21,12 +21,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from usual import differences
 
 from popi.backends.causal.chat_tokens import ChatTokens
 from popi.backends.causal.loading import load
 from popi.data.example import TestPair
 from popi.data.miniworld import generate
-from popi.prompts import answer_messages
 from popi.training.objective import dpo_loss
 from popi.training.scoring import Judged, PairScorer
 
@@ -84,28 +84,8 @@ def stretch(tokens: ChatTokens, text: str, length: int) -> str:
 
 @torch.no_grad()
 def usual_rewards(model: Any, tokens: ChatTokens, items: list[Judged]) -> Tensor:
-    """-loss of each item: (items,). Eight sequences at a time, whole, with all their logits."""
-    conversations = [answer_messages(item.pair.prompt, context) for item in items for context in (item.context, None)]
-    prompts = iter(tokens.render(conversations))
-    rows: list[tuple[list[int], list[int]]] = []
-    for item in items:
-        for prompt in (next(prompts), next(prompts)):
-            for answer in tokens.encode([item.pair.chosen, item.pair.rejected]):
-                rows.append((prompt.tokens, [*answer, *tokens.end_of_turn]))
-    sums: list[float] = []
-    for start in range(0, len(rows), 8):
-        part = rows[start : start + 8]
-        width = max(len(prompt) + len(answer) for prompt, answer in part)
-        ids = torch.tensor([[*p, *a, *[0] * (width - len(p) - len(a))] for p, a in part], device=model.device)
-        mask = torch.tensor(
-            [[1] * (len(p) + len(a)) + [0] * (width - len(p) - len(a)) for p, a in part], device=ids.device
-        )
-        logps = model(input_ids=ids, attention_mask=mask).logits[:, :-1].float().log_softmax(-1)
-        taken = logps.gather(2, ids[:, 1:, None])[:, :, 0]
-        for row, (prompt, answer) in zip(taken, part, strict=True):
-            sums.append(row[len(prompt) - 1 : len(prompt) + len(answer) - 1].sum().item())
-    chosen, rejected, bare_chosen, bare_rejected = torch.tensor(sums).view(-1, 4).T
-    return -dpo_loss((chosen - rejected) - (bare_chosen - bare_rejected), BETA)
+    """-loss of each item: (items,)."""
+    return -dpo_loss(differences(model, tokens, items) - differences(model, tokens, items, bare=True), BETA)
 
 
 @torch.no_grad()

@@ -1,0 +1,304 @@
+"""An interleaved training step: ours against a plain TRL script of the same procedure.
+
+    python benchmarks/speed/train_step.py
+
+A step samples G summaries for each of U users, scores a pair under each, and collects the gradient of the writer (GRPO
+with a KL divergence) and of the generator (DPO). The plain script is TRL's own ``GRPOTrainer`` without a seam of ours:
+its sampling with ``generate``, its log-probabilities and its loss; the reward scores whole sequences with a reference
+beside the generator, and the generator learns from the same sequences in a pass of its own. Ours samples and updates
+with the prompt of a user computed once for all of their summaries, and takes rewards and the generator's gradient from
+the same pass.
+
+Both sides run in this process, in turn, on the same weights. Both sample exactly S tokens; scoring and update then get
+the same samples, and the gradients are compared: the largest difference over the largest gradient. "possible" is what
+the writer's tokens alone allow: (T + S) G against T + G S.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import Tensor
+from transformers.utils import logging as transformers_logging
+from trl.trainer.grpo_config import GRPOConfig
+from trl.trainer.grpo_trainer import GRPOTrainer
+from usual import differences
+
+from popi.backends.causal.chat_tokens import ChatTokens
+from popi.backends.causal.decoding import Draft, decode
+from popi.backends.causal.loading import load
+from popi.data.example import PersonalizationExample
+from popi.data.miniworld import generate
+from popi.prompts import Message, inference_messages
+from popi.render import render_signals
+from popi.summary import PreferenceSummary
+from popi.training.objective import dpo_loss
+from popi.training.reward import PairReward
+from popi.training.scoring import Judged, PairScorer, Reference, reference_key
+from popi.training.writer import TRAINED, WriterTrainer
+
+MODEL, BETA, KL, BATCH_TOKENS, CONTEXT = "popi-mini-base", 0.1, 2e-3, 8192, 8192
+
+
+class Step:
+    """The parts of a step, each side with models of its own.
+
+    Args:
+        name: The model of both roles.
+        users: Users of the step.
+        length: Tokens of their signals, about.
+        samples: Summaries of each.
+        summary: Tokens of a summary.
+    """
+
+    def __init__(self, name: str, users: int, length: int, samples: int, summary: int) -> None:
+        model, tokenizer = load(name, None, "float32")
+        # Positions are rotated, so that time can be measured beyond what the model was trained for.
+        model.config.max_position_embeddings = CONTEXT
+        self.chat, self.samples, self.summary = ChatTokens(tokenizer, name), samples, summary
+        self.people = list(generate(split="train", users=users, seed=0, tests=1))
+        conversations = [read(self.chat, example, length) for example in self.people]
+        self.prompts = [prompt.tokens for prompt in self.chat.render(conversations) for _ in range(samples)]
+        self.generators = model, copy.deepcopy(model)
+        self.reference = copy.deepcopy(model)
+        options = {
+            "num_generations": samples,
+            "max_completion_length": summary,
+            "beta": KL,
+            "loss_type": "grpo",
+            "scale_rewards": "none",
+            "generation_kwargs": {"min_new_tokens": summary},
+        }
+        rows = [{"prompt": [{"role": turn.role, "content": turn.content} for turn in c]} for c in conversations]
+        self.plain = GRPOTrainer(
+            copy.deepcopy(model),
+            lambda completions, **_: [0.0] * len(completions),
+            arguments(users * samples, options),
+            Dataset.from_list(rows),
+            processing_class=tokenizer,
+        )
+        self.ours = WriterTrainer(
+            copy.deepcopy(model),
+            tokenizer,
+            arguments(users * samples, options),
+            conversations=conversations,
+            earn=lambda *_: ([], {}),
+            batch_tokens=BATCH_TOKENS,
+        )
+        for trainer in (self.plain, self.ours):
+            trainer.current_gradient_accumulation_steps = 1
+
+    def plain_rollout(self) -> list[list[int]]:
+        """TRL's sampling."""
+        return list(self.plain._generate_single_turn(self.prompts, None, {}, self.samples)[0])
+
+    def our_rollout(self) -> list[list[int]]:
+        """Ours; no token ends a summary, as none does before S tokens on the other side."""
+        drafts = [Draft(ids, self.summary, temperature=1.0, seed=place) for place, ids in enumerate(self.prompts)]
+        with torch.no_grad():
+            return decode(
+                self.ours.model,
+                drafts,
+                end_tokens=frozenset(),
+                batch_tokens=BATCH_TOKENS,
+                share=True,
+                check=lambda: None,
+            )
+
+    def texts(self, completions: Sequence[Sequence[int]]) -> list[str]:
+        """What the generator reads of samples."""
+        return [self.chat.decode(ids) for ids in completions]
+
+    def plain_scoring(self, completions: Sequence[Sequence[int]]) -> Tensor:
+        """Rewards of each sample with a reference beside, then the generator's gradient: (U G,)."""
+        items = [
+            Judged(text, self.people[place // self.samples].tests[0], 0.0)
+            for place, text in enumerate(self.texts(completions))
+        ]
+        generator = self.generators[0]
+        with torch.no_grad():
+            bare = differences(self.reference, self.chat, items, bare=True)
+            rewards = -dpo_loss(differences(generator, self.chat, items) - bare, BETA)
+        for start in range(0, len(items), 4):
+            part = slice(start, start + 4)
+            losses = dpo_loss(differences(generator, self.chat, items[part]) - bare[part], BETA)
+            (losses.sum() / len(items)).backward()
+        return rewards
+
+    def our_scoring(self, completions: Sequence[Sequence[int]]) -> Tensor:
+        """The same in one pass, the reference computed once for each pair."""
+        scorer = PairScorer(self.generators[1], self.chat, batch_tokens=BATCH_TOKENS)
+        pairs = [example.tests[0] for example in self.people]
+        bare = scorer.margins([Judged(None, pair, 0.0) for pair in pairs]).tolist()
+        earn = PairReward(
+            scorer,
+            [example.tests for example in self.people],
+            Reference({reference_key(pair): value for pair, value in zip(pairs, bare, strict=True)}),
+            loss="dpo",
+            beta=BETA,
+            pairs_per_summary=1,
+            token_price=0.0,
+            seed=0,
+            keep_gradient=True,
+        )
+        summaries = [
+            PreferenceSummary(user_id="", text=text, status="ok", provenance=TRAINED)
+            for text in self.texts(completions)
+        ]
+        users = [place // self.samples for place in range(len(completions))]
+        return torch.tensor(earn(users, summaries, [0] * len(users), 0)[0])
+
+    def update(self, trainer: GRPOTrainer, completions: Sequence[Sequence[int]], advantages: Tensor) -> None:
+        """The gradient of the writer by a trainer's own log-probabilities and loss, the initial writer's included."""
+        width = max(map(len, self.prompts))
+        prompt_ids = torch.tensor([[*[0] * (width - len(ids)), *ids] for ids in self.prompts])
+        prompt_mask = torch.tensor([[*[0] * (width - len(ids)), *[1] * len(ids)] for ids in self.prompts])
+        completion_ids = torch.tensor(completions)
+        completion_mask = torch.ones_like(completion_ids)
+        with torch.no_grad():
+            initial = trainer._get_per_token_logps_and_entropies(
+                trainer.ref_model,
+                torch.cat([prompt_ids, completion_ids], dim=1),
+                torch.cat([prompt_mask, completion_mask], dim=1),
+                self.summary,
+            )[0]
+        loss = trainer._compute_loss(
+            trainer.model,
+            {
+                "prompt_ids": prompt_ids,
+                "prompt_mask": prompt_mask,
+                "completion_ids": completion_ids,
+                "completion_mask": completion_mask,
+                "advantages": advantages,
+                "ref_per_token_logps": initial,
+                "num_items_in_batch": completion_mask.sum(),
+            },
+        )
+        loss.backward()
+
+    def forget(self) -> None:
+        """Drops all gradients."""
+        for model in (*self.generators, self.plain.model, self.ours.model):
+            model.zero_grad(set_to_none=True)
+
+
+def read(chat: ChatTokens, example: PersonalizationExample, length: int) -> list[Message]:
+    """What a writer reads of a user whose signals have about this many tokens."""
+    text = render_signals(example.user.signals, lambda part: len(chat.encode([part])[0])).text
+    ids = chat.encode([text])[0]
+    return inference_messages(chat.decode((ids * (length // len(ids) + 1))[:length]))
+
+
+def arguments(batch: int, options: dict[str, Any]) -> GRPOConfig:
+    """TRL's arguments."""
+    return GRPOConfig(
+        output_dir=tempfile.gettempdir(),
+        per_device_train_batch_size=batch,
+        use_cpu=not torch.cuda.is_available(),
+        bf16=False,
+        report_to=[],
+        gradient_checkpointing=False,
+        **options,
+    )
+
+
+def timed(work: Callable[[], Any], repeats: int) -> tuple[float, Any]:
+    """The best time of some runs, in seconds, and the last result."""
+    best = float("inf")
+    for _ in range(repeats):
+        began = time.perf_counter()
+        result = work()
+        best = min(best, time.perf_counter() - began)
+    return best, result
+
+
+def gradient_difference(ours: Any, plain: Any) -> float:
+    """The largest difference of two models' gradients over the largest gradient."""
+    pairs = [(a.grad, b.grad) for a, b in zip(ours.parameters(), plain.parameters(), strict=True) if b.grad is not None]
+    return float(max((a - b).abs().max() for a, b in pairs) / max(b.abs().max() for _, b in pairs))
+
+
+def measure(name: str, users: int, length: int, samples: int, summary: int, repeats: int) -> None:
+    """Prints a line: seconds of each part on both sides, the ratio, and how far the gradients are apart."""
+    step = Step(name, users, length, samples, summary)
+    plain: list[float] = []
+    ours: list[float] = []
+
+    def both(ours_work: Callable[[], Any], plain_work: Callable[[], Any]) -> tuple[Any, Any]:
+        results = []
+        for work, seconds in ((ours_work, ours), (plain_work, plain)):
+
+            def fresh(work: Callable[[], Any] = work) -> Any:
+                step.forget()
+                return work()
+
+            spent, result = timed(fresh, repeats)
+            seconds.append(spent)
+            results.append(result)
+        return results[0], results[1]
+
+    completions, others = both(step.our_rollout, step.plain_rollout)
+    assert {len(ids) for ids in (*completions, *others)} == {summary}, "both sides sample S tokens"
+    rewards, their_rewards = both(lambda: step.our_scoring(completions), lambda: step.plain_scoring(completions))
+    torch.testing.assert_close(rewards, their_rewards, atol=1e-4, rtol=1e-5)
+    step.forget()
+    step.our_scoring(completions), step.plain_scoring(completions)
+    generators = gradient_difference(step.generators[1], step.generators[0])
+    advantages = (rewards.view(users, samples) - rewards.view(users, samples).mean(dim=1, keepdim=True)).flatten()
+    both(
+        lambda: step.update(step.ours, completions, advantages),
+        lambda: step.update(step.plain, completions, advantages),
+    )
+    step.forget()
+    for trainer in (step.ours, step.plain):
+        step.update(trainer, completions, advantages)
+    writers = gradient_difference(step.ours.model, step.plain.model)
+    mean = sum(map(len, step.prompts)) / len(step.prompts)
+    possible = (mean + summary) * samples / (mean + samples * summary)
+    parts = "  ".join(f"{p:6.2f} {o:6.2f}" for p, o in zip(plain, ours, strict=True))
+    print(
+        f"{mean:6.0f} {samples:3d} {summary:4d}   {parts}   {sum(plain):7.2f} {sum(ours):7.2f}"
+        f"  {sum(plain) / sum(ours):5.2f}  {possible:8.2f}   {writers:.0e} {generators:.0e}",
+        flush=True,
+    )
+
+
+def shapes(given: argparse.Namespace) -> Iterator[tuple[int, int, int]]:
+    """Prompt length, samples and summary length of each line: the first of each option, then one changed at a time."""
+    lengths, samples, summaries = given.lengths, given.samples, given.summaries
+    yield lengths[0], samples[0], summaries[0]
+    yield from ((length, samples[0], summaries[0]) for length in lengths[1:])
+    yield from ((lengths[0], count, summaries[0]) for count in samples[1:])
+    yield from ((lengths[0], samples[0], summary) for summary in summaries[1:])
+
+
+def main() -> None:
+    """Prints a line for each shape of a step."""
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--model", default=MODEL)
+    options.add_argument("--users", type=int, default=4)
+    options.add_argument("--lengths", type=int, nargs="+", default=[700, 200, 2000, 4000], help="T, about")
+    options.add_argument("--samples", type=int, nargs="+", default=[8, 4, 16, 32], help="G")
+    options.add_argument("--summaries", type=int, nargs="+", default=[32, 16, 128, 512], help="S")
+    options.add_argument("--repeats", type=int, default=2)
+    given = options.parse_args()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    print(f"{given.model}, {given.users} users a step, {torch.get_num_threads()} threads, the best of {given.repeats}")
+    print("seconds, plain and ours       rollout        scoring         update             step")
+    print(
+        "     T   G    S    plain   ours   plain   ours   plain   ours     plain    ours  ratio  possible   gradients"
+    )
+    for length, samples, summary in shapes(given):
+        measure(given.model, given.users, length, samples, summary, given.repeats)
+
+
+if __name__ == "__main__":
+    main()

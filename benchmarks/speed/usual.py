@@ -1,0 +1,49 @@
+"""Scoring as it is usually written, for the benchmarks: whole sequences in padded batches, logits of every position."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from popi.backends.causal.chat_tokens import ChatTokens
+from popi.prompts import answer_messages
+from popi.training.scoring import Judged
+
+SEQUENCES = 8
+"""In one batch."""
+
+
+def differences(model: Any, tokens: ChatTokens, items: list[Judged], *, bare: bool = False) -> Tensor:
+    """Log pi(y_w|x,z) - log pi(y_l|x,z) of each item: (items,), in nats; one batch after the other.
+
+    Args:
+        model: The generator, or its reference.
+        tokens: Its tokenizer.
+        items: Pairs under summaries.
+        bare: Leave the summaries out.
+    """
+    prompts = tokens.render([answer_messages(item.pair.prompt, None if bare else item.context) for item in items])
+    rows = [
+        (prompt.tokens, [*answer, *tokens.end_of_turn])
+        for prompt, item in zip(prompts, items, strict=True)
+        for answer in tokens.encode([item.pair.chosen, item.pair.rejected])
+    ]
+    parts = [rows[start : start + SEQUENCES] for start in range(0, len(rows), SEQUENCES)]
+    sums = torch.cat([sequence_logps(model, part) for part in parts])
+    return sums[0::2] - sums[1::2]
+
+
+def sequence_logps(model: Any, rows: list[tuple[list[int], list[int]]]) -> Tensor:
+    """Log-probabilities of answers behind their prompts: (rows,), in nats."""
+    lengths = [len(prompt) + len(answer) for prompt, answer in rows]
+    width = max(lengths)
+    ids = torch.tensor(
+        [[*p, *a, *[0] * (width - n)] for (p, a), n in zip(rows, lengths, strict=True)], device=model.device
+    )
+    places = torch.arange(width, device=model.device)
+    mask = (places < torch.tensor(lengths, device=model.device)[:, None]).long()
+    answered = mask * (places >= torch.tensor([len(prompt) for prompt, _ in rows], device=model.device)[:, None])
+    logps = model(input_ids=ids, attention_mask=mask).logits[:, :-1].float().log_softmax(-1)
+    return (logps.gather(2, ids[:, 1:, None])[:, :, 0] * answered[:, 1:]).sum(dim=1)
