@@ -1,0 +1,58 @@
+"""Every recipe's command for two steps, and every benchmark on its smallest shape."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from popi.cli import main
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).parents[1]
+SMALL = {"steps": 2, "data.users": 24, "users_per_step": 2, "writer.samples": 3, "evaluate_users": 4}
+
+
+def lines_of(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def python(script, *words):
+    return subprocess.run([sys.executable, script, *words], cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize("recipe", sorted((ROOT / "recipes").glob("popi_*/*.yaml")), ids=lambda path: path.stem)
+def test_a_joint_recipe_runs(recipe, tmp_path, capsys):
+    changes = [word for name, value in SMALL.items() for word in ("--set", f"{name}={value}")]
+    assert main(["train", str(recipe), "--out", str(tmp_path / "run"), *changes]) == 0
+    steps = lines_of(tmp_path / "run" / "metrics.jsonl")
+    assert [line["step"] for line in steps] == [1, 2]
+    assert 0 <= steps[-1]["held_out"]["accuracy"] <= 1
+    for role in json.loads(capsys.readouterr().out)["models"].split(", "):
+        assert (Path(role) / "model.safetensors").exists()
+
+
+def test_the_bare_loop_runs(tmp_path):
+    out = tmp_path / "curve.jsonl"
+    small = ["--steps", "2", "--users-per-step", "2", "--held-out", "2", "--every", "2"]
+    done = python("recipes/bare/popi_loop.py", *small, "--out", out)
+    assert done.returncode == 0, done.stderr
+    steps = lines_of(out)
+    assert [line["step"] for line in steps] == [1, 2]
+    assert all(0 <= line["accuracy"] <= 1 and line["reward"] < 0 for line in steps)
+    assert 0 <= steps[-1]["held_out_accuracy"] <= 1
+
+
+@pytest.mark.parametrize(
+    ("script", "words", "heads"),
+    [
+        ("reward_scoring.py", ["--users", "1", "--samples", "2", "--lengths", "32"], 2),
+        ("train_step.py", ["--users", "1", "--lengths", "100", "--samples", "2", "--summaries", "4"], 3),
+    ],
+)
+def test_a_benchmark_finds_both_sides_equal(script, words, heads):
+    done = python(f"benchmarks/speed/{script}", *words, "--repeats", "1")
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) == heads + 1
