@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -61,11 +62,20 @@ class GeneratorTrainer(Trainer):
     ) -> Tensor:
         """The mean loss of a batch of pairs."""
         items: list[Judged] = inputs["items"]
+        read = self._scorer.tokens
         margins = torch.cat([found for _, found in self._scorer.passes(items)])
         loss = self._objective(margins, self._beta).mean()
         check_finite(loss.item(), self.state.global_step)
-        for name, value in margin_figures(margins, loss.item()).items():
+        figures = {**margin_figures(margins, loss.item()), "tokens/update": float(self._scorer.tokens - read)}
+        for name, value in figures.items():
             self._seen.setdefault(name, []).append(value)
+        return loss
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Transformers', timed."""
+        began = time.perf_counter()
+        loss: Tensor = super().training_step(*args, **kwargs)
+        self._seen.setdefault("seconds/update", []).append(time.perf_counter() - began)
         return loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

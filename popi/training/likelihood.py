@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from popi.backends.causal.scoring import ResponseLogits, Row, Scored, pack, response_logits
+from popi.backends.causal.scoring import ResponseLogits, Row, Scored, pack, response_logits, tokens_of
 from popi.training.objective import Over
 
 
@@ -25,10 +25,12 @@ class TokenLikelihood:
     Attributes:
         logps_R_T: Log-probabilities, in nats.
         entropies_R_T: Entropies of what could have stood there, in nats, without gradients.
+        tokens: How many tokens the model has read for them.
     """
 
     logps_R_T: Tensor
     entropies_R_T: Tensor
+    tokens: int
 
 
 def token_likelihood(
@@ -50,14 +52,17 @@ def token_likelihood(
     """
     width = max(len(item.response) for item in items)
     parts: list[tuple[Tensor, Tensor, Tensor]] = []
+    tokens = 0
     for rows in pack(model, items, batch_tokens=batch_tokens, share=share):
         found = response_logits(model, items, rows)
+        tokens += tokens_of(items, rows)
         parts.append((found.items_N * width + found.offsets_N, *_of_logits(found, temperature)))
     places_N, logps_N, entropies_N = (torch.cat(part) for part in zip(*parts, strict=True))
     blank = logps_N.new_zeros(len(items) * width)
     return TokenLikelihood(
         blank.index_put((places_N,), logps_N).view(len(items), width),
         blank.index_put((places_N,), entropies_N).view(len(items), width),
+        tokens,
     )
 
 

@@ -66,9 +66,11 @@ class PairReward:
             for summary, pairs in zip(summaries, judges, strict=True)
             for pair in pairs
         ]
+        read = self._scorer.tokens
         losses, margins = self._score(items)
         check_finite(losses.mean().item(), step)
         figures = margin_figures(margins, losses.mean().item())
+        figures["tokens/scoring"] = float(self._scorer.tokens - read)
         if self._update is not None:
             figures["generator_grad_norm"] = self._update()
         by_summary = losses.split([len(pairs) for pairs in judges])

@@ -16,7 +16,7 @@ from torch import Tensor
 from popi.backends.base import Backend, ScoreRequest
 from popi.backends.causal.cache import has_plain_cache
 from popi.backends.causal.chat_tokens import ChatTokens
-from popi.backends.causal.scoring import Row, Scored
+from popi.backends.causal.scoring import Row, Scored, tokens_of
 from popi.data.example import TestPair
 from popi.errors import InputError
 from popi.io import read_json, write_text
@@ -56,6 +56,9 @@ class PairScorer:
         tokens: Its tokenizer.
         batch_tokens: The most tokens of one forward pass, prefixes included.
         over: Whether the tokens of a response are summed or averaged.
+
+    Attributes:
+        tokens: How many tokens the generator has read so far.
     """
 
     def __init__(
@@ -64,6 +67,7 @@ class PairScorer:
         self._model, self._tokens = model, tokens
         self._batch_tokens, self._over = batch_tokens, over
         self._share = has_plain_cache(model)
+        self.tokens = 0
 
     def passes(self, items: Sequence[Judged]) -> Iterator[tuple[list[int], Tensor]]:
         """Margins pass by pass, so that the gradient of one can be taken before the next is computed.
@@ -80,7 +84,9 @@ class PairScorer:
         pairs = self._encode(items)
         for chosen in self._packed(pairs):
             scored = [answer for index in chosen for answer in pairs[index]]
-            logps = response_logps(self._model, scored, self._rows(scored), over=self._over)
+            rows = self._rows(scored)
+            self.tokens += tokens_of(scored, rows)
+            logps = response_logps(self._model, scored, rows, over=self._over)
             reference = torch.tensor([items[index].reference for index in chosen], device=logps.device)
             yield chosen, logps[0::2] - logps[1::2] - reference
 

@@ -131,7 +131,11 @@ def test_every_weight_of_both_roles_moves(recipe, models, tmp_path, changes):
     steps = resolved.steps * (1 if resolved.schedule == "interleaved" else 2)
     assert [line["step"] for line in lines] == list(range(1, steps + 1))
     assert all(0 <= line["held_out"]["accuracy"] <= 1 for line in lines if "held_out" in line)
-    assert {"margin", "accuracy"} <= lines[-1].keys()
+    for line in lines:
+        parts = {"update"} if line["phase"].endswith("generator") else {"rollout", "scoring", "update"}
+        assert {"margin", "accuracy", *(f"{what}/{part}" for what in ("seconds", "tokens") for part in parts)} <= set(
+            line
+        )
     samples = sorted((tmp_path / "run" / "samples").iterdir())
     assert [json.loads(line)["user_id"] for line in samples[-1].read_text().splitlines()]
 

@@ -52,6 +52,16 @@ def test_tokens_are_those_of_whole_sequences_and_so_are_gradients(family, batch_
         assert (ours[name] - gradient).abs().max() <= 1e-5 * gradient.abs().max(), name
 
 
+def test_what_a_prompt_costs_is_counted_once():
+    model, _ = tiny_model()
+    given = items(groups=2, samples=3)
+    # All but the last token of a prompt once; that one and all but the last of the response for each sample.
+    shared = sum(len(item.prompt) - 1 for item in given[::3]) + sum(len(item.response) for item in given)
+    whole = sum(len(item.prompt) + len(item.response) - 1 for item in given)
+    assert token_likelihood(model, given, batch_tokens=1000, share=True).tokens == shared
+    assert token_likelihood(model, given, batch_tokens=1000, share=False).tokens == whole
+
+
 def test_entropies_are_those_of_the_whole_distribution():
     model, _ = tiny_model()
     item = items(1, 1)[0]

@@ -169,6 +169,11 @@ def _passes(
         yield batch
 
 
+def tokens_of(items: Sequence[Scored], rows: Sequence[Row]) -> int:
+    """How many tokens the model reads in rows, a prefix counted once in each, padding not at all."""
+    return sum(row.prefix + sum(len(_read(items[index], row.prefix)) for index in row.items) for row in rows)
+
+
 @dataclass(frozen=True, slots=True)
 class ResponseLogits:
     """What a model predicts in the places of the tokens of responses, the tokens of one in order.
