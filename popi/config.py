@@ -169,7 +169,10 @@ class Writer(_Section):
         temperature: Of the sampling.
         max_tokens: The most tokens of a summary.
         scale_by_std: Divide advantages by the standard deviation of their group.
+        over: Whether the loss of a summary's tokens is averaged over them, as GRPO does, or summed, as Dr. GRPO does:
+            with the mean, what is bad weighs less where it is longer.
         token_price: What a token of a summary costs, in nats of reward.
+        clip: The largest norm of its gradient.
     """
 
     model: str
@@ -179,7 +182,9 @@ class Writer(_Section):
     temperature: PositiveFloat = 0.6
     max_tokens: PositiveInt = 2048
     scale_by_std: bool = False
+    over: Literal["mean", "sum"] = "mean"
     token_price: NonNegativeFloat = 0.0
+    clip: PositiveFloat = 1.0
 
 
 class Generator(_Section):
@@ -192,6 +197,7 @@ class Generator(_Section):
         beta: Of the objective, which is also the writer's reward.
         over: Whether the log-probabilities of a response's tokens are summed or averaged.
         context: What it is told of a user where it is trained alone: a summary, the raw signals or nothing.
+        clip: The largest norm of its gradient.
     """
 
     model: str
@@ -200,6 +206,7 @@ class Generator(_Section):
     beta: PositiveFloat = 0.01
     over: Literal["sum", "mean"] = "sum"
     context: Literal["summary", "raw-signals", "none"] = "summary"
+    clip: PositiveFloat = 10.0
 
 
 class JointRecipe(_Section):
@@ -221,7 +228,6 @@ class JointRecipe(_Section):
         users_per_step: Users whose summaries are sampled in a step; the generator alone takes as many pairs.
         pairs_per_summary: Held-out pairs of the user that judge a summary.
         warmup: Steps until the learning rates have risen.
-        clip: The largest norm of a gradient.
         batch_tokens: The most tokens of one forward pass.
         evaluate_every: Steps between two looks at held-out users.
         evaluate_users: How many these are.
@@ -244,7 +250,6 @@ class JointRecipe(_Section):
     users_per_step: PositiveInt = 8
     pairs_per_summary: PositiveInt = 1
     warmup: NonNegativeInt = 150
-    clip: PositiveFloat = 1.0
     batch_tokens: int = Field(default=8192, ge=256)
     evaluate_every: PositiveInt = 50
     evaluate_users: PositiveInt = 64

@@ -164,7 +164,7 @@ class _Run:
                 learning_rate=generator.learning_rate,
                 steps=phase.steps,
                 warmup=recipe.warmup,
-                clip=recipe.clip,
+                clip=generator.clip,
             )
         earn = PairReward(
             self._scorer,
@@ -179,12 +179,15 @@ class _Run:
             keep_gradient=joint and recipe.shared,
         )
         arguments = GRPOConfig(
-            **self._arguments(folder, phase.steps, writer.learning_rate, writer.samples * recipe.users_per_step),
+            **self._arguments(folder, phase.steps),
+            per_device_train_batch_size=writer.samples * recipe.users_per_step,
+            learning_rate=writer.learning_rate,
+            max_grad_norm=writer.clip,
             num_generations=writer.samples,
             max_completion_length=writer.max_tokens,
             temperature=writer.temperature,
             beta=writer.kl,
-            loss_type="grpo",
+            loss_type="grpo" if writer.over == "mean" else "dr_grpo",
             scale_rewards="group" if writer.scale_by_std else "none",
         )
         trainer = WriterTrainer(
@@ -202,7 +205,12 @@ class _Run:
         recipe, generator = self._recipe, self._recipe.generator
         trainer = GeneratorTrainer(
             self._generator,
-            TrainingArguments(**self._arguments(folder, phase.steps, generator.learning_rate, recipe.users_per_step)),
+            TrainingArguments(
+                **self._arguments(folder, phase.steps),
+                per_device_train_batch_size=recipe.users_per_step,
+                learning_rate=generator.learning_rate,
+                max_grad_norm=generator.clip,
+            ),
             scorer=self._scorer,
             items=self._items(phase),
             loss=generator.loss,
@@ -211,16 +219,13 @@ class _Run:
         )
         return trainer, None
 
-    def _arguments(self, folder: Path, steps: int, learning_rate: float, batch: int) -> dict[str, Any]:
+    def _arguments(self, folder: Path, steps: int) -> dict[str, Any]:
         on_cpu = self._writer.device.type == "cpu"
         return {
             "output_dir": str(folder),
             "max_steps": steps,
-            "per_device_train_batch_size": batch,
-            "learning_rate": learning_rate,
             "lr_scheduler_type": "cosine",
             "warmup_steps": self._recipe.warmup,
-            "max_grad_norm": self._recipe.clip,
             "weight_decay": 0.0,
             "seed": self._recipe.seed,
             "logging_steps": 1,

@@ -100,8 +100,9 @@ def policy_loss(
     mask_R_T: Tensor,
     *,
     kl: float,
+    room: int | None = None,
 ) -> Tensor:
-    """GRPO's loss of summaries that the present writer has sampled: the mean over tokens of each, then over summaries.
+    """GRPO's loss of summaries that the present writer has sampled, in the mean over them.
 
     Right after sampling the ratio of new to old probabilities is one and no clipping acts; only its gradient counts.
 
@@ -111,13 +112,17 @@ def policy_loss(
         advantages_R: Of each summary.
         mask_R_T: 1 where a token is, 0 behind the end.
         kl: Weight of the KL divergence.
+        room: The most tokens of a summary. GRPO takes the mean over the tokens of each (arXiv 2402.03300), so that what
+            is bad weighs less by the token where it is longer, and summaries grow; with ``room``, their sum is divided
+            by this constant instead (Dr. GRPO, arXiv 2503.20783).
 
     Returns:
         A scalar.
     """
     ratio_R_T = (logps_R_T - logps_R_T.detach()).exp()
     loss_R_T = -ratio_R_T * advantages_R[:, None] + kl * kl_penalty(logps_R_T, ref_logps_R_T)
-    return ((loss_R_T * mask_R_T).sum(dim=1) / mask_R_T.sum(dim=1).clamp(min=1)).mean()
+    lengths_R = mask_R_T.sum(dim=1).clamp(min=1) if room is None else room
+    return ((loss_R_T * mask_R_T).sum(dim=1) / lengths_R).mean()
 
 
 def accuracy(h: Tensor) -> float:

@@ -109,5 +109,15 @@ def test_the_policy_loss_by_hand():
     torch.testing.assert_close(logps.grad, expected)
 
 
+def test_the_policy_loss_of_a_sum_by_hand():
+    # The gradient of every token is -A / (R * room), however long its summary is.
+    logps = torch.full((2, 3), -1.0, requires_grad=True)
+    mask = torch.tensor([[1.0, 1.0, 1.0], [1.0, 1.0, 0.0]])
+    loss = policy_loss(logps, logps.detach(), torch.tensor([2.0, -1.0]), mask, kl=0.1, room=4)
+    assert loss.item() == pytest.approx((-2 * 3 + 1 * 2) / 4 / 2)
+    loss.backward()
+    torch.testing.assert_close(logps.grad, torch.tensor([[-0.25, -0.25, -0.25], [0.125, 0.125, 0.0]]))
+
+
 def test_accuracy_by_hand():
     assert accuracy(tensor(2.0, -1.0, 0.0, 3.0)) == 0.625

@@ -69,16 +69,19 @@ def test_the_update_is_that_of_whole_sequences(trainer):
     assert (mine - other).abs().max() <= 1e-5 * other.abs().max()
 
 
-def test_the_loss_is_that_of_our_objective(trainer):
+@pytest.mark.parametrize(("loss_type", "room"), [("grpo", None), ("dr_grpo", 8)])
+def test_the_loss_is_that_of_our_objective(trainer, loss_type, room):
     from popi.training.objective import policy_loss
 
     made = batch(trainer)
     keep = made["completion_ids"].shape[1]
     ids = torch.cat([made["prompt_ids"], made["completion_ids"]], dim=1)
     mask = torch.cat([made["prompt_mask"], made["completion_mask"]], dim=1)
-    trainer.loss_type = "grpo"
+    trainer.loss_type = loss_type
     logps, _, _ = trainer._get_per_token_logps_and_entropies(trainer.model, ids, mask, keep)
-    expected = policy_loss(logps, logps.detach(), made["advantages"], made["completion_mask"].float(), kl=0.0)
+    expected = policy_loss(
+        logps, logps.detach(), made["advantages"], made["completion_mask"].float(), kl=0.0, room=room
+    )
     trainer.current_gradient_accumulation_steps = 1
     torch.testing.assert_close(trainer._compute_loss(trainer.model, made), expected)
 
