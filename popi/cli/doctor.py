@@ -9,7 +9,6 @@ import shutil
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -67,6 +66,8 @@ def doctor(json: JsonFlag = False) -> None:
 
 def _requirements() -> Mapping[str, list[Requirement]]:
     """What popi needs, by extra, as its distribution declares it; the base has no name."""
+    from importlib import metadata
+
     try:
         declared = metadata.requires("popi") or []
     except metadata.PackageNotFoundError:
@@ -113,6 +114,8 @@ def _release(version: str) -> tuple[int, ...]:
 
 
 def _check_group(part: str, group: list[Requirement], mend: str) -> Finding:
+    from importlib import metadata
+
     found, wrong = [], []
     for requirement in group:
         try:
@@ -127,6 +130,8 @@ def _check_group(part: str, group: list[Requirement], mend: str) -> Finding:
 
 
 def _popi() -> Finding:
+    from importlib import metadata
+
     from popi import __version__
 
     here = Path(__file__).parents[1]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -57,6 +56,8 @@ def evaluate(
     OUT receives results.json, results.md, accuracy_vs_context.png and config.json. The same command goes on where it
     was interrupted; more rows, generators and seeds may be added to a folder, other settings are refused.
     """
+    import asyncio
+
     from popi.registry import load
 
     load("numpy")  # the base installation has none, and the error has to name the extra

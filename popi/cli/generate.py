@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -90,6 +89,8 @@ def _answer(
     stream: bool,
     json: bool,
 ) -> None:
+    import asyncio
+
     from popi.cli.batches import closing, load_backend
     from popi.registry import generator
     from popi.roles import Conditioned

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -51,6 +50,8 @@ class Answers(NamedTuple):
 
 def quickstart(json: Annotated[bool, typer.Option("--json", help="Print JSON lines.")] = False) -> None:
     """Watch it work: a user's signals, the summary, answers without and with it, and the gain over 200 users."""
+    import asyncio
+
     from popi.registry import load
 
     load("numpy")  # the base installation has none, and the error has to name the extra

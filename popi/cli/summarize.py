@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -39,6 +38,8 @@ def summarize(
     unless a person has edited the summary: an edit stays. Beside the summaries lies a file .meta.json with the
     settings; a file made with others is refused.
     """
+    import asyncio
+
     from popi import registry
     from popi.cli.batches import check_settings, closing, identity, keep_settings, load_backend, telling
     from popi.cli.growing import GrowingFile
