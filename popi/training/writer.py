@@ -173,7 +173,7 @@ class WriterTrainer(GRPOTrainer):
             temperature=self.temperature,
         )
         if torch.is_grad_enabled():
-            self._log_metric("tokens/update", float(found.tokens))
+            self._metrics["train"]["tokens/update"].append(float(found.tokens))
         room = logits_to_keep - found.logps_R_T.shape[1]
         logps, entropies = (torch.nn.functional.pad(part, (0, room)) for part in (found.logps_R_T, found.entropies_R_T))
         return logps, entropies if compute_entropy else None, None
