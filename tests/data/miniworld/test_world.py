@@ -54,7 +54,7 @@ def prompts_in(signals):
 def test_prompts_are_held_out():
     trained = {
         prompt
-        for example in some("train", 300)
+        for example in some("train", 150)
         for prompt in {test.prompt for test in example.tests} | prompts_in(example.user.signals)
     }
     for split in SPLITS[1:]:
@@ -63,14 +63,14 @@ def test_prompts_are_held_out():
 
 @pytest.mark.parametrize("split", SPLITS)
 def test_the_tests_of_a_user_ask_what_their_signals_do_not_show(split):
-    for example in some(split, 60, signals=40, tests=40):
+    for example in some(split, 20, signals=40, tests=40):
         assert not prompts_in(example.user.signals) & {test.prompt for test in example.tests}
 
 
 def test_lessons_show_nothing_that_is_held_out():
     held_out = {test.prompt for split in SPLITS[1:] for example in some(split, 100) for test in example.tests}
     for task in ("write", "raw", "summary", "bare"):
-        for place in range(150):
+        for place in range(80):
             made = lesson(task, 1, place, signals=8)
             content = made.messages[-1].content
             assert not any(prompt in content for prompt in held_out)
