@@ -37,11 +37,18 @@ def users(tmp_path: Path) -> Path:
     return path
 
 
+def _listen_to_ctrl_c():
+    """A suite that runs in the background of a shell is deaf to it, and so would be what it starts."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def stop_midway(args: list[str], out: Path, lines: int, number: signal.Signals) -> tuple[int, str]:
     """Runs a command and sends it a signal once a file has some lines; its exit code and error stream."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     command = [sys.executable, "-m", "popi", *args]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as process:
+    with subprocess.Popen(
+        command, stderr=subprocess.PIPE, text=True, env=environment, preexec_fn=_listen_to_ctrl_c
+    ) as process:
         while process.poll() is None and whole_lines(out) < lines:
             time.sleep(0.005)
         process.send_signal(number)
