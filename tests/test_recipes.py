@@ -30,7 +30,9 @@ def test_a_joint_recipe_runs(recipe, tmp_path, capsys):
     steps = lines_of(tmp_path / "run" / "metrics.jsonl")
     assert [line["step"] for line in steps] == [1, 2]
     assert 0 <= steps[-1]["held_out"]["accuracy"] <= 1
-    for role in json.loads(capsys.readouterr().out)["models"].split(", "):
+    printed = capsys.readouterr()
+    assert "popi: reference: " in printed.err
+    for role in json.loads(printed.out)["models"].split(", "):
         assert (Path(role) / "model.safetensors").exists()
 
 

@@ -9,8 +9,9 @@ import torch
 import transformers
 
 from popi.backends.base import ChatRequest, ScoreRequest
+from popi.backends.causal.cache import has_plain_cache
 from popi.backends.transformers import TransformersBackend
-from popi.testing.tiny import tiny_tokenizer
+from popi.testing.tiny import tiny_model, tiny_tokenizer
 
 from .conftest import conversation, plain_score, plain_tokens
 
@@ -58,3 +59,10 @@ async def test_as_exact_as_a_plain_loop(kind: str, caplog: pytest.LogCaptureFixt
     for rating, result in zip(ratings, await backend.score(ratings), strict=True):
         expected = plain_score(model, TOKENIZER, rating.messages, rating.response)
         assert result.logprob == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.parametrize(("attention", "plain"), [("sdpa", True), ("eager", True), ("flash_attention_2", False)])
+def test_attention_that_knows_no_mask_of_single_places_shares_nothing(monkeypatch, attention, plain):
+    model, _ = tiny_model()
+    monkeypatch.setattr(model.config, "_attn_implementation_internal", attention)
+    assert has_plain_cache(model) is plain

@@ -131,7 +131,7 @@ def _rows(items: Sequence[Scored], prefix_lengths: Sequence[int]) -> list[Row]:
     rows: list[Row] = []
     room = 0
     for index in sorted(range(len(items)), key=lambda index: (prefix_lengths[index], prefix(index))):
-        length, own = prefix_lengths[index], len(_read(items[index], prefix_lengths[index]))
+        length, own = prefix_lengths[index], _own_tokens(items[index], prefix_lengths[index])
         joins = rows and length and own <= room and prefix(rows[-1].items[-1]) == prefix(index)
         if not joins:
             rows.append(Row([], length))
@@ -151,7 +151,7 @@ def _passes(
     """
 
     def own(row: Row) -> int:
-        return sum(len(_read(items[index], row.prefix)) for index in row.items)
+        return sum(_own_tokens(items[index], row.prefix) for index in row.items)
 
     def like(row: Row) -> tuple[int, list[int], int]:
         return row.prefix, items[row.items[0]].prompt[: row.prefix], own(row)
@@ -171,7 +171,7 @@ def _passes(
 
 def tokens_of(items: Sequence[Scored], rows: Sequence[Row]) -> int:
     """How many tokens the model reads in rows, a prefix counted once in each, padding not at all."""
-    return sum(row.prefix + sum(len(_read(items[index], row.prefix)) for index in row.items) for row in rows)
+    return sum(row.prefix + sum(_own_tokens(items[index], row.prefix) for index in row.items) for row in rows)
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,6 +212,11 @@ def response_logits(model: PreTrainedModel, items: Sequence[Scored], rows: Seque
 def _read(item: Scored, prefix: int) -> list[int]:
     """What the model reads of an item behind the prefix: the last token is predicted, never read."""
     return [*item.prompt[prefix:], *item.response[:-1]]
+
+
+def _own_tokens(item: Scored, prefix: int) -> int:
+    """How many these are."""
+    return len(item.prompt) - prefix + len(item.response) - 1
 
 
 def _run(model: PreTrainedModel, prefixes: Sequence[list[int]], read: Sequence[Sequence[list[int]]]) -> Tensor:
