@@ -7,12 +7,20 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from popi.io import write_text
-from popi.training.run_folder import save_state
+from popi.training.run_folder import save_state, writing
 
 BESIDE, COMPLETE = "beside.pt", "complete"
+
+
+class Saves(Trainer):
+    """A trainer whose checkpoints, where they have no room, end the run with one error."""
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        with writing(Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"):
+            super()._save_checkpoint(*args, **kwargs)
 
 
 class Beside(TrainerCallback):

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import Trainer, TrainingArguments, get_cosine_schedule_with_warmup
+from transformers import TrainingArguments, get_cosine_schedule_with_warmup
 
 from popi.errors import PopiError
+from popi.training.checkpoints import Saves
 from popi.training.objective import LOSSES, Loss, accuracy
 from popi.training.scoring import Judged, PairScorer
 
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-class GeneratorTrainer(Trainer):
+class GeneratorTrainer(Saves):
     """Trains the generator on pairs under contexts that stay as they are.
 
     Args:
@@ -134,8 +135,17 @@ def margin_figures(margins: Tensor, loss: float) -> dict[str, float]:
 def check_finite(loss: float, step: int) -> None:
     """Stops a run whose loss is no number.
 
+    Args:
+        loss: Of a step.
+        step: Steps of the phase before it.
+
     Raises:
         PopiError: If it is not.
     """
     if not math.isfinite(loss):
-        raise PopiError(f"the loss of step {step + 1} is {loss}; lower the learning rate and start anew")
+        raise diverged("the loss", loss, step)
+
+
+def diverged(what: str, value: float, step: int) -> PopiError:
+    """The error of a run that cannot go on: ``what`` became ``value`` after so many steps of its phase."""
+    return PopiError(f"{what} became {value} after {step} steps; lower the learning rate and start anew")

@@ -73,7 +73,7 @@ def run(recipe: JointRecipe, out: Path, *, source: str, report: Report) -> None:
     with RunFolder.open(out, recipe, libraries=LIBRARIES) as folder:
         people = gather(recipe.data, held_out=recipe.evaluate_users, seed=recipe.seed)
         if people.left_out:
-            log.info("%d users are left out: they have no evidence or no pairs", people.left_out)
+            log.info("left out for want of evidence or of pairs: %d users", people.left_out)
         with quiet():
             _Run(recipe, folder, people, report).all(source)
 

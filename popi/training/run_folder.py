@@ -8,13 +8,15 @@ import os
 import platform
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
 from typing import IO, TYPE_CHECKING, Any, Self
 
 from pydantic import BaseModel
+from safetensors import SafetensorError
 
 from popi import __version__
 from popi.errors import InputError, PopiError
@@ -90,8 +92,13 @@ class RunFolder:
             raise PopiError(f"cannot write in {path}: {error.strerror or error}") from error
 
     def log(self, measured: dict[str, Any]) -> None:
-        """Adds one line to the metrics."""
-        with (self.path / METRICS).open("a", encoding="utf-8") as lines:
+        """Adds one line to the metrics.
+
+        Raises:
+            PopiError: If it cannot be written.
+        """
+        file = self.path / METRICS
+        with writing(file), file.open("a", encoding="utf-8") as lines:
             lines.write(json.dumps(measured) + "\n")
 
     def save_checkpoint(self, state: dict[str, Any]) -> None:
@@ -140,18 +147,31 @@ class RunFolder:
         Raises:
             PopiError: If the disk is full.
         """
-        temporary = tempfile.mkdtemp(dir=self.path, prefix=f".{name}.")
-        try:
-            write(temporary)
-            for file in Path(temporary).iterdir():
+        with writing(self.path / name), tempfile.TemporaryDirectory(dir=self.path, prefix=f".{name}.") as hidden:
+            temporary = Path(hidden) / name
+            temporary.mkdir(mode=0o755)
+            write(str(temporary))
+            for file in temporary.iterdir():
                 file.chmod(0o644)
-            Path(temporary).chmod(0o755)
             shutil.rmtree(self.path / name, ignore_errors=True)
             os.replace(temporary, self.path / name)
-        except OSError as error:
-            raise PopiError(f"cannot write {self.path / name}: {error}") from error
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def writing(what: Path) -> Iterator[None]:
+    """Makes one error of what the libraries raise where a disk is full: each has its own.
+
+    Args:
+        what: What is being written.
+
+    Raises:
+        PopiError: If it cannot be.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        reason = str(error).splitlines()[0]
+        raise PopiError(f"cannot write {what}: {reason}; make room, the same command goes on") from error
 
 
 def save_state(path: Path, state: dict[str, Any]) -> None:
@@ -162,12 +182,8 @@ def save_state(path: Path, state: dict[str, Any]) -> None:
     """
     import torch
 
-    try:
-        with replacing(path, binary=True) as stream:
-            torch.save(state, stream)
-    # Torch tells of a full disk in its own way.
-    except RuntimeError as error:
-        raise PopiError(f"cannot write {path}: {error}; the last one is intact") from error
+    with writing(path), replacing(path, binary=True) as stream:
+        torch.save(state, stream)
 
 
 def load_state(path: Path) -> dict[str, Any]:

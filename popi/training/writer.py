@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -20,6 +21,8 @@ from popi.backends.transformers import evaluating
 from popi.errors import InputError
 from popi.prompts import Message
 from popi.summary import Author, PreferenceSummary, Provenance, finished_part, read_reply
+from popi.training.checkpoints import Saves
+from popi.training.generator import diverged
 from popi.training.likelihood import token_likelihood
 from popi.training.seeds import seed_of
 
@@ -33,7 +36,7 @@ Earn = Callable[[list[int], list[PreferenceSummary], list[int], int], tuple[list
 to what else was measured."""
 
 
-class WriterTrainer(GRPOTrainer):
+class WriterTrainer(Saves, GRPOTrainer):
     """GRPO of the writer.
 
     TRL keeps the loop, the groups, the loss and the checkpoints. Ours are three things behind its seams: the rollout
@@ -92,6 +95,7 @@ class WriterTrainer(GRPOTrainer):
 
         Raises:
             InputError: If the chat template refuses what the writer reads.
+            PopiError: If the writer's logits are no numbers.
         """
         began = time.perf_counter()
         rendered = self._chat.render([[Message(**turn) for turn in prompt] for prompt in prompts])  # type: ignore[arg-type]
@@ -109,15 +113,18 @@ class WriterTrainer(GRPOTrainer):
             for place, prompt in enumerate(rendered)
         ]
         model = self.accelerator.unwrap_model(self.model)
-        with evaluating(model):
-            sampled = decode(
-                model,
-                drafts,
-                end_tokens=self._ends,
-                batch_tokens=self._batch_tokens,
-                share=self._share,
-                check=lambda: None,
-            )
+        try:
+            with evaluating(model):
+                sampled = decode(
+                    model,
+                    drafts,
+                    end_tokens=self._ends,
+                    batch_tokens=self._batch_tokens,
+                    share=self._share,
+                    check=lambda: None,
+                )
+        except ArithmeticError as error:
+            raise diverged("a logit of the writer", math.nan, self.state.global_step) from error
         self._log_metric("seconds/rollout", time.perf_counter() - began)
         self._log_metric("tokens/rollout", float(sum(map(len, sampled))))
         return {"prompt_ids": [prompt.tokens for prompt in rendered], "completion_ids": sampled, "logprobs": None}

@@ -2,10 +2,12 @@
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
 import time
+from functools import partial
 
 import pytest
 import torch
@@ -222,8 +224,27 @@ def test_a_loss_that_is_no_number_stops_the_run(recipe, models, tmp_path, monkey
         return ((chosen, found * float("nan")) for chosen, found in passes(self, items))
 
     monkeypatch.setattr(PairScorer, "passes", broken)
-    with pytest.raises(PopiError, match=r"the loss of step 1 is nan; lower the learning rate"):
+    with pytest.raises(PopiError, match=r"the loss became nan after 0 steps; lower the learning rate"):
         train(recipe(), tmp_path / "run")
+
+
+def test_a_writer_that_diverges_stops_the_run(recipe, tmp_path):
+    with pytest.raises(PopiError, match=r"a logit of the writer became nan after \d steps; lower the learning rate"):
+        train(recipe(**{"writer.learning_rate": 1e30, "evaluate_every": 9}), tmp_path / "run")
+
+
+@pytest.mark.parametrize("room", [2_000, 200_000])
+def test_where_a_file_has_no_room_the_run_says_so_and_goes_on_later(recipe, tmp_path, room):
+    recipe()
+    command = [sys.executable, "-m", "popi", "train", str(tmp_path / "recipe.yaml"), "--out", str(tmp_path / "run")]
+    limit = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (room, room))
+    full = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300, preexec_fn=limit)
+    assert full.returncode == 1
+    last = full.stderr.splitlines()[-1]
+    assert "cannot write" in last and last.endswith("make room, the same command goes on")
+    assert "Traceback" not in full.stderr
+    subprocess.run(command, check=True, capture_output=True, timeout=300)
+    assert (tmp_path / "run" / "generator" / "model.safetensors").exists()
 
 
 def test_a_folder_of_another_recipe_is_refused(recipe, tmp_path):
