@@ -226,7 +226,7 @@ class JointRecipe(_Section):
         rounds: Of the alternating schedule.
         steps: Updates of the writer, and of the generator.
         users_per_step: Users whose summaries are sampled in a step; the generator alone takes as many pairs.
-        pairs_per_summary: Held-out pairs of the user that judge a summary.
+        pairs_per_summary: Held-out pairs of the user that judge a summary; the generator learns from the first of them.
         warmup: Steps until the learning rates have risen.
         batch_tokens: The most tokens of one forward pass.
         evaluate_every: Steps between two looks at held-out users.

@@ -18,7 +18,8 @@ from popi.training.seeds import seed_of
 class PairReward:
     """Rewards summaries by the preference objective; an instance is a ``popi.training.writer.Earn``.
 
-    All summaries of a user in a step are judged by the same pairs.
+    All summaries of a user in a step are judged by the same pairs. The generator, where it learns, learns from the
+    first of them under each summary: a judgement costs a third of a lesson, and what a step needs is judges.
 
     Args:
         scorer: Scores with the generator.
@@ -67,7 +68,9 @@ class PairReward:
             for pair in pairs
         ]
         read = self._scorer.tokens
-        losses, margins = self._score(items)
+        firsts = np.cumsum([0, *map(len, judges[:-1])]).tolist()
+        learns = self._update is not None or self._keep_gradient
+        losses, margins = self._score(items, firsts if learns else [])
         check_finite(losses.mean().item(), step)
         figures = margin_figures(margins, losses.mean().item())
         figures["tokens/scoring"] = float(self._scorer.tokens - read)
@@ -85,14 +88,15 @@ class PairReward:
         rng = np.random.default_rng(seed_of(self._seed, "pairs", step, user))
         return [pairs[place] for place in rng.permutation(len(pairs))[: self._count]]
 
-    def _score(self, items: Sequence[Judged]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Losses and margins: (items,) each; where somebody learns, the gradient of the mean loss is collected."""
-        learns = self._update is not None or self._keep_gradient
+    def _score(self, items: Sequence[Judged], lessons: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Losses and margins: (items,) each; the gradient of the mean loss of the lessons among them is collected."""
         losses, margins = torch.zeros(len(items)), torch.zeros(len(items))
-        with torch.set_grad_enabled(learns):
-            for chosen, margins_N in self._scorer.passes(items):
-                losses_N = self._loss(margins_N, self._beta)
-                if learns:
-                    (losses_N.sum() / len(items)).backward()
-                losses[chosen], margins[chosen] = losses_N.detach().cpu(), margins_N.detach().cpu()
+        for places, learns in ((lessons, True), (sorted(set(range(len(items))) - set(lessons)), False)):
+            with torch.set_grad_enabled(learns):
+                for chosen, margins_N in self._scorer.passes([items[place] for place in places]):
+                    losses_N = self._loss(margins_N, self._beta)
+                    if learns:
+                        (losses_N.sum() / len(lessons)).backward()
+                    found = [places[index] for index in chosen]
+                    losses[found], margins[found] = losses_N.detach().cpu(), margins_N.detach().cpu()
         return losses, margins
