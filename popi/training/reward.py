@@ -90,13 +90,10 @@ class PairReward:
 
     def _score(self, items: Sequence[Judged], lessons: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
         """Losses and margins: (items,) each; the gradient of the mean loss of the lessons among them is collected."""
-        losses, margins = torch.zeros(len(items)), torch.zeros(len(items))
-        for places, learns in ((lessons, True), (sorted(set(range(len(items))) - set(lessons)), False)):
-            with torch.set_grad_enabled(learns):
-                for chosen, margins_N in self._scorer.passes([items[place] for place in places]):
-                    losses_N = self._loss(margins_N, self._beta)
-                    if learns:
-                        (losses_N.sum() / len(lessons)).backward()
-                    found = [places[index] for index in chosen]
-                    losses[found], margins[found] = losses_N.detach().cpu(), margins_N.detach().cpu()
-        return losses, margins
+        margins = torch.zeros(len(items))
+        for chosen, margins_N in self._scorer.passes([items[place] for place in lessons]):
+            (self._loss(margins_N, self._beta).sum() / len(lessons)).backward()
+            margins[[lessons[index] for index in chosen]] = margins_N.detach().cpu()
+        others = sorted(set(range(len(items))) - set(lessons))
+        margins[others] = self._scorer.margins([items[place] for place in others])
+        return self._loss(margins, self._beta), margins
