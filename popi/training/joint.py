@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from transformers import (
     PrinterCallback,
     ProgressCallback,
@@ -30,12 +31,13 @@ from popi.errors import MissingExtra
 from popi.io import write_text
 from popi.models import ORIGIN
 from popi.roles import PreferenceInference
+from popi.training.card import joint_card
 from popi.training.checkpoints import BESIDE, Beside, last_complete
 from popi.training.curves import draw_curves
 from popi.training.generator import GeneratorTrainer, GeneratorUpdate
 from popi.training.look import Look, look
 from popi.training.reward import PairReward
-from popi.training.run_folder import METRICS, RunFolder, load_state, save_model, save_state
+from popi.training.run_folder import METRICS, RunFolder, load_state, now, save_model, save_state
 from popi.training.schedule import Phase, phases_of
 from popi.training.scoring import Judged, PairScorer, Reference
 from popi.training.seeds import seed_of
@@ -120,7 +122,9 @@ class _Run:
             model, tokenizer, made_from = self._writer, self._writer_tokenizer, self._recipe.writer.model
         else:
             model, tokenizer, made_from = self._generator, self._generator_tokenizer, self._recipe.generator.model
-        save_model(model, tokenizer, f"Trained by `popi train {source}`.\n", folder)
+        facts = {"recipe": source, "threads": torch.get_num_threads(), "finished": now()}
+        card = joint_card(self._recipe, role, self._folder.config, self._folder.path / METRICS, facts)
+        save_model(model, tokenizer, card, folder)
         write_text(Path(folder) / ORIGIN, json.dumps({"from": made_from}) + "\n")
 
     def _weights(self) -> dict[str, Any]:

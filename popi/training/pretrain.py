@@ -6,7 +6,6 @@ import asyncio
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,7 +22,7 @@ from popi.training.card import model_card
 from popi.training.lessons import SignalHeads, batches, encode, losses
 from popi.training.muon import Muon
 from popi.training.probes import probe_following, probe_writing
-from popi.training.run_folder import METRICS, RunFolder, save_model
+from popi.training.run_folder import METRICS, RunFolder, now, save_model
 from popi.training.tokenizer import train_tokenizer
 
 if TYPE_CHECKING:
@@ -218,7 +217,7 @@ def _run(recipe: PretrainRecipe, folder: RunFolder, source: str, report: Callabl
                 "recipe": source,
                 "parameters": learner.model.num_parameters(),
                 "threads": torch.get_num_threads(),
-                "finished": datetime.now(UTC).isoformat(timespec="minutes"),
+                "finished": now(),
             }
             card = model_card(recipe, phase.name, folder.config, folder.path / METRICS, facts)
             folder.save(phase.name, partial(save_model, learner.model, tokenizer, card))

@@ -84,7 +84,7 @@ class RunFolder:
                         fix="choose another folder, or remove this one",
                     )
         else:
-            known = {**config, "machine": machine(), "started": datetime.now(UTC).isoformat(timespec="seconds")}
+            known = {**config, "machine": machine(), "started": now()}
             write_text(file, json.dumps(known, indent=2) + "\n")
         try:
             return cls(path, known, lock(path))
@@ -218,6 +218,11 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, card:
 def _declare_dtype(config: Path) -> None:
     content = json.loads(config.read_text(encoding="utf-8"))
     write_text(config, json.dumps({**content, "dtype": "bfloat16"}, indent=2) + "\n")
+
+
+def now() -> str:
+    """The time in UTC, to the minute."""
+    return datetime.now(UTC).isoformat(timespec="minutes")
 
 
 def machine() -> dict[str, Any]:

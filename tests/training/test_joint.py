@@ -138,6 +138,10 @@ def test_every_weight_of_both_roles_moves(recipe, models, tmp_path, changes):
         assert {"margin", "accuracy", *(f"{what}/{part}" for what in ("seconds", "tokens") for part in parts)} <= set(
             line
         )
+    for role in trained:
+        card = (tmp_path / "run" / role / "README.md").read_text()
+        assert f"# tiny-{role}" in card and "| command | `popi train a test` |" in card
+        assert f"| steps | {steps} |" in card
     samples = sorted((tmp_path / "run" / "samples").iterdir())
     assert [json.loads(line)["user_id"] for line in samples[-1].read_text().splitlines()]
 
