@@ -47,7 +47,7 @@ WAYS = {
     "sequential": Way({"schedule": "sequential"}),
     "alternating": Way({"schedule": "alternating"}),
     "shared-weights": Way({"shared": True}),
-    "ipo": Way({"generator.loss": "ipo", "generator.beta": 0.1}),
+    "ipo": Way({"generator.loss": "ipo"}),
     "std-in-advantage": Way({"writer.scale_by_std": True}),
     "writer-alone": Way({"train": "writer"}),
     "generator-alone": Way({"train": "generator"}, "untrained-summary"),

@@ -171,7 +171,7 @@ class Writer(_Section):
         scale_by_std: Divide advantages by the standard deviation of their group.
         over: Whether the loss of a summary's tokens is averaged over them, as GRPO does, or summed, as Dr. GRPO does:
             with the mean, what is bad weighs less where it is longer.
-        token_price: What a token of a summary costs, in nats of reward.
+        token_price: What a token that the generator is told costs, in nats of reward.
         clip: The largest norm of its gradient.
     """
 

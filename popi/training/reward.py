@@ -28,7 +28,7 @@ class PairReward:
         loss: The objective.
         beta: Its temperature.
         pairs_per_summary: How many of a user's pairs judge a summary.
-        token_price: What a token of a summary costs.
+        token_price: What a token that the generator is told costs.
         seed: Of the run.
         update: Updates the generator by the gradient of the same losses.
         keep_gradient: Leave that gradient to an update that comes later, where the writer has the same weights.

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 TRAINED = Provenance(author=Author.INFERRED)
 
 Earn = Callable[[list[int], list[PreferenceSummary], list[int], int], tuple[list[float], dict[str, float]]]
-"""Users by their places, a summary of each, its length in tokens and the number of the step, to rewards in nats, and
+"""Users by their places, a summary of each, the tokens of its text and the number of the step, to rewards in nats, and
 to what else was measured."""
 
 
@@ -132,7 +132,8 @@ class WriterTrainer(Saves, GRPOTrainer):
     def _reward(self, completion_ids: Sequence[Sequence[int]], user: list[int], **_: Any) -> list[float]:
         began = time.perf_counter()
         summaries = [self.read(ids) for ids in completion_ids]
-        tokens = list(map(len, completion_ids))
+        # Citations are for the user to check, and not for the generator to read: they cost nothing.
+        tokens = list(map(len, self._chat.encode([summary.text for summary in summaries])))
         rewards, figures = self._earn(user, summaries, tokens, self.state.global_step)
         for name, value in figures.items():
             self._log_metric(name, value)

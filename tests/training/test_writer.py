@@ -98,7 +98,11 @@ def test_a_step_samples_the_same_again_and_another_step_other_summaries(trainer)
 def test_groups_are_rewarded_against_their_own_mean(trainer):
     trainer.scale_rewards = "none"
     made = batch(trainer)
-    lengths = made["completion_mask"].sum(dim=1).float().view(2, 3)
+    counts = made["completion_mask"].sum(dim=1).tolist()
+    sampled = [ids[:length].tolist() for ids, length in zip(made["completion_ids"], counts, strict=True)]
+    texts = [trainer.read(ids).text for ids in sampled]
+    lengths = torch.tensor([float(len(ids)) for ids in trainer._chat.encode(texts)]).view(2, 3)
+    assert lengths.std(dim=1).min() > 0
     torch.testing.assert_close(made["advantages"].view(2, 3), lengths - lengths.mean(dim=1, keepdim=True))
 
 
@@ -108,3 +112,11 @@ def test_reading_leaves_out_what_was_not_finished(trainer):
     assert trainer.read([*ids, end]).text == "- likes lists\n- likes emoji"
     assert trainer.read(ids).text == "- likes lists"
     assert trainer.read([end]).status == "not_enough_evidence"
+
+
+def test_citations_cost_nothing(trainer):
+    asked = []
+    trainer._earn = lambda users, summaries, tokens, step: (asked.append(tokens) or [0.0] * len(tokens), {})
+    trainer._reward(trainer._chat.encode(["- likes lists", "- likes lists [1, 2, 3]"]), user=[0, 0])
+    [[bare, cited]] = asked
+    assert bare == cited == len(trainer._chat.encode(["- likes lists"])[0])
