@@ -1,6 +1,6 @@
 """POPI in one file: a writer and a generator that learn together, without a framework.
 
-    python recipes/bare/popi_loop.py --steps 100 --out curve.jsonl
+    python recipes/bare/popi_loop.py --steps 120 --out curve.jsonl
 
 The writer q_phi reads a user's signals s and writes a summary z. The generator pi_theta answers a prompt x under z.
 Both learn from the same pairs (x, y_w, y_l) of the same user, which the signals do not show:
@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import math
 import random
 import time
 from pathlib import Path
@@ -33,9 +34,9 @@ from popi.render import render_signals
 from popi.summary import as_text, parse_claims
 
 MODEL = "popi-mini-base"
-USERS_PER_STEP, SAMPLES, MAX_TOKENS = 8, 8, 96
-WRITER_LR, GENERATOR_LR, WARMUP, CLIP = 3e-4, 1e-4, 10, 1.0
-BETA, KL = 0.1, 2e-3
+USERS_PER_STEP, SAMPLES, PAIRS, MAX_TOKENS, TEMPERATURE = 8, 8, 4, 96, 0.8
+WRITER_LR, GENERATOR_LR, WARMUP, CLIP = 1.5e-4, 5e-6, 5, 1.0
+BETA, KL, TOKEN_PRICE = 0.02, 5e-3, 0.04
 
 
 class Chat:
@@ -59,6 +60,10 @@ class Chat:
         """An answer as token ids, the end of its turn included: (S,)."""
         return torch.tensor(self.tokenizer(text + self.tokenizer.eos_token, add_special_tokens=False)["input_ids"])
 
+    def length(self, text: str) -> int:
+        """How many tokens a text has."""
+        return len(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
     @torch.no_grad()
     def sample(self, prompt_T: Tensor, count: int, *, greedy: bool = False) -> list[Tensor]:
         """Continues one prompt ``count`` times; the prompt is computed once."""
@@ -69,14 +74,14 @@ class Chat:
         logits_G_V = out.logits[:, -1].expand(count, -1)
         tokens_G_S = torch.empty((count, 0), dtype=torch.long)
         while tokens_G_S.shape[1] < MAX_TOKENS and not (tokens_G_S == end).any(dim=1).all():
-            probs_G_V = logits_G_V.softmax(dim=-1)
+            probs_G_V = (logits_G_V / TEMPERATURE).softmax(dim=-1)
             next_G = probs_G_V.argmax(dim=-1) if greedy else torch.multinomial(probs_G_V, 1)[:, 0]
             tokens_G_S = torch.cat([tokens_G_S, next_G[:, None]], dim=1)
             logits_G_V = self.model(next_G[:, None], past_key_values=cache).logits[:, -1]
         rows = [row.tolist() for row in tokens_G_S]
         return [torch.tensor(row[: row.index(end) + 1] if end in row else row) for row in rows]
 
-    def logps(self, prompt_T: Tensor, answers: list[Tensor]) -> tuple[Tensor, Tensor]:
+    def logps(self, prompt_T: Tensor, answers: list[Tensor], temperature: float = 1.0) -> tuple[Tensor, Tensor]:
         """Log-probabilities of answers to one prompt, and where there are tokens: (G, S) each.
 
         The prompt is computed once, with gradients; the answers go on from its cache.
@@ -88,7 +93,7 @@ class Chat:
         cache.batch_repeat_interleave(len(answers))
         first = out.logits[:, -1:].expand(len(answers), -1, -1)
         rest = self.model(tokens_G_S[:, :-1], past_key_values=cache).logits
-        logps_G_S_V = torch.cat([first, rest], dim=1).log_softmax(dim=-1)
+        logps_G_S_V = (torch.cat([first, rest], dim=1) / temperature).log_softmax(dim=-1)
         return logps_G_S_V.gather(2, tokens_G_S[:, :, None])[:, :, 0] * mask_G_S, mask_G_S
 
     def preference(self, pair: TestPair, context: str | None) -> Tensor:
@@ -109,6 +114,11 @@ def read_summary(writer: Chat, tokens: Tensor) -> str:
     return as_text(parse_claims(writer.tokenizer.decode(tokens, skip_special_tokens=True)))
 
 
+def loss_of(h: Tensor) -> Tensor:
+    """DPO's loss of a margin, in nats."""
+    return -logsigmoid(BETA * h) / BETA
+
+
 def learn(
     writer: Chat, initial: Chat, generator: Chat, reference: Chat, users: list[PersonalizationExample]
 ) -> dict[str, float]:
@@ -116,25 +126,28 @@ def learn(
     earned, right = [], []
     for user in users:
         prompt_T = read_signals(writer, user)
-        summaries = writer.sample(prompt_T, SAMPLES)
-        pair = random.choice(user.tests)
+        samples = writer.sample(prompt_T, SAMPLES)
+        first, *others = random.sample(user.tests, PAIRS)
         with torch.no_grad():
-            bare = reference.preference(pair, None)
+            bare = {pair: reference.preference(pair, None) for pair in (first, *others)}
 
-        # The generator: the gradient of the loss, in the mean over users and summaries.
+        # The generator learns from the first pair; all of them judge the summary, which pays for its tokens.
         rewards_G = torch.zeros(SAMPLES)
-        for place, tokens in enumerate(summaries):
-            h = generator.preference(pair, read_summary(writer, tokens)) - bare
-            loss = -logsigmoid(BETA * h) / BETA
-            (loss / (SAMPLES * len(users))).backward()
-            rewards_G[place] = -loss.detach()
-            right.append(float(h > 0))
+        for place, tokens in enumerate(samples):
+            summary = read_summary(writer, tokens)
+            margins = [generator.preference(first, summary) - bare[first]]
+            (loss_of(margins[0]) / (SAMPLES * len(users))).backward()
+            with torch.no_grad():
+                margins += [generator.preference(pair, summary) - bare[pair] for pair in others]
+            h_P = torch.stack(margins).detach()
+            rewards_G[place] = -loss_of(h_P).mean() - TOKEN_PRICE * writer.length(summary)
+            right.append((h_P > 0).float().mean().item())
 
         # The writer: what a summary earned against the mean of its group, and a pull towards the initial writer.
         advantages_G = rewards_G - rewards_G.mean()
-        logps_G_S, mask_G_S = writer.logps(prompt_T, summaries)
+        logps_G_S, mask_G_S = writer.logps(prompt_T, samples, TEMPERATURE)
         with torch.no_grad():
-            initial_G_S, _ = initial.logps(prompt_T, summaries)
+            initial_G_S, _ = initial.logps(prompt_T, samples, TEMPERATURE)
         ratio_G_S = (logps_G_S - logps_G_S.detach()).exp()
         log_r_G_S = initial_G_S - logps_G_S
         kl_G_S = log_r_G_S.exp() - log_r_G_S - 1
@@ -161,7 +174,7 @@ def main() -> None:
     """Trains, and prints a line a step."""
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("--model", default=MODEL)
-    arguments.add_argument("--steps", type=int, default=100)
+    arguments.add_argument("--steps", type=int, default=120)
     arguments.add_argument("--users-per-step", type=int, default=USERS_PER_STEP)
     arguments.add_argument("--held-out", type=int, default=64)
     arguments.add_argument("--every", type=int, default=25, help="steps between two looks at held-out users")
@@ -183,7 +196,8 @@ def main() -> None:
         figures = learn(writer, initial, generator, reference, [next(users) for _ in range(given.users_per_step)])
         for (chat, rate), optimizer in zip(learning, optimizers, strict=True):
             torch.nn.utils.clip_grad_norm_(chat.model.parameters(), CLIP)
-            optimizer.param_groups[0]["lr"] = rate * min(1, step / WARMUP)
+            falling = (1 + math.cos(math.pi * step / given.steps)) / 2
+            optimizer.param_groups[0]["lr"] = rate * min(step / WARMUP, falling)
             optimizer.step()
             optimizer.zero_grad()
         line = {"step": step, **figures, "seconds": time.perf_counter() - began}
