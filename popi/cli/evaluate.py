@@ -29,6 +29,8 @@ JUDGED = 200
 
 WORLD_USERS = 1000
 
+GENERATORS = ("popi-mini-base", "popi-mini-generator", "popi-mini-reader")
+
 
 def evaluate(
     out: Annotated[Path, typer.Option(help="Folder for the figures and for what they rest on, user by user.")],
@@ -40,10 +42,10 @@ def evaluate(
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of the first sample.")] = 0,
     seeds: Annotated[int, typer.Option(min=1, help="Samples of users, each with a seed of its own.")] = 1,
-    writer: Annotated[str, typer.Option(help="Name, path or hub id: writes the summaries.")] = "popi-mini-base",
+    writer: Annotated[str, typer.Option(help="Name, path or hub id: writes the summaries.")] = "popi-mini-writer",
     generator: Annotated[
         list[str] | None,
-        typer.Option(help="Likewise: a column; may be repeated [default: popi-mini-base, popi-mini-reader]."),
+        typer.Option(help="Likewise: a column; may be repeated [default: the popi-mini generators and reader]."),
     ] = None,
     rows: Annotated[str, typer.Option(help="Names of rows, with commas between [default: all].")] = "",
     json: JsonFlag = False,
@@ -66,7 +68,7 @@ def evaluate(
     from popi.evaluation.folder import Folder
     from popi.models import origin
 
-    columns = list(dict.fromkeys(map(identity, generator or ["popi-mini-base", "popi-mini-reader"])))
+    columns = list(dict.fromkeys(map(identity, generator or GENERATORS)))
     writer = identity(writer)
     made_from = {name: made for name in (writer, *columns) if (made := origin(name)) is not None}
     chosen = table.choose([name.strip() for name in rows.split(",") if name.strip()], trained=writer in made_from)

@@ -20,15 +20,16 @@ if TYPE_CHECKING:
     from popi.roles import PreferenceInference
     from popi.summary import PreferenceSummary
 
-WRITER, READER = "popi-mini-base", "popi-mini-reader"
+WRITER, GENERATOR, READER, BASE = "popi-mini-writer", "popi-mini-generator", "popi-mini-reader", "popi-mini-base"
 SPLIT, SEED = "unseen-combinations", 0
 
-USERS, PROMPTS, JUDGED = 200, 2, 50
+USERS, PROMPTS, JUDGED = 150, 2, 40
 """Users, test prompts of each, users with a judged answer: intervals that say something, in less than three minutes."""
 
-INTRODUCTION = """\
-This is popi in miniature: made-up users whose tastes are known, and language models of a few megabytes that were
-trained on their world alone. What they do is real, what they score says nothing of real users or models."""
+INTRODUCTION = (
+    "This is popi in miniature: made-up users whose tastes are known, and language models of a few megabytes that were "
+    "trained on their world alone. What they do is real, what they score says nothing of real users or models."
+)
 
 NEXT = """\
 Where to go next:
@@ -49,7 +50,7 @@ class Answers(NamedTuple):
 
 
 def quickstart(json: Annotated[bool, typer.Option("--json", help="Print JSON lines.")] = False) -> None:
-    """Watch it work: a user's signals, the summary, answers without and with it, and the gain over 200 users."""
+    """Watch it work: a user's signals, their summary before and after training, answers, and the gain, measured."""
     import asyncio
 
     from popi.registry import load
@@ -71,12 +72,12 @@ async def _run(sample: Sample, *, as_json: bool) -> None:
     from popi.registry import inference
 
     example = sample.examples[0]
-    async with opened((WRITER, READER)) as models:
-        writer = inference("llm")(models[WRITER])
-        [summary] = await writer.infer([example.user])
-        answers = await _answer_twice(example, summary, models[WRITER])
-        (_print_lines if as_json else _print_story)(example, summary, answers)
-        results = await _measure(sample, writer, models)
+    async with opened((WRITER, GENERATOR, READER, BASE)) as models:
+        trained, untrained = (inference("llm")(models[name]) for name in (WRITER, BASE))
+        [[before], [after]] = [await writer.infer([example.user]) for writer in (untrained, trained)]
+        answers = await _answer_twice(example, after, models[GENERATOR])
+        (_print_lines if as_json else _print_story)(example, (before, after), answers)
+        results = await _measure(sample, trained, untrained, models)
     show(results, as_json=as_json)
 
 
@@ -100,22 +101,26 @@ async def _answer_twice(example: PersonalizationExample, summary: PreferenceSumm
     return [Answers(prompt, next(texts), next(texts)) for prompt in prompts]
 
 
-async def _measure(sample: Sample, writer: PreferenceInference, models: Mapping[str, Backend]) -> Results:
+async def _measure(
+    sample: Sample, trained: PreferenceInference, untrained: PreferenceInference, models: Mapping[str, Backend]
+) -> Results:
     from popi.cli.evaluate import column
     from popi.evaluation.folder import Folder
     from popi.evaluation.rows import choose
     from popi.evaluation.run import evaluate
 
-    rows = choose([])
+    rows = choose([], trained=True)
+    columns = [column(models[GENERATOR], models[BASE]), column(models[READER])]
     with (
         TemporaryDirectory(prefix="popi-quickstart-") as folder,
-        progress("the table", len(sample.examples) * len(rows) * len(models)) as shown,
+        progress("the table", len(sample.examples) * len(rows) * len(columns)) as shown,
     ):
         return await evaluate(
             [sample],
             rows=rows,
-            columns=[column(backend) for backend in models.values()],
-            writer=writer,
+            columns=columns,
+            writer=trained,
+            untrained=untrained,
             folder=Folder(Path(folder)),
             judged=JUDGED,
             settings={"world": "miniworld", "split": SPLIT, "seeds": [SEED]},
@@ -123,14 +128,19 @@ async def _measure(sample: Sample, writer: PreferenceInference, models: Mapping[
         )
 
 
-def _print_lines(example: PersonalizationExample, summary: PreferenceSummary, answers: Sequence[Answers]) -> None:
+def _print_lines(
+    example: PersonalizationExample, summaries: Sequence[PreferenceSummary], answers: Sequence[Answers]
+) -> None:
     print_json({"kind": "user", **example.user.model_dump(mode="json")})
-    print_json({"kind": "summary", **summary.model_dump(mode="json")})
+    for summary in summaries:
+        print_json({"kind": "summary", **summary.model_dump(mode="json")})
     for pair in answers:
         print_json({"kind": "answers", **pair._asdict()})
 
 
-def _print_story(example: PersonalizationExample, summary: PreferenceSummary, answers: Sequence[Answers]) -> None:
+def _print_story(
+    example: PersonalizationExample, summaries: Sequence[PreferenceSummary], answers: Sequence[Answers]
+) -> None:
     from rich.console import Console
     from rich.panel import Panel
     from rich.table import Table
@@ -141,17 +151,21 @@ def _print_story(example: PersonalizationExample, summary: PreferenceSummary, an
     console = Console(highlight=False)
     console.print(INTRODUCTION)
 
-    def panel(title: str, body: str) -> None:
-        console.print(Panel(Text(body), title=title, title_align="left"))
+    def panel(title: str, body: str) -> Panel:
+        return Panel(Text(body), title=title, title_align="left")
 
     number = {signal.id: place for place, signal in enumerate(example.user.signals, start=1)}
-    panel(
-        "What one user has shown of their preferences",
-        "\n".join(f"[{number[signal.id]}] {describe(signal)}" for signal in example.user.signals),
-    )
-    panel(f"What {summary.provenance.model} infers, with the signals it cites", _with_evidence(summary, number))
-    panel("The truth, which is known in this world and which no model has seen", example.oracles["truth"])
-    table = Table("prompt", "plain answer", "answer under the summary", title=f"{WRITER} answers", show_lines=True)
+    shown = "\n".join(f"[{number[signal.id]}] {describe(signal)}" for signal in example.user.signals)
+    console.print(panel("What one user has shown of their preferences", shown))
+    before, after = (_with_evidence(summary, number) for summary in summaries)
+    sides = Table.grid(expand=True)
+    for _ in summaries:
+        sides.add_column(ratio=1)
+    sides.add_row(panel(f"{BASE} infers, untrained", before), panel(f"{WRITER} infers, trained", after))
+    console.print(sides)
+    truth = "The truth, which is known in this world and which no model has seen"
+    console.print(panel(truth, example.oracles["truth"]))
+    table = Table("prompt", "plain answer", "answer under the summary", title=f"{GENERATOR} answers", show_lines=True)
     for pair in answers:
         table.add_row(*map(Text, pair))
     console.print(table)

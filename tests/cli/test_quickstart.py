@@ -33,10 +33,12 @@ def test_it_tells_the_whole_story(capsys: pytest.CaptureFixture[str]) -> None:
         for part in (
             "popi in miniature",
             "[1] ",
+            "popi-mini-base infers, untrained",
+            "popi-mini-writer infers, trained",
             "bullet points  (from 1, 2)",
             "something [nice]  (cites nothing)",
             "Plain.",
-            "popi-mini-base: preference accuracy",
+            "popi-mini-generator: preference accuracy",
             "popi-mini-reader: preference accuracy",
             "The mini world is a miniature",
             "popi doctor",
@@ -49,11 +51,12 @@ def test_json_lines(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["quickstart", "--json"]) == 0
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     kinds = [line["kind"] for line in lines]
-    assert kinds[:4] == ["user", "summary", "answers", "answers"]
-    assert kinds.count("cell") == 7 * 2
+    assert kinds[:5] == ["user", "summary", "summary", "answers", "answers"]
+    assert kinds.count("cell") == 8 * 2
+    assert [line["provenance"]["model"] for line in lines[1:3]] == ["popi-mini-base", "popi-mini-writer"]
     signals = [signal["id"] for signal in lines[0]["signals"]]
-    assert lines[1]["claims"][0]["evidence"] == [signals[1], signals[0]]
-    assert (lines[2]["plain"], lines[2]["personalized"]) == ("Plain.", "Told.")
+    assert lines[2]["claims"][0]["evidence"] == [signals[1], signals[0]]
+    assert (lines[3]["plain"], lines[3]["personalized"]) == ("Plain.", "Told.")
 
 
 def test_an_answer_that_fails_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
