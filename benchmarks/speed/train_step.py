@@ -89,6 +89,7 @@ class Step:
             tokenizer,
             arguments(users * samples, options),
             conversations=conversations,
+            order=range(users),
             earn=lambda *_: ([], {}),
             batch_tokens=BATCH_TOKENS,
         )

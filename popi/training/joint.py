@@ -41,7 +41,7 @@ from popi.training.run_folder import METRICS, RunFolder, load_state, now, save_m
 from popi.training.schedule import Phase, phases_of
 from popi.training.scoring import Judged, PairScorer, Reference
 from popi.training.seeds import seed_of
-from popi.training.users import People, conversations, gather
+from popi.training.users import People, conversations, gather, in_turn
 from popi.training.watch import Watch
 from popi.training.writer import WriterTrainer
 
@@ -182,6 +182,9 @@ class _Run:
             update=update,
             keep_gradient=joint and recipe.shared,
         )
+        # Where each role has phases of its own, the writer has had half of the steps before.
+        before, users = phase.first // 2 * recipe.users_per_step, len(self._people.train)
+        order = in_turn(users, before + phase.steps * recipe.users_per_step, seed=recipe.seed)[before:]
         arguments = GRPOConfig(
             **self._arguments(folder, phase.steps),
             per_device_train_batch_size=writer.samples * recipe.users_per_step,
@@ -191,6 +194,7 @@ class _Run:
             max_completion_length=writer.max_tokens,
             temperature=writer.temperature,
             beta=writer.kl,
+            shuffle_dataset=False,
             loss_type="grpo" if writer.over == "mean" else "dr_grpo",
             scale_rewards="group" if writer.scale_by_std else "none",
         )
@@ -199,6 +203,7 @@ class _Run:
             self._writer_tokenizer,
             arguments,
             conversations=conversations(self._people.train, self._writer_backend, writer.max_tokens),
+            order=order,
             earn=earn,
             batch_tokens=recipe.batch_tokens,
             callbacks=[self._watch(phase), Beside(lambda: {} if update is None else update.state())],
@@ -247,9 +252,8 @@ class _Run:
         """The pairs of a generator's phase under fixed contexts: one of each user in turn."""
         recipe, users = self._recipe, self._people.train
         count = phase.steps * recipe.users_per_step
-        rng = np.random.default_rng(seed_of(recipe.seed, "items", phase.name))
-        rounds = -(-count // len(users))
-        order = np.concatenate([rng.permutation(len(users)) for _ in range(rounds)])[:count].tolist()
+        seed = seed_of(recipe.seed, "items", phase.name)
+        rng, order = np.random.default_rng(seed), in_turn(len(users), count, seed=seed)
         told = self._told(sorted(set(order)), phase)
         items = []
         for place in order:

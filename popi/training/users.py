@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
 from popi.backends.base import Backend
 from popi.config import Users
@@ -89,6 +90,24 @@ def conversations(users: Sequence[PersonalizationExample], backend: Backend, max
     return [
         inference_messages(render_signals(example.user.signals, backend.count_tokens, budget).text) for example in users
     ]
+
+
+def in_turn(users: int, count: int, *, seed: int) -> list[int]:
+    """Whom a run learns from, step after step: everybody once in random order, then again in another one.
+
+    The order of the whole run is drawn at once, so that a resumed run has nothing to remember of it.
+
+    Args:
+        users: How many there are.
+        count: How many are wanted.
+        seed: Of the order.
+
+    Returns:
+        Places of users, ``count`` of them.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    rounds = [torch.randperm(users, generator=generator) for _ in range(-(-count // users))]
+    return torch.cat(rounds)[:count].tolist()
 
 
 def _useful(examples: Iterable[PersonalizationExample]) -> list[PersonalizationExample]:

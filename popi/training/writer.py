@@ -48,6 +48,7 @@ class WriterTrainer(Saves, GRPOTrainer):
         tokenizer: Its tokenizer.
         args: TRL's arguments.
         conversations: What the writer reads of each user.
+        order: Places of the users, step after step.
         earn: Rewards summaries.
         batch_tokens: The most tokens of one forward pass.
         callbacks: Of transformers.
@@ -60,6 +61,7 @@ class WriterTrainer(Saves, GRPOTrainer):
         args: GRPOConfig,
         *,
         conversations: Sequence[Sequence[Message]],
+        order: Sequence[int],
         earn: Earn,
         batch_tokens: int,
         callbacks: Sequence[Any] = (),
@@ -73,10 +75,8 @@ class WriterTrainer(Saves, GRPOTrainer):
         self._earn = earn
         assert args.max_completion_length is not None, "TRL's default is a number"
         self._max_tokens = args.max_completion_length
-        rows = [
-            {"prompt": [{"role": turn.role, "content": turn.content} for turn in messages], "user": place}
-            for place, messages in enumerate(conversations)
-        ]
+        prompts = [[{"role": turn.role, "content": turn.content} for turn in messages] for messages in conversations]
+        rows = [{"prompt": prompts[place], "user": place} for place in order]
         with warnings.catch_warnings():
             # TRL calls its rollout hook experimental; the version is pinned and a test holds us to it.
             warnings.simplefilter("ignore")

@@ -200,6 +200,15 @@ def test_a_resumed_run_ends_with_the_weights_of_a_straight_one(recipe, models, t
     assert train(resolved, tmp_path / "resumed", stop_at(1)).keys() == straight.keys()
 
 
+def test_a_run_resumed_in_a_later_round_of_its_users_meets_them_in_the_same_order(recipe, tmp_path):
+    resolved = recipe(steps=6, evaluate_every=9)
+    straight = train(resolved, tmp_path / "straight")
+    with pytest.raises(Stopped):
+        train(resolved, tmp_path / "resumed", stop_at(6))
+    resumed = train(resolved, tmp_path / "resumed")
+    assert not moved(straight["writer"], resumed["writer"])
+
+
 def test_killed_at_any_moment_it_goes_on(recipe, tmp_path):
     recipe()
     command = [sys.executable, "-m", "popi", "train", str(tmp_path / "recipe.yaml"), "--out"]

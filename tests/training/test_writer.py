@@ -32,6 +32,7 @@ def trainer(tmp_path):
         tokenizer,
         arguments,
         conversations=[inference_messages(f"[1] said: I like {'very ' * n}much {n}") for n in range(4)],
+        order=range(4),
         earn=lambda users, summaries, tokens, step: ([float(n) for n in tokens], {}),
         batch_tokens=4096,
     )
