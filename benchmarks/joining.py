@@ -13,23 +13,20 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
-from collections.abc import Iterator, Sequence
-from contextlib import AsyncExitStack
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from popi import registry
-from popi.backends.base import Backend
+from popi.cli.evaluate import column, opened
 from popi.config import JointRecipe, load, parse_overrides
 from popi.evaluation.folder import Folder
-from popi.evaluation.measure import Column
 from popi.evaluation.results import Results
 from popi.evaluation.rows import choose
 from popi.evaluation.run import evaluate
 from popi.evaluation.samples import from_world
 from popi.training.joint import GENERATOR, WRITER, run
-from popi.training.run_folder import METRICS
+from popi.training.run_folder import METRICS, spent
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "popi_mini"
 SPLIT = "unseen-combinations"
@@ -80,26 +77,17 @@ def main() -> None:
 
 async def measure(recipe: JointRecipe, folder: Path, row: str, users: int) -> Results:
     """The accuracy of a run's models, beside that of the evidence oracle under the same generator."""
-    trained = recipe.results()
-    models = {WRITER: recipe.writer.model, GENERATOR: recipe.generator.model}
-    async with AsyncExitStack() as stack:
-
-        async def opened(model: str) -> Backend:
-            return await stack.enter_async_context(registry.backend("transformers")(model))
-
-        untrained = {role: await opened(model) for role, model in models.items()}
-        now = {role: await opened(str(folder / role)) for role in trained} | {
-            role: backend for role, backend in untrained.items() if role not in trained
-        }
-        make = registry.generator("prompted")
-        reference = make(untrained[GENERATOR]) if GENERATOR in trained else None
-        writers = [registry.inference("llm")(backend) for backend in (now[WRITER], untrained[WRITER])]
+    before = {WRITER: recipe.writer.model, GENERATOR: recipe.generator.model}
+    after = before | {role: str(folder / role) for role in recipe.results()}
+    async with opened((*before.values(), *after.values())) as backends:
+        write = registry.inference("llm")
+        reference = backends[before[GENERATOR]] if after[GENERATOR] != before[GENERATOR] else None
         return await evaluate(
             from_world("miniworld", split=SPLIT, users=users, seeds=[recipe.seed]),
             rows=choose([row, "evidence-oracle"], trained=True),
-            columns=[Column(GENERATOR, make(now[GENERATOR]), now[GENERATOR], reference)],
-            writer=writers[0],
-            untrained=writers[1] if WRITER in trained else None,
+            columns=[column(backends[after[GENERATOR]], reference)],
+            writer=write(backends[after[WRITER]]),
+            untrained=write(backends[before[WRITER]]) if after[WRITER] != before[WRITER] else None,
             folder=Folder(folder / f"measured-{users}"),
             judged=0,
             settings={},
@@ -115,14 +103,10 @@ def accuracies(results: Results) -> Iterator[str]:
 
 def costs(metrics: Path) -> Iterator[str]:
     """Tokens in thousands, and seconds, summed over the steps of a run."""
-    steps = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
-
-    def total(names: Sequence[str]) -> float:
-        return sum(step.get(name, 0.0) for step in steps for name in names)
-
+    took = spent(metrics)
     for name in ("rollout", "scoring", "update"):
-        yield f"{total([f'tokens/{name}']) / 1000:.0f} k"
-    yield f"{total([f'seconds/{name}' for name in ('rollout', 'scoring', 'update')]):.0f}"
+        yield f"{took.get(f'tokens/{name}', 0.0) / 1000:.0f} k"
+    yield f"{sum(value for name, value in took.items() if name.startswith('seconds/')):.0f}"
 
 
 if __name__ == "__main__":

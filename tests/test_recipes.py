@@ -58,3 +58,14 @@ def test_a_benchmark_finds_both_sides_equal(script, words, heads):
     done = python(f"benchmarks/speed/{script}", *words, "--repeats", "1")
     assert done.returncode == 0, done.stderr
     assert len(done.stdout.splitlines()) == heads + 1
+
+
+def test_ways_of_joining_are_trained_and_measured(tmp_path):
+    small = [f"{name}={value}" for name, value in SMALL.items()]
+    ways = ["shared-weights", "writer-alone", "generator-without-context"]
+    done = python("benchmarks/joining.py", "--ways", *ways, "--users", "6", "--out", tmp_path, "--set", *small)
+    assert done.returncode == 0, done.stderr
+    cells = [line.split(" | ") for line in done.stdout.splitlines()]
+    assert [line[0] for line in cells[2:]] == ways
+    assert {len(line) for line in cells} == {7}
+    assert cells[-1][3] == "0 k", "a generator that learns alone samples nothing"

@@ -45,7 +45,7 @@ def evaluate(
     writer: Annotated[str, typer.Option(help="Name, path or hub id: writes the summaries.")] = "popi-mini-writer",
     generator: Annotated[
         list[str] | None,
-        typer.Option(help="Likewise: a column; may be repeated [default: the popi-mini generators and reader]."),
+        typer.Option(help=f"Likewise: a column; may be repeated [default: {', '.join(GENERATORS)}]."),
     ] = None,
     rows: Annotated[str, typer.Option(help="Names of rows, with commas between [default: all].")] = "",
     json: JsonFlag = False,

@@ -8,6 +8,7 @@ from typing import Any
 
 from popi.config import Dilution, JointRecipe, PretrainRecipe
 from popi.models import shipped
+from popi.training.run_folder import spent
 
 _CARD = """\
 ---
@@ -124,12 +125,8 @@ def joint_card(recipe: JointRecipe, role: str, config: dict[str, Any], metrics: 
         metrics: The metrics file.
         facts: ``recipe`` (its path as it was given), ``threads`` and ``finished``.
     """
-    lines = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
-    parts = ("rollout", "scoring", "update")
-
-    def total(what: str, part: str) -> float:
-        return float(sum(line.get(f"{what}/{part}", 0.0) for line in lines))
-
+    last = json.loads(metrics.read_text(encoding="utf-8").splitlines()[-1])
+    took = spent(metrics)
     made_from = recipe.writer.model if role == "writer" else recipe.generator.model
     return _JOINT.format(
         name=recipe.name,
@@ -139,14 +136,14 @@ def joint_card(recipe: JointRecipe, role: str, config: dict[str, Any], metrics: 
         learned=" and ".join(recipe.results()),
         schedule="one set of weights" if recipe.shared else recipe.schedule,
         seed=recipe.seed,
-        steps=lines[-1]["step"],
-        **{part: total("tokens", part) for part in parts},
-        minutes=sum(total("seconds", part) for part in parts) / 60,
+        steps=last["step"],
+        **{part: took.get(f"tokens/{part}", 0.0) for part in ("rollout", "scoring", "update")},
+        minutes=sum(value for name, value in took.items() if name.startswith("seconds/")) / 60,
         machine=config["machine"],
         versions=", ".join(f"{name} {version}" for name, version in config["versions"].items()),
         template_hash=config["template_hash"],
         users=recipe.evaluate_users,
-        **lines[-1]["held_out"],
+        **last["held_out"],
         **facts,
     )
 

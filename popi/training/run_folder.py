@@ -170,8 +170,8 @@ def writing(what: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
-        reason = str(error).splitlines()[0]
-        raise PopiError(f"cannot write {what}: {reason}; make room, the same command goes on") from error
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise PopiError(f"cannot write {what}: {reason}; once that is mended, the same command goes on") from error
 
 
 def save_state(path: Path, state: dict[str, Any]) -> None:
@@ -218,6 +218,16 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, card:
 def _declare_dtype(config: Path) -> None:
     content = json.loads(config.read_text(encoding="utf-8"))
     write_text(config, json.dumps({**content, "dtype": "bfloat16"}, indent=2) + "\n")
+
+
+def spent(metrics: Path) -> dict[str, float]:
+    """What the steps of a joint run took together: every ``tokens/...`` and ``seconds/...`` of its metrics, summed."""
+    total: dict[str, float] = {}
+    for line in metrics.read_text(encoding="utf-8").splitlines():
+        for name, value in json.loads(line).items():
+            if name.startswith(("tokens/", "seconds/")):
+                total[name] = total.get(name, 0.0) + value
+    return total
 
 
 def now() -> str:

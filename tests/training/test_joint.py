@@ -254,7 +254,7 @@ def test_where_a_file_has_no_room_the_run_says_so_and_goes_on_later(recipe, tmp_
     full = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300, preexec_fn=limit)
     assert full.returncode == 1
     last = full.stderr.splitlines()[-1]
-    assert "cannot write" in last and last.endswith("make room, the same command goes on")
+    assert "cannot write" in last and last.endswith("once that is mended, the same command goes on")
     assert "Traceback" not in full.stderr
     subprocess.run(command, check=True, capture_output=True, timeout=300)
     assert (tmp_path / "run" / "generator" / "model.safetensors").exists()
