@@ -144,6 +144,7 @@ class Step:
             Reference({reference_key(pair): value for pair, value in zip(pairs, bare, strict=True)}),
             loss="dpo",
             beta=BETA,
+            reward_beta=BETA,
             pairs_per_summary=1,
             token_price=0.0,
             seed=0,

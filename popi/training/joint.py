@@ -176,6 +176,7 @@ class _Run:
             self._reference,
             loss=generator.loss,
             beta=generator.beta,
+            reward_beta=writer.beta or generator.beta,
             pairs_per_summary=recipe.pairs_per_summary,
             token_price=writer.token_price,
             seed=recipe.seed,

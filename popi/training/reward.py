@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
@@ -18,19 +19,20 @@ from popi.training.seeds import seed_of
 class PairReward:
     """Rewards summaries by the preference objective; an instance is a ``popi.training.writer.Earn``.
 
-    All summaries of a user in a step are judged by the same pairs. The generator, where it learns, learns from the
-    first of them under each summary: a judgement costs a third of a lesson, and what a step needs is judges.
+    All summaries of a user in a step are judged by the same pairs. The generator, where it learns, learns from one of
+    them under each summary, each in its turn: a judgement costs a third of a lesson, and what a step needs is judges.
 
     Args:
         scorer: Scores with the generator.
         pairs: The held-out pairs of each user.
         reference: Of these pairs.
         loss: The objective.
-        beta: Its temperature.
+        beta: Its temperature in the generator's loss.
+        reward_beta: Its temperature in the reward.
         pairs_per_summary: How many of a user's pairs judge a summary.
         token_price: What a token that the generator is told costs.
         seed: Of the run.
-        update: Updates the generator by the gradient of the same losses.
+        update: Updates the generator by the gradient of its loss on the same margins.
         keep_gradient: Leave that gradient to an update that comes later, where the writer has the same weights.
     """
 
@@ -42,6 +44,7 @@ class PairReward:
         *,
         loss: Loss,
         beta: float,
+        reward_beta: float,
         pairs_per_summary: int,
         token_price: float,
         seed: int,
@@ -49,7 +52,7 @@ class PairReward:
         keep_gradient: bool = False,
     ) -> None:
         self._scorer, self._pairs, self._reference = scorer, pairs, reference
-        self._loss, self._beta = LOSSES[loss], beta
+        self._loss, self._beta, self._reward_beta = LOSSES[loss], beta, reward_beta
         self._count, self._price, self._seed = pairs_per_summary, token_price, seed
         self._update, self._keep_gradient = update, keep_gradient
 
@@ -68,15 +71,15 @@ class PairReward:
             for pair in pairs
         ]
         read = self._scorer.tokens
-        firsts = np.cumsum([0, *map(len, judges[:-1])]).tolist()
         learns = self._update is not None or self._keep_gradient
-        losses, margins = self._score(items, firsts if learns else [])
-        check_finite(losses.mean().item(), step)
-        figures = margin_figures(margins, losses.mean().item())
+        margins = self._score(items, _lessons(users, judges) if learns else [])
+        loss = self._loss(margins, self._beta).mean().item()
+        check_finite(loss, step)
+        figures = margin_figures(margins, loss)
         figures["tokens/scoring"] = float(self._scorer.tokens - read)
         if self._update is not None:
             figures["generator_grad_norm"] = self._update()
-        by_summary = losses.split([len(pairs) for pairs in judges])
+        by_summary = self._loss(margins, self._reward_beta).split([len(pairs) for pairs in judges])
         earned = [
             rewards(part, torch.tensor(float(length)), self._price).item()
             for part, length in zip(by_summary, tokens, strict=True)
@@ -88,12 +91,23 @@ class PairReward:
         rng = np.random.default_rng(seed_of(self._seed, "pairs", step, user))
         return [pairs[place] for place in rng.permutation(len(pairs))[: self._count]]
 
-    def _score(self, items: Sequence[Judged], lessons: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Losses and margins: (items,) each; the gradient of the mean loss of the lessons among them is collected."""
+    def _score(self, items: Sequence[Judged], lessons: Sequence[int]) -> torch.Tensor:
+        """Margins: (items,); the gradient of the mean loss of the lessons among them is collected."""
         margins = torch.zeros(len(items))
         for chosen, margins_N in self._scorer.passes([items[place] for place in lessons]):
             (self._loss(margins_N, self._beta).sum() / len(lessons)).backward()
             margins[[lessons[index] for index in chosen]] = margins_N.detach().cpu()
         others = sorted(set(range(len(items))) - set(lessons))
         margins[others] = self._scorer.margins([items[place] for place in others])
-        return self._loss(margins, self._beta), margins
+        return margins
+
+
+def _lessons(users: Sequence[int], judges: Sequence[Sequence[TestPair]]) -> list[int]:
+    """Which of the items teach: of the pairs under the n-th summary of a user, the n-th."""
+    seen: Counter[int] = Counter()
+    lessons, first = [], 0
+    for user, pairs in zip(users, judges, strict=True):
+        lessons.append(first + seen[user] % len(pairs))
+        seen[user] += 1
+        first += len(pairs)
+    return lessons

@@ -34,7 +34,15 @@ def model():
 
 def reward_of(model, **options):
     scorer = PairScorer(model, ChatTokens(tiny_model()[1], "tiny"))
-    settings = {"loss": "dpo", "beta": 0.1, "pairs_per_summary": 3, "token_price": 0.0, "seed": 0, **options}
+    settings = {
+        "loss": "dpo",
+        "beta": 0.1,
+        "reward_beta": 0.3,
+        "pairs_per_summary": 3,
+        "token_price": 0.0,
+        "seed": 0,
+        **options,
+    }
     return scorer, PairReward(scorer, PAIRS, REFERENCE, **settings)
 
 
@@ -52,19 +60,20 @@ def test_a_summary_earns_minus_the_mean_loss_of_its_pairs_and_pays_for_its_token
     scorer, earn = reward_of(model, pairs_per_summary=count, token_price=0.5, keep_gradient=learns)
     earned, figures = earn(USERS, SUMMARIES, TOKENS, 4)
     expected = [
-        -dpo_loss(scorer.margins(items), 0.1).mean().item() - 0.5 * tokens
+        -dpo_loss(scorer.margins(items), 0.3).mean().item() - 0.5 * tokens
         for items, tokens in zip(judged(earn, 4), TOKENS, strict=True)
     ]
     assert earned == pytest.approx(expected, abs=1e-4)
     assert 0 <= figures["accuracy"] <= 1
 
 
-def test_the_generator_learns_from_the_first_pair_of_each_summary(model):
+def test_the_generator_learns_from_one_pair_of_each_summary_in_turn(model):
     scorer, earn = reward_of(model, keep_gradient=True)
     earn(USERS, SUMMARIES, TOKENS, 4)
     found = torch.cat([value.grad.flatten() for value in model.parameters()])
     model.zero_grad()
-    lessons = [items[0] for items in judged(earn, 4)]
+    one, two, three, four = judged(earn, 4)
+    lessons = [one[0], two[1], three[0], four[1]]
     for _, margins in scorer.passes(lessons):
         (dpo_loss(margins, 0.1).sum() / len(lessons)).backward()
     expected = torch.cat([value.grad.flatten() for value in model.parameters()])

@@ -1,0 +1,88 @@
+"""Recipes: typed, frozen, and strict about what they do not know."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from popi.config.joint import JointRecipe, Users
+from popi.config.pretrain import Dilution, Dimension, Phase, PretrainRecipe
+from popi.errors import ConfigError, InputError, did_you_mean
+from popi.io import validate
+
+__all__ = [
+    "Dilution",
+    "Dimension",
+    "JointRecipe",
+    "Phase",
+    "PretrainRecipe",
+    "Recipe",
+    "Users",
+    "load",
+    "parse_overrides",
+]
+
+Recipe = PretrainRecipe | JointRecipe
+_RECIPES: dict[str, type[Recipe]] = {"pretrain": PretrainRecipe, "joint": JointRecipe}
+
+
+def load(path: Path, overrides: dict[str, Any] | None = None) -> Recipe:
+    """Reads a recipe.
+
+    Args:
+        path: A YAML file, or a folder with a ``config.yaml``.
+        overrides: Values that replace those of the file, by dotted name: ``{"phases.0.steps": 2}``.
+
+    Raises:
+        InputError: If the file cannot be read or does not fit; the field is named.
+    """
+    file = path / "config.yaml" if path.is_dir() else path
+    try:
+        tree = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"cannot be read ({error.strerror})", file=file, fix="give a recipe's YAML file") from error
+    # A date that is none, or bytes that are no UTF-8, are a ValueError.
+    except (yaml.YAMLError, ValueError) as error:
+        line = error.problem_mark.line + 1 if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark else None
+        raise ConfigError("is not YAML in UTF-8", file=file, line=line, fix="mend the syntax") from error
+    for name, value in (overrides or {}).items():
+        _replace(tree, name, value, file)
+    task = tree.get("task") if isinstance(tree, dict) else None
+    if isinstance(tree, dict) and str(task) not in _RECIPES:
+        fix = did_you_mean(str(task), _RECIPES)
+        raise ConfigError(f"unknown task {task!r}" if task else "names no task", file=file, field="task", fix=fix)
+    return validate(_RECIPES.get(str(task), PretrainRecipe), tree, file=file)
+
+
+def _replace(tree: Any, name: str, value: Any, file: Path) -> None:
+    *path, last = name.split(".")
+    try:
+        for part in path:
+            tree = tree[int(part)] if isinstance(tree, list) else tree[part]
+        if isinstance(tree, list):
+            tree[int(last)] = value
+        else:
+            tree[last] = value
+    except (KeyError, IndexError, ValueError, TypeError) as error:
+        raise ConfigError("there is no such place to override", file=file, field=name) from error
+
+
+def parse_overrides(words: Sequence[str]) -> dict[str, Any]:
+    """Reads ``field=value`` words; values are YAML.
+
+    Raises:
+        ConfigError: If a word has no ``=`` or its value is not YAML.
+    """
+    parsed = {}
+    for word in words:
+        name, equals, value = word.partition("=")
+        try:
+            if not equals:
+                raise ValueError
+            parsed[name] = yaml.safe_load(value)
+        except (ValueError, yaml.YAMLError) as error:
+            raise ConfigError(f"{word!r} is not an override", fix="write it as phases.0.steps=2") from error
+    return parsed
