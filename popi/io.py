@@ -130,6 +130,10 @@ def lock(path: Path) -> IO[bytes]:
     except BlockingIOError as error:
         held.close()
         raise PopiError(f"{path} is being written by another process; wait for it or choose another place") from error
+    if not os.fstat(held.fileno()).st_nlink:
+        # Whoever held it before has removed it just now.
+        held.close()
+        return lock(path)
     return held
 
 

@@ -16,7 +16,8 @@ from popi.io import lock
 class GrowingFile:
     """A file to which whole lines are added durably, by one process at a time.
 
-    Entering takes the lock and cuts off the half line that a killed process may have left at the end.
+    Entering takes the lock and cuts off the half line that a killed process may have left at the end. Where no line
+    came, nothing is left.
 
     Args:
         path: The file; it is made with the first lines. The lock stands beside it.
@@ -102,6 +103,8 @@ class GrowingFile:
 
     def _release(self) -> None:
         if self._lock is not None:
+            if not self.path.exists():
+                Path(self._lock.name).unlink(missing_ok=True)
             self._lock.close()
             self._lock = None
 

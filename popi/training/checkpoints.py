@@ -16,7 +16,10 @@ BESIDE, COMPLETE = "beside.pt", "complete"
 
 
 class Saves(Trainer):
-    """A trainer whose checkpoints, where they have no room, end the run with one error."""
+    """A trainer whose checkpoints, where they have no room, end the run with one error, and which writes no cards."""
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Writes none: that of a finished model says more than a checkpoint's."""
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         with writing(Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"):

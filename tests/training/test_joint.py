@@ -163,6 +163,7 @@ def test_alone_one_learns_and_the_other_stays(recipe, models, tmp_path, changes,
     assert moved(before, trained[role]) == set(before)
     # What stays is kept beside the checkpoints, in full precision.
     [phase] = (tmp_path / "run" / "phases").iterdir()
+    assert [path.name for path in phase.iterdir()] == ["weights.pt"]
     kept = torch.load(phase / "weights.pt", weights_only=True)
     other = {"writer": "generator", "generator": "writer"}[role]
     before = weights(models / {"writer": "one", "generator": "two"}[other])
