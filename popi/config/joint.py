@@ -104,7 +104,8 @@ class JointRecipe(Section):
             ``alternating`` does so in ``rounds``; ``interleaved`` updates both in each step, on the same samples.
         rounds: Of the alternating schedule.
         steps: Updates of the writer, and of the generator.
-        users_per_step: Users whose summaries are sampled in a step; the generator alone takes as many pairs.
+        users_per_step: Users whose summaries are sampled in a step; the generator learns from as many pairs as there
+            are summaries, alone too.
         pairs_per_summary: Held-out pairs of the user that judge a summary; the generator learns from one of them.
         warmup: Steps until the learning rates have risen.
         batch_tokens: The most tokens of one forward pass.

@@ -53,6 +53,8 @@ class GeneratorTrainer(Saves):
             data_collator=lambda batch: {"items": batch},
             callbacks=list(callbacks),
         )
+        # The loss is a mean: of several batches, the mean of them.
+        self.model_accepts_loss_kwargs = False
 
     def compute_loss(
         self,
@@ -80,8 +82,12 @@ class GeneratorTrainer(Saves):
         return loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds what was seen of the pairs since the last line."""
-        super().log({**logs, **{name: sum(values) / len(values) for name, values in self._seen.items()}}, start_time)
+        """Adds what was seen of the pairs since the last line, and the sum of what they took."""
+        seen = {
+            name: sum(values) / (1 if name.startswith(("tokens/", "seconds/")) else len(values))
+            for name, values in self._seen.items()
+        }
+        super().log({**logs, **seen}, start_time)
         self._seen.clear()
 
 

@@ -218,6 +218,7 @@ class _Run:
             TrainingArguments(
                 **self._arguments(folder, phase.steps),
                 per_device_train_batch_size=recipe.users_per_step,
+                gradient_accumulation_steps=recipe.writer.samples,
                 learning_rate=generator.learning_rate,
                 max_grad_norm=generator.clip,
             ),
@@ -250,9 +251,12 @@ class _Run:
         }
 
     def _items(self, phase: Phase) -> list[Judged]:
-        """The pairs of a generator's phase under fixed contexts: one of each user in turn."""
+        """The pairs of a generator's phase under fixed contexts: one of each user in turn.
+
+        As many as beside the writer, which learns from a pair under each of its summaries.
+        """
         recipe, users = self._recipe, self._people.train
-        count = phase.steps * recipe.users_per_step
+        count = phase.steps * recipe.users_per_step * recipe.writer.samples
         seed = seed_of(recipe.seed, "items", phase.name)
         rng, order = np.random.default_rng(seed), in_turn(len(users), count, seed=seed)
         told = self._told(sorted(set(order)), phase)

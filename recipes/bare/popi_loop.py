@@ -6,7 +6,7 @@ The writer q_phi reads a user's signals s and writes a summary z. The generator 
 Both learn from the same pairs (x, y_w, y_l) of the same user, which the signals do not show:
 
     h = [log pi_theta(y_w|x,z) - log pi_theta(y_l|x,z)] - [log pi_ref(y_w|x) - log pi_ref(y_l|x)]
-    loss = -log sigmoid(beta h) / beta      theta follows its gradient; -loss is what z earns, and phi follows GRPO
+    loss = -log sigmoid(beta h) / beta      theta follows its gradient; -loss, of another beta, is what z earns
 
 Everything is written out, one user after the other: what is fast at the cost of being long is in ``popi.training``.
 """
@@ -35,8 +35,8 @@ from popi.summary import as_text, parse_claims
 
 MODEL = "popi-mini-base"
 USERS_PER_STEP, SAMPLES, PAIRS, MAX_TOKENS, TEMPERATURE = 8, 8, 4, 96, 0.8
-WRITER_LR, GENERATOR_LR, WARMUP, CLIP = 1.5e-4, 5e-6, 5, 1.0
-BETA, KL, TOKEN_PRICE = 0.02, 5e-3, 0.04
+WRITER_LR, GENERATOR_LR, WARMUP, CLIP = 1.5e-4, 1e-4, 5, 1.0
+BETA, REWARD_BETA, KL, TOKEN_PRICE = 0.5, 0.02, 5e-3, 0.03
 
 
 class Chat:
@@ -114,9 +114,9 @@ def read_summary(writer: Chat, tokens: Tensor) -> str:
     return as_text(parse_claims(writer.tokenizer.decode(tokens, skip_special_tokens=True)))
 
 
-def loss_of(h: Tensor) -> Tensor:
+def loss_of(h: Tensor, beta: float) -> Tensor:
     """DPO's loss of a margin, in nats."""
-    return -logsigmoid(BETA * h) / BETA
+    return -logsigmoid(beta * h) / beta
 
 
 def learn(
@@ -127,20 +127,20 @@ def learn(
     for user in users:
         prompt_T = read_signals(writer, user)
         samples = writer.sample(prompt_T, SAMPLES)
-        first, *others = random.sample(user.tests, PAIRS)
+        pairs = random.sample(user.tests, PAIRS)
         with torch.no_grad():
-            bare = {pair: reference.preference(pair, None) for pair in (first, *others)}
+            bare_P = torch.stack([reference.preference(pair, None) for pair in pairs])
 
-        # The generator learns from the first pair; all of them judge the summary, which pays for its tokens.
+        # The generator learns from one pair; all of them judge the summary, which pays for its tokens.
         rewards_G = torch.zeros(SAMPLES)
         for place, tokens in enumerate(samples):
             summary = read_summary(writer, tokens)
-            margins = [generator.preference(first, summary) - bare[first]]
-            (loss_of(margins[0]) / (SAMPLES * len(users))).backward()
             with torch.no_grad():
-                margins += [generator.preference(pair, summary) - bare[pair] for pair in others]
-            h_P = torch.stack(margins).detach()
-            rewards_G[place] = -loss_of(h_P).mean() - TOKEN_PRICE * writer.length(summary)
+                h_P = torch.stack([generator.preference(pair, summary) for pair in pairs]) - bare_P
+            turn = place % PAIRS
+            h = generator.preference(pairs[turn], summary) - bare_P[turn]
+            (loss_of(h, BETA) / (SAMPLES * len(users))).backward()
+            rewards_G[place] = -loss_of(h_P, REWARD_BETA).mean() - TOKEN_PRICE * writer.length(summary)
             right.append((h_P > 0).float().mean().item())
 
         # The writer: what a summary earned against the mean of its group, and a pull towards the initial writer.
