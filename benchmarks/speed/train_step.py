@@ -249,7 +249,7 @@ def measure(name: str, users: int, length: int, samples: int, summary: int, repe
     completions, others = both(step.our_rollout, step.plain_rollout)
     assert {len(ids) for ids in (*completions, *others)} == {summary}, "both sides sample S tokens"
     rewards, their_rewards = both(lambda: step.our_scoring(completions), lambda: step.plain_scoring(completions))
-    torch.testing.assert_close(rewards, their_rewards, atol=1e-4, rtol=1e-5)
+    torch.testing.assert_close(rewards, their_rewards.float(), atol=1e-4, rtol=1e-5)
     step.forget()
     step.our_scoring(completions), step.plain_scoring(completions)
     generators = gradient_difference(step.generators[1], step.generators[0])

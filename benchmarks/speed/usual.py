@@ -46,4 +46,4 @@ def sequence_logps(model: Any, rows: list[tuple[list[int], list[int]]]) -> Tenso
     mask = (places < torch.tensor(lengths, device=model.device)[:, None]).long()
     answered = mask * (places >= torch.tensor([len(prompt) for prompt, _ in rows], device=model.device)[:, None])
     logps = model(input_ids=ids, attention_mask=mask).logits[:, :-1].float().log_softmax(-1)
-    return (logps.gather(2, ids[:, 1:, None])[:, :, 0] * answered[:, 1:]).sum(dim=1)
+    return (logps.gather(2, ids[:, 1:, None])[:, :, 0] * answered[:, 1:]).double().sum(dim=1)

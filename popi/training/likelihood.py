@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
 from popi.backends.causal.scoring import ResponseLogits, Row, Scored, pack, response_logits, tokens_of
@@ -78,7 +79,8 @@ def response_logps(
         over: Whether a response's tokens are summed or averaged.
     """
     found = response_logits(model, items, rows)
-    logps_N, _ = _of_logits(found, 1.0)
+    # Margins are small differences of large sums.
+    logps_N = -cross_entropy(found.logits_N_V.float(), found.targets_N, reduction="none").double()
     sums_I = logps_N.new_zeros(len(items)).index_add(0, found.items_N, logps_N)
     if over == "sum":
         return sums_I

@@ -93,7 +93,7 @@ class PairReward:
 
     def _score(self, items: Sequence[Judged], lessons: Sequence[int]) -> torch.Tensor:
         """Margins: (items,); the gradient of the mean loss of the lessons among them is collected."""
-        margins = torch.zeros(len(items))
+        margins = torch.zeros(len(items), dtype=torch.float64)
         for chosen, margins_N in self._scorer.passes([items[place] for place in lessons]):
             (self._loss(margins_N, self._beta).sum() / len(lessons)).backward()
             margins[[lessons[index] for index in chosen]] = margins_N.detach().cpu()

@@ -87,7 +87,7 @@ class PairScorer:
             rows = self._rows(scored)
             self.tokens += tokens_of(scored, rows)
             logps = response_logps(self._model, scored, rows, over=self._over)
-            reference = torch.tensor([items[index].reference for index in chosen], device=logps.device)
+            reference = logps.new_tensor([items[index].reference for index in chosen])
             yield chosen, logps[0::2] - logps[1::2] - reference
 
     def _rows(self, scored: Sequence[Scored]) -> list[Row]:
@@ -100,7 +100,7 @@ class PairScorer:
     @torch.no_grad()
     def margins(self, items: Sequence[Judged]) -> Tensor:
         """Margins without gradients: (items,), in nats."""
-        found = torch.zeros(len(items))
+        found = torch.zeros(len(items), dtype=torch.float64)
         for chosen, margins in self.passes(items):
             found[chosen] = margins.cpu()
         return found
