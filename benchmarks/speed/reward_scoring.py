@@ -3,9 +3,10 @@
     python benchmarks/speed/reward_scoring.py
 
 The usual procedure scores every sample by itself: whole sequences in a padded batch, logits of every position, and the
-reference's forward passes again for each sample. Ours computes the reference once for each pair, a prompt once for both
-of its answers, and logits only where an answer's token is predicted. Both run in this process, in turn, on the same
-model and batch; equal rewards are asserted. Peak memory is what the process holds above what it held before.
+reference's forward passes again for each sample. Ours computes the reference once for each pair, what prompts and
+answers have in common in front once, and logits only where an answer's token is predicted. Both run in this process, in
+turn, on the same model and batch; equal rewards are asserted. Peak memory is what the process holds above what it held
+before. "possible" is the ratio of the tokens that pass through the model.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from usual import differences
+from usual import differences, laid_out
 
 from popi.backends.causal.chat_tokens import ChatTokens
 from popi.backends.causal.loading import load
@@ -38,41 +39,44 @@ def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("--model", default=MODEL)
     arguments.add_argument("--users", type=int, default=8)
+    arguments.add_argument("--pairs", type=int, default=4, help="that judge a summary")
     arguments.add_argument("--samples", type=int, nargs="+", default=[4, 8, 16])
-    arguments.add_argument(
-        "--lengths", type=int, nargs="+", default=[32, 128, 512], help="characters times four, about"
-    )
+    arguments.add_argument("--lengths", type=int, nargs="+", default=[32, 128, 512], help="tokens of an answer, about")
     arguments.add_argument("--repeats", type=int, default=3)
     given = arguments.parse_args()
     model, tokenizer = load(given.model, None, "float32")
     tokens = ChatTokens(tokenizer, given.model)
-    print(f"{given.model}, {given.users} users, {torch.get_num_threads()} threads, the best of {given.repeats}")
-    print("samples  response tokens   usual s   ours s   ratio   usual MiB   ours MiB   largest difference")
+    print(f"{given.model}, {given.users} users, {given.pairs} pairs a summary, {torch.get_num_threads()} threads")
+    print("samples  answer tokens   usual s   ours s   ratio  possible   usual MiB   ours MiB   largest difference")
     for samples, length in product(given.samples, given.lengths):
-        items, size = batch(tokens, given.users, samples, length)
+        items, size = batch(tokens, given.users, given.pairs, samples, length)
         usual = measure(lambda items=items: usual_rewards(model, tokens, items), given.repeats)
-        ours = measure(lambda items=items: our_rewards(model, tokens, items), given.repeats)
+        scorer = PairScorer(model, tokens)
+        ours = measure(lambda scorer=scorer, items=items: our_rewards(scorer, items), given.repeats)
+        possible = tokens_of_usual(tokens, items) / (scorer.tokens / given.repeats)
         difference = (usual.result - ours.result).abs().max().item()
         assert difference < 1e-4, f"the rewards differ by {difference}"
         print(
-            f"{samples:7d}  {size:15.1f}  {usual.seconds:8.2f} {ours.seconds:8.2f} {usual.seconds / ours.seconds:7.2f}"
-            f"  {usual.peak:10.0f} {ours.peak:10.0f}   {difference:.1e}",
+            f"{samples:7d}  {size:13.1f}  {usual.seconds:8.2f} {ours.seconds:8.2f} {usual.seconds / ours.seconds:7.2f}"
+            f"  {possible:8.2f}  {usual.peak:10.0f} {ours.peak:10.0f}   {difference:.1e}",
             flush=True,
         )
 
 
-def batch(tokens: ChatTokens, users: int, samples: int, length: int) -> tuple[list[Judged], float]:
-    """Pairs under summaries, a user after the other, with answers of about this many tokens, and their mean length."""
+def batch(tokens: ChatTokens, users: int, pairs: int, samples: int, length: int) -> tuple[list[Judged], float]:
+    """Pairs under summaries, with answers of about this many tokens, and the mean length of these."""
     items = []
-    for place, example in enumerate(generate(split="train", users=users, seed=0, tests=1)):
-        [pair] = example.tests
-        long = TestPair(
-            prompt=pair.prompt,
-            chosen=stretch(tokens, pair.chosen, length),
-            rejected=stretch(tokens, pair.rejected, length),
-        )
+    for place, example in enumerate(generate(split="train", users=users, seed=0, tests=pairs)):
+        long = [
+            TestPair(
+                prompt=pair.prompt,
+                chosen=stretch(tokens, pair.chosen, length),
+                rejected=stretch(tokens, pair.rejected, length),
+            )
+            for pair in example.tests
+        ]
         words = example.oracles["truth"]
-        items += [Judged(f"{words}\n- sample {sample} of {place}", long, 0.0) for sample in range(samples)]
+        items += [Judged(f"{words}\n- sample {n} of {place}", pair, 0.0) for n in range(samples) for pair in long]
     lengths = [len(ids) for item in items for ids in tokens.encode([item.pair.chosen, item.pair.rejected])]
     return items, sum(lengths) / len(lengths)
 
@@ -88,10 +92,14 @@ def usual_rewards(model: Any, tokens: ChatTokens, items: list[Judged]) -> Tensor
     return -dpo_loss(differences(model, tokens, items) - differences(model, tokens, items, bare=True), BETA)
 
 
+def tokens_of_usual(tokens: ChatTokens, items: list[Judged]) -> int:
+    """How many tokens this reads, padding not counted."""
+    return sum(len(p) + len(a) for bare in (False, True) for p, a in laid_out(tokens, items, bare=bare))
+
+
 @torch.no_grad()
-def our_rewards(model: Any, tokens: ChatTokens, items: list[Judged]) -> Tensor:
+def our_rewards(scorer: PairScorer, items: list[Judged]) -> Tensor:
     """The same by the scorer, the reference of each pair included."""
-    scorer = PairScorer(model, tokens)
     pairs = list(dict.fromkeys(item.pair for item in items))
     bare = dict(zip(pairs, scorer.margins([Judged(None, pair, 0.0) for pair in pairs]).tolist(), strict=True))
     return -dpo_loss(scorer.margins([Judged(item.context, item.pair, bare[item.pair]) for item in items]), BETA)

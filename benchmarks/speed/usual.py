@@ -24,15 +24,20 @@ def differences(model: Any, tokens: ChatTokens, items: list[Judged], *, bare: bo
         items: Pairs under summaries.
         bare: Leave the summaries out.
     """
+    rows = laid_out(tokens, items, bare=bare)
+    parts = [rows[start : start + SEQUENCES] for start in range(0, len(rows), SEQUENCES)]
+    sums = torch.cat([sequence_logps(model, part) for part in parts])
+    return sums[0::2] - sums[1::2]
+
+
+def laid_out(tokens: ChatTokens, items: list[Judged], *, bare: bool) -> list[tuple[list[int], list[int]]]:
+    """Prompt and answer of every sequence, the chosen and the rejected one of each item in turn."""
     prompts = tokens.render([answer_messages(item.pair.prompt, None if bare else item.context) for item in items])
-    rows = [
+    return [
         (prompt.tokens, [*answer, *tokens.end_of_turn])
         for prompt, item in zip(prompts, items, strict=True)
         for answer in tokens.encode([item.pair.chosen, item.pair.rejected])
     ]
-    parts = [rows[start : start + SEQUENCES] for start in range(0, len(rows), SEQUENCES)]
-    sums = torch.cat([sequence_logps(model, part) for part in parts])
-    return sums[0::2] - sums[1::2]
 
 
 def sequence_logps(model: Any, rows: list[tuple[list[int], list[int]]]) -> Tensor:

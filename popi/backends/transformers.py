@@ -21,7 +21,8 @@ from popi.backends.causal.cache import has_plain_cache
 from popi.backends.causal.chat_tokens import ChatTokens, Rendered
 from popi.backends.causal.decoding import Draft, decode, end_tokens_of
 from popi.backends.causal.loading import load
-from popi.backends.causal.scoring import Scored, score
+from popi.backends.causal.packing import Scored
+from popi.backends.causal.scoring import score
 from popi.errors import BackendError
 
 log = logging.getLogger(__name__)

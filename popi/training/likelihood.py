@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
-from popi.backends.causal.scoring import ResponseLogits, Row, Scored, pack, response_logits, tokens_of
+from popi.backends.causal.packing import Row, Scored, pack, tokens_of
+from popi.backends.causal.scoring import ResponseLogits, response_logits
 from popi.training.objective import Over
 
 
@@ -56,7 +57,7 @@ def token_likelihood(
     tokens = 0
     for rows in pack(model, items, batch_tokens=batch_tokens, share=share):
         found = response_logits(model, items, rows)
-        tokens += tokens_of(items, rows)
+        tokens += tokens_of(rows)
         parts.append((found.items_N * width + found.offsets_N, *_of_logits(found, temperature)))
     places_N, logps_N, entropies_N = (torch.cat(part) for part in zip(*parts, strict=True))
     blank = logps_N.new_zeros(len(items) * width)

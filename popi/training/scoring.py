@@ -16,7 +16,7 @@ from torch import Tensor
 from popi.backends.base import Backend, ScoreRequest
 from popi.backends.causal.cache import has_plain_cache
 from popi.backends.causal.chat_tokens import ChatTokens
-from popi.backends.causal.scoring import Row, Scored, tokens_of
+from popi.backends.causal.packing import Scored, pack, tokens_of
 from popi.data.example import TestPair
 from popi.errors import InputError
 from popi.io import read_json, write_text
@@ -49,7 +49,7 @@ class Judged:
 class PairScorer:
     """Scores pairs under summaries with one generator; gradients flow where they are on.
 
-    A prompt is computed once for its chosen and its rejected answer, and so is what prompts of a pass share.
+    A prompt is computed once for its chosen and its rejected answer, and so is what prompts have in common in front.
 
     Args:
         model: The generator.
@@ -81,21 +81,14 @@ class PairScorer:
         Raises:
             InputError: If a conversation cannot be rendered or has no room in the model's context.
         """
-        pairs = self._encode(items)
-        for chosen in self._packed(pairs):
-            scored = [answer for index in chosen for answer in pairs[index]]
-            rows = self._rows(scored)
-            self.tokens += tokens_of(scored, rows)
-            logps = response_logps(self._model, scored, rows, over=self._over)
+        answers = self._encode(items)
+        for rows in pack(self._model, answers, batch_tokens=self._batch_tokens, share=self._share, together=2):
+            self.tokens += tokens_of(rows)
+            logps = response_logps(self._model, answers, rows, over=self._over)
+            chosen = sorted({place // 2 for row in rows for place in row.items})
             reference = logps.new_tensor([items[index].reference for index in chosen])
-            yield chosen, logps[0::2] - logps[1::2] - reference
-
-    def _rows(self, scored: Sequence[Scored]) -> list[Row]:
-        """A row for each pair, its prompt but for the last token computed once; or a row for each answer."""
-        if not self._share:
-            return [Row([place], 0) for place in range(len(scored))]
-        pairs = range(0, len(scored), 2)
-        return [Row([place, place + 1], len(scored[place].prompt) - 1) for place in pairs]
+            found = logps.view(-1, 2)[chosen]
+            yield chosen, found[:, 0] - found[:, 1] - reference
 
     @torch.no_grad()
     def margins(self, items: Sequence[Judged]) -> Tensor:
@@ -105,7 +98,8 @@ class PairScorer:
             found[chosen] = margins.cpu()
         return found
 
-    def _encode(self, items: Sequence[Judged]) -> list[tuple[Scored, Scored]]:
+    def _encode(self, items: Sequence[Judged]) -> list[Scored]:
+        """The chosen and the rejected answer of each item, one after the other."""
         prompts = self._tokens.render([answer_messages(item.pair.prompt, item.context) for item in items])
         texts = list(dict.fromkeys(text for item in items for text in (item.pair.chosen, item.pair.rejected)))
         responses = {
@@ -124,25 +118,8 @@ class PairScorer:
                     f"a pair of {length} tokens with its summary does not fit the context of {context}",
                     fix="leave the pair out, or take a model with a longer context",
                 )
-            made.append((Scored(prompt.tokens, answers[0]), Scored(prompt.tokens, answers[1])))
+            made += [Scored(prompt.tokens, answer) for answer in answers]
         return made
-
-    def _packed(self, pairs: Sequence[tuple[Scored, Scored]]) -> Iterator[list[int]]:
-        """Indices of pairs of like length, as many as a pass may hold."""
-
-        def size(index: int) -> int:
-            prompt, answers = len(pairs[index][0].prompt), [len(answer.response) for answer in pairs[index]]
-            return prompt + sum(answers) if self._share else 2 * (prompt + max(answers))
-
-        batch: list[int] = []
-        for index in sorted(range(len(pairs)), key=lambda index: (size(index), pairs[index][0].prompt)):
-            # The last is the longest.
-            if batch and size(index) * (len(batch) + 1) > self._batch_tokens:
-                yield batch
-                batch = []
-            batch.append(index)
-        if batch:
-            yield batch
 
 
 def reference_key(pair: TestPair) -> str:

@@ -16,7 +16,7 @@ from trl.trainer.grpo_trainer import GRPOTrainer
 from popi.backends.causal.cache import has_plain_cache
 from popi.backends.causal.chat_tokens import ChatTokens
 from popi.backends.causal.decoding import Draft, decode, end_tokens_of
-from popi.backends.causal.scoring import Scored
+from popi.backends.causal.packing import Scored
 from popi.backends.transformers import evaluating
 from popi.errors import InputError
 from popi.prompts import Message

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from popi.backends.causal.scoring import Scored, pack
+from popi.backends.causal.packing import Scored, pack
 from popi.testing import FAMILIES, tiny_model
 from popi.training.likelihood import response_logps, token_likelihood
 
@@ -55,9 +55,10 @@ def test_tokens_are_those_of_whole_sequences_and_so_are_gradients(family, batch_
 def test_what_a_prompt_costs_is_counted_once():
     model, _ = tiny_model()
     given = items(groups=2, samples=3)
-    # All but the last token of a prompt once; that one and all but the last of the response for each sample.
-    shared = sum(len(item.prompt) - 1 for item in given[::3]) + sum(len(item.response) for item in given)
-    whole = sum(len(item.prompt) + len(item.response) - 1 for item in given)
+    # A prompt once, and all but the last token of each response.
+    responses = sum(len(item.response) - 1 for item in given)
+    shared = sum(len(item.prompt) for item in given[::3]) + responses
+    whole = sum(len(item.prompt) for item in given) + responses
     assert token_likelihood(model, given, batch_tokens=1000, share=True).tokens == shared
     assert token_likelihood(model, given, batch_tokens=1000, share=False).tokens == whole
 

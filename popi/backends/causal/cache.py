@@ -12,9 +12,6 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
-PREFIX, PADDING = -1, -2
-"""Who owns a place of a row, where it is not a branch: everybody, or nobody."""
-
 MASKED_ATTENTION = ("sdpa", "eager")
 """The attention implementations, by the beginnings of their names, that follow a mask of single places."""
 
@@ -33,12 +30,11 @@ def has_plain_cache(model: PreTrainedModel) -> bool:
     return all(type(layer) is DynamicLayer for layer in DynamicCache(config=model.config).layers)
 
 
-class Branches:
-    """Branches of tokens that go on from cached prefixes, any number of them in a row of the batch.
+class Prefixes:
+    """Cached prefixes, one in a row, from which any tokens go on.
 
-    Each prefix is computed once and never copied for its branches: a mask lets a branch see the prefix of its row and
-    its own tokens, and hides the other branches (tree attention, as in SpecInfer, arXiv 2305.09781). Gradients flow
-    through the prefixes where they are on.
+    Each prefix is computed once, whatever goes on from it: a mask says what a token sees of its row behind the prefix,
+    so that branches of it are hidden from each other. Gradients flow through the prefixes where they are on.
 
     Args:
         model: A model with a plain cache.
@@ -48,11 +44,9 @@ class Branches:
 
     def __init__(self, model: PreTrainedModel, prefixes: Sequence[Sequence[int]], *, room: int = 0) -> None:
         self._model = model
-        device = model.device
-        self._lengths_R = torch.tensor([len(prefix) for prefix in prefixes], device=device)
+        self._lengths_R = torch.tensor([len(prefix) for prefix in prefixes], device=model.device)
         width = int(self._lengths_R.max())
-        within_R_W = torch.arange(width, device=device) < self._lengths_R[:, None]
-        self._owners_R_L = torch.full_like(within_R_W, PADDING, dtype=torch.long).masked_fill(within_R_W, PREFIX)
+        self._within_R_W = torch.arange(width, device=model.device) < self._lengths_R[:, None]
         self._cache: Cache = self._computed(prefixes) if width else DynamicCache(config=model.config)
         if width and room:
             self._cache = Cache(layers=[_RoomyLayer(keys, values, room) for keys, values, _ in self._cache])
@@ -68,26 +62,23 @@ class Branches:
             cache.batch_select_indices(torch.arange(len(runs), device=counts_P.device).repeat_interleave(counts_P))
         return cache
 
-    def __call__(self, tokens_R_T: Tensor, owners_R_T: Tensor, offsets_R_T: Tensor) -> Tensor:
+    def __call__(self, tokens_R_T: Tensor, seen_R_T_L: Tensor, depths_R_T: Tensor) -> Tensor:
         """Appends tokens to the rows and gives the logits behind each of them, ``[R, T, V]``.
 
         Args:
             tokens_R_T: Token ids.
-            owners_R_T: The branch that each belongs to, from 0, or :data:`PADDING`.
-            offsets_R_T: Its place in its branch, from 0.
+            seen_R_T_L: Which of the L tokens that were appended so far, these included, each of these sees.
+            depths_R_T: How far each stands behind its prefix, from 0.
         """
-        before = self._owners_R_L.shape[1]
-        self._owners_R_L = torch.cat((self._owners_R_L, owners_R_T), dim=1)
-        places_L = torch.arange(self._owners_R_L.shape[1], device=tokens_R_T.device)
-        owners_R_1_L = self._owners_R_L[:, None]
-        own_R_T_L = (owners_R_1_L == owners_R_T[:, :, None]) & (places_L <= places_L[before:, None])
-        hidden_R_T_L = ~(own_R_T_L | (owners_R_1_L == PREFIX))
-        mask_R_T_L = torch.zeros_like(hidden_R_T_L, dtype=self._model.dtype)
-        mask_R_T_L.masked_fill_(hidden_R_T_L, torch.finfo(self._model.dtype).min)
+        rows, new = tokens_R_T.shape
+        seen_R_T_W = self._within_R_W[:, None].expand(rows, new, -1)
+        hidden_R_T_A = ~torch.cat((seen_R_T_W, seen_R_T_L), dim=2)
+        mask_R_T_A = torch.zeros_like(hidden_R_T_A, dtype=self._model.dtype)
+        mask_R_T_A.masked_fill_(hidden_R_T_A, torch.finfo(self._model.dtype).min)
         logits: Tensor = self._model(
             input_ids=tokens_R_T,
-            attention_mask=mask_R_T_L[:, None],
-            position_ids=self._lengths_R[:, None] + offsets_R_T,
+            attention_mask=mask_R_T_A[:, None],
+            position_ids=self._lengths_R[:, None] + depths_R_T,
             past_key_values=self._cache,
             use_cache=True,
         ).logits
@@ -95,7 +86,7 @@ class Branches:
 
     def keep(self, rows_K: Tensor) -> None:
         """Drops all rows but these."""
-        self._lengths_R, self._owners_R_L = self._lengths_R[rows_K], self._owners_R_L[rows_K]
+        self._lengths_R, self._within_R_W = self._lengths_R[rows_K], self._within_R_W[rows_K]
         self._cache.batch_select_indices(rows_K)
 
 

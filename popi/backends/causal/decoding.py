@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from popi.backends.causal.cache import PADDING, Branches, OwnCache
+from popi.backends.causal.cache import OwnCache, Prefixes
 from popi.backends.causal.chat_tokens import ChatTokens
 
 # Dropping rows copies the rest of the cache, which costs about one step: it pays once a quarter of the rows is done.
@@ -167,6 +167,10 @@ def _decode_batch(
             running = [running[place] for place in kept]
 
 
+NOBODY = -1
+"""Who owns a place of a row that no draft has."""
+
+
 class _Steps:
     """One token more for every draft that still runs; drafts of one prompt are branches of one row.
 
@@ -180,14 +184,18 @@ class _Steps:
         groups = [(prompt, len(list(equals))) for prompt, equals in groupby(draft.prompt for draft in drafts)]
         room = max(draft.limit for draft in drafts) * max(count for _, count in groups)
         # The last token of a prompt is the first step's, which gives the first logits.
-        self._branches = Branches(model, [prompt[:-1] for prompt, _ in groups], room=room)
+        self._prefixes = Prefixes(model, [prompt[:-1] for prompt, _ in groups], room=room)
+        self._owners_R_L = torch.empty((len(groups), 0), dtype=torch.long, device=self._device)
         self._lay_out([row for row, (_, count) in enumerate(groups) for _ in range(count)], list(range(len(drafts))))
 
     def __call__(self, last_N: Tensor) -> Tensor:
         """The logits behind the last token of each draft: ``[N, V]``."""
         tokens_R_C = torch.zeros_like(self._owners_R_C)
         tokens_R_C[self._places_N] = last_N
-        logits_R_C_V = self._branches(tokens_R_C, self._owners_R_C, torch.full_like(tokens_R_C, self._done))
+        self._owners_R_L = torch.cat((self._owners_R_L, self._owners_R_C), dim=1)
+        # A draft sees its own tokens; there is one new token of each.
+        seen_R_C_L = self._owners_R_L[:, None] == self._owners_R_C[:, :, None]
+        logits_R_C_V = self._prefixes(tokens_R_C, seen_R_C_L, torch.full_like(tokens_R_C, self._done))
         self._done += 1
         return logits_R_C_V[self._places_N]
 
@@ -196,7 +204,9 @@ class _Steps:
         rows, owners = [self._rows[place] for place in drafts], [self._owners[place] for place in drafts]
         left = sorted(set(rows))
         if len(left) < len(self._owners_R_C):
-            self._branches.keep(torch.tensor(left, device=self._device))
+            left_K = torch.tensor(left, device=self._device)
+            self._owners_R_L = self._owners_R_L[left_K]
+            self._prefixes.keep(left_K)
         self._lay_out([left.index(row) for row in rows], owners)
 
     def _lay_out(self, rows: list[int], owners: list[int]) -> None:
@@ -204,7 +214,7 @@ class _Steps:
         self._rows, self._owners = rows, owners
         columns = [column for _, equals in groupby(rows) for column, _ in enumerate(equals)]
         self._places_N = torch.tensor(rows, device=self._device), torch.tensor(columns, device=self._device)
-        self._owners_R_C = torch.full((rows[-1] + 1, max(columns) + 1), PADDING, device=self._device)
+        self._owners_R_C = torch.full((rows[-1] + 1, max(columns) + 1), NOBODY, device=self._device)
         self._owners_R_C[self._places_N] = torch.tensor(owners, device=self._device)
 
 

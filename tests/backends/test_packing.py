@@ -1,11 +1,11 @@
-"""Which prefixes are shared, and what a batch may hold."""
+"""What is computed together, and what a pass may hold."""
 
 from __future__ import annotations
 
 from hypothesis import given
 from hypothesis import strategies as st
 
-from popi.backends.causal.scoring import ROW_OWN_TOKENS, Scored, _passes, _read, _rows, shared_prefixes
+from popi.backends.causal.packing import ROW_OWN_TOKENS, Row, Scored, _passes, _rows, shared_prefixes
 
 ids = st.lists(st.integers(0, 2), min_size=1, max_size=6)
 
@@ -51,25 +51,44 @@ def test_the_order_of_the_prompts_does_not_matter(prompts: list[list[int]], rand
     assert shared_prefixes([prompts[place] for place in order]) == [lengths[place] for place in order]
 
 
+def rows_of(items: list[Scored], together: int = 1) -> list[Row]:
+    units = [list(range(start, start + together)) for start in range(0, len(items), together)]
+    return list(_rows(items, units, shared_prefixes([item.prompt for item in items])))
+
+
 @given(st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), max_size=30), st.integers(1, 40))
 def test_a_pass_holds_no_more_tokens_of_its_own_than_it_may(lengths: list[tuple[int, int]], max_own: int) -> None:
     items = [Scored([1] * prompt, [2] * response) for prompt, response in lengths]
-    prefixes = shared_prefixes([item.prompt for item in items])
-    rows = _rows(items, prefixes)
-    made = list(_passes(items, rows, batch_tokens=10_000, max_own=max_own, max_scored=10_000))
+    blocks = [[row] for row in rows_of(items)]
+    made = list(_passes(items, blocks, batch_tokens=10_000, max_own=max_own, max_scored=10_000))
     assert sorted(index for passed in made for row in passed for index in row.items) == list(range(len(items)))
     for passed in made:
-        own = [sum(len(_read(items[index], row.prefix)) for index in row.items) for row in passed]
-        assert len(passed) == 1 or len(passed) * max(own) <= max_own
+        assert len(passed) == 1 or len(passed) * max(len(row.tree.tokens) for row in passed) <= max_own
 
 
 @given(st.lists(st.tuples(st.integers(0, 2), st.integers(1, 400)), max_size=20))
 def test_a_row_shares_one_prefix_and_is_not_too_long(drawn: list[tuple[int, int]]) -> None:
-    items = [Scored([prompt] * 300, [2] * response) for prompt, response in drawn]
-    prefixes = shared_prefixes([item.prompt for item in items])
-    rows = _rows(items, prefixes)
+    items = [Scored([prompt] * 300, [*range(9, 9 + response)]) for prompt, response in drawn]
+    rows = rows_of(items)
     assert sorted(index for row in rows for index in row.items) == list(range(len(items)))
     for row in rows:
-        assert len({(items[index].prompt[0], prefixes[index]) for index in row.items}) == 1
-        own = sum(len(_read(items[index], row.prefix)) for index in row.items)
-        assert len(row.items) == 1 or (row.prefix == 299 and own <= ROW_OWN_TOKENS)
+        assert {tuple(items[index].prompt[: len(row.prefix)]) for index in row.items} == {tuple(row.prefix)}
+        # Rows are filled evenly, so that one is over by less than what was put in last.
+        longest = max(len(items[index].response) for index in row.items)
+        assert len(row.items) == 1 or len(row.tree.tokens) <= 300 * 1.5 + longest
+
+
+@given(st.lists(st.tuples(st.integers(0, 2), ids, ids), max_size=8))
+def test_what_belongs_together_is_in_one_row(drawn: list[tuple[int, list[int], list[int]]]) -> None:
+    items = [Scored([7] * 5 + [prompt], answer) for prompt, *answers in drawn for answer in answers]
+    homes = {index: number for number, row in enumerate(rows_of(items, together=2)) for index in row.items}
+    assert len(homes) == len(items)
+    assert all(homes[index] == homes[index + 1] for index in range(0, len(items), 2))
+
+
+def test_rows_of_a_prefix_are_of_like_length() -> None:
+    least, _ = ROW_OWN_TOKENS
+    sizes = [90, 80, 70, 60, 50, 34]
+    items = [Scored([9] * 50 + [place], [100 * place + n for n in range(size)]) for place, size in enumerate(sizes)]
+    assert sum(sizes) == 2 * least
+    assert sorted(len(row.tree.tokens) for row in rows_of(items)) == [184, 200]
