@@ -99,7 +99,8 @@ class JointRecipe(Section):
         writer: The preference-inference model.
         generator: The conditioned generator.
         train: Both, or one of them alone.
-        shared: One set of weights plays both roles; then both name the same model.
+        shared: One set of weights plays both roles; then both name the same model. Interleaved, one update follows both
+            gradients, with the writer's learning rate and clip.
         schedule: ``sequential`` trains the writer against the frozen generator, then the generator on fixed summaries;
             ``alternating`` does so in ``rounds``; ``interleaved`` updates both in each step, on the same samples.
         rounds: Of the alternating schedule.
@@ -107,7 +108,7 @@ class JointRecipe(Section):
         users_per_step: Users whose summaries are sampled in a step; the generator learns from as many pairs as there
             are summaries, alone too.
         pairs_per_summary: Held-out pairs of the user that judge a summary; the generator learns from one of them.
-        warmup: Steps until the learning rates have risen.
+        warmup: Steps of each phase of the schedule until the learning rates have risen.
         batch_tokens: The most tokens of one forward pass.
         evaluate_every: Steps between two looks at held-out users.
         evaluate_users: How many these are.
@@ -118,7 +119,7 @@ class JointRecipe(Section):
 
     task: Literal["joint"]
     name: Name
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, lt=2**32)
     data: Users
     writer: Writer
     generator: Generator

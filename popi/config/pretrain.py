@@ -85,7 +85,7 @@ class PretrainRecipe(Section):
 
     task: Literal["pretrain"]
     name: Name
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, lt=2**32)
     architecture: dict[str, Any]
     tokenizer: Tokenizer
     phases: Annotated[tuple[Phase, ...], Field(min_length=1)]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import json
 import logging
 import shutil
@@ -11,7 +10,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,36 +22,32 @@ from transformers import (
 from trl.trainer.grpo_config import GRPOConfig
 
 from popi import registry
-from popi.backends.causal.chat_tokens import ChatTokens
-from popi.backends.causal.loading import load, quiet
-from popi.backends.transformers import TransformersBackend
+from popi.backends.causal.loading import quiet
 from popi.config import JointRecipe
-from popi.errors import MissingExtra
+from popi.errors import ConfigError, MissingExtra, PopiError
 from popi.io import write_text
-from popi.models import ORIGIN
 from popi.roles import PreferenceInference
 from popi.training.card import joint_card
 from popi.training.checkpoints import BESIDE, Beside, last_complete
 from popi.training.curves import draw_curves
 from popi.training.generator import GeneratorTrainer, GeneratorUpdate
 from popi.training.look import Look, look
+from popi.training.pair import Pair, fingerprint
 from popi.training.reward import PairReward
-from popi.training.run_folder import METRICS, RunFolder, load_state, now, save_model, save_state
+from popi.training.run_folder import METRICS, RunFolder, load_state, now, save_state
 from popi.training.schedule import Phase, phases_of
-from popi.training.scoring import Judged, PairScorer, Reference
+from popi.training.scoring import Judged, Reference
 from popi.training.seeds import seed_of
 from popi.training.users import People, conversations, gather, in_turn
 from popi.training.watch import Watch
 from popi.training.writer import WriterTrainer
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
 log = logging.getLogger(__name__)
 
 Report = Callable[[dict[str, Any]], None]
-WRITER, GENERATOR, REFERENCE, PHASES, SAMPLES = "writer", "generator", "reference.json", "phases", "samples"
-CURVES = "curves.png"
+REFERENCE, PHASES, SAMPLES, CURVES = "reference.json", "phases", "samples", "curves.png"
+ONE_GPU = "show it one: CUDA_VISIBLE_DEVICES=0 popi train ..."
+NO_MEMORY = "out of memory; there may be room with a lower batch_tokens, users_per_step or writer.samples"
 LIBRARIES = ("torch", "transformers", "tokenizers", "numpy", "trl", "accelerate")
 
 
@@ -70,14 +65,21 @@ def run(recipe: JointRecipe, out: Path, *, source: str, report: Report) -> None:
 
     Raises:
         InputError: If the folder holds another run, or the data or the models cannot be used.
-        PopiError: If another process works in it, the disk is full, or the loss is no number.
+        ConfigError: If several GPUs are visible.
+        PopiError: If another process works in it, the disk or the memory is full, or the loss is no number.
     """
-    with RunFolder.open(out, recipe, libraries=LIBRARIES) as folder:
+    if torch.cuda.device_count() > 1:
+        raise ConfigError(f"{torch.cuda.device_count()} GPUs are visible, and a run uses one", fix=ONE_GPU)
+    with RunFolder.open(out, recipe, libraries=LIBRARIES) as folder, quiet():
         people = gather(recipe.data, held_out=recipe.evaluate_users, seed=recipe.seed)
-        if people.left_out:
-            log.info("left out for want of evidence or of pairs: %d users", people.left_out)
-        with quiet():
-            _Run(recipe, folder, people, report).all(source)
+        for why, count in people.left_out.items():
+            log.info("left out %s: %d users", why, count)
+        try:
+            begun = _Run(recipe, folder, people, report)
+            folder.begin({"data": people.digest()})
+            begun.all(source)
+        except torch.OutOfMemoryError as error:
+            raise PopiError(NO_MEMORY) from error
 
 
 class _Run:
@@ -85,65 +87,48 @@ class _Run:
 
     def __init__(self, recipe: JointRecipe, folder: RunFolder, people: People, report: Report) -> None:
         self._recipe, self._folder, self._people, self._report = recipe, folder, people, report
-        self._writer, self._writer_tokenizer = _load(recipe.writer.model)
-        self._generator, self._generator_tokenizer = (
-            (self._writer, self._writer_tokenizer) if recipe.shared else _load(recipe.generator.model)
-        )
-        self._writer_backend = TransformersBackend.from_model(
-            self._writer, self._writer_tokenizer, recipe.writer.model, batch_tokens=recipe.batch_tokens
-        )
-        self._generator_backend = TransformersBackend.from_model(
-            self._generator, self._generator_tokenizer, recipe.generator.model, batch_tokens=recipe.batch_tokens
-        )
-        self._scorer = PairScorer(
-            self._generator,
-            ChatTokens(self._generator_tokenizer, recipe.generator.model),
+        self._pair = Pair(
+            recipe.writer.model,
+            recipe.generator.model,
+            shared=recipe.shared,
             batch_tokens=recipe.batch_tokens,
             over=recipe.generator.over,
         )
+        self._scorer = self._pair.scorer
+        if recipe.train != "generator":
+            self._scorer.check(people.train, longest=recipe.writer.max_tokens)
 
     def all(self, source: str) -> None:
         """Every phase that is not done, and the models in the end."""
-        self._reference = asyncio.run(self._score_reference())
-        for phase in phases_of(self._recipe):
-            done = self._folder.path / PHASES / phase.name / "weights.pt"
-            if done.exists():
-                self._restore(load_state(done))
-                continue
+        self._reference = Reference.of(
+            self._people.pairs(),
+            self._scorer,
+            fingerprint=fingerprint(self._pair.generator),
+            file=self._folder.path / REFERENCE,
+        )
+        phases = phases_of(self._recipe)
+        done = max((place for place, phase in enumerate(phases) if self._weights_of(phase).exists()), default=-1)
+        if done >= 0:
+            self._pair.restore(load_state(self._weights_of(phases[done])))
+        for phase in phases[done + 1 :]:
             self._train(phase)
-            save_state(done, self._weights())
-            for checkpoint in done.parent.glob("checkpoint-*"):
+            save_state(self._weights_of(phase), self._pair.weights())
+            for left in (self._folder.path / PHASES).iterdir():
+                if left.name != phase.name:
+                    shutil.rmtree(left)
+            for checkpoint in self._weights_of(phase).parent.glob("checkpoint-*"):
                 shutil.rmtree(checkpoint)
         for role in self._recipe.results():
-            self._folder.save(role, partial(self._save, role, source))
+            if not (self._folder.path / role).exists():
+                self._folder.save(role, partial(self._save, role, source))
+
+    def _weights_of(self, phase: Phase) -> Path:
+        return self._folder.path / PHASES / phase.name / "weights.pt"
 
     def _save(self, role: str, source: str, folder: str) -> None:
-        if role == WRITER:
-            model, tokenizer, made_from = self._writer, self._writer_tokenizer, self._recipe.writer.model
-        else:
-            model, tokenizer, made_from = self._generator, self._generator_tokenizer, self._recipe.generator.model
         facts = {"recipe": source, "threads": torch.get_num_threads(), "finished": now()}
         card = joint_card(self._recipe, role, self._folder.config, self._folder.path / METRICS, facts)
-        save_model(model, tokenizer, card, folder)
-        write_text(Path(folder) / ORIGIN, json.dumps({"from": made_from}) + "\n")
-
-    def _weights(self) -> dict[str, Any]:
-        weights = {WRITER: self._writer.state_dict()}
-        return weights if self._recipe.shared else {**weights, GENERATOR: self._generator.state_dict()}
-
-    def _restore(self, weights: dict[str, Any]) -> None:
-        self._writer.load_state_dict(weights[WRITER])
-        if not self._recipe.shared:
-            self._generator.load_state_dict(weights[GENERATOR])
-
-    async def _score_reference(self) -> Reference:
-        return await Reference.of(
-            self._people.pairs(),
-            self._generator_backend,
-            fingerprint=weights_fingerprint(self._generator),
-            file=self._folder.path / REFERENCE,
-            over=self._recipe.generator.over,
-        )
+        self._pair.save(role, card, folder)
 
     def _train(self, phase: Phase) -> None:
         folder = self._folder.path / PHASES / phase.name
@@ -164,7 +149,7 @@ class _Run:
         update = None
         if joint and not recipe.shared:
             update = GeneratorUpdate(
-                self._generator,
+                self._pair.generator,
                 learning_rate=generator.learning_rate,
                 steps=phase.steps,
                 warmup=recipe.warmup,
@@ -200,10 +185,10 @@ class _Run:
             scale_rewards="group" if writer.scale_by_std else "none",
         )
         trainer = WriterTrainer(
-            self._writer,
-            self._writer_tokenizer,
+            self._pair.writer,
+            self._pair.writer_tokenizer,
             arguments,
-            conversations=conversations(self._people.train, self._writer_backend, writer.max_tokens),
+            conversations=conversations(self._people.train, self._pair.writer_backend, writer.max_tokens),
             order=order,
             earn=earn,
             batch_tokens=recipe.batch_tokens,
@@ -214,7 +199,7 @@ class _Run:
     def _generator_trainer(self, phase: Phase, folder: Path) -> tuple[GeneratorTrainer, None]:
         recipe, generator = self._recipe, self._recipe.generator
         trainer = GeneratorTrainer(
-            self._generator,
+            self._pair.generator,
             TrainingArguments(
                 **self._arguments(folder, phase.steps),
                 per_device_train_batch_size=recipe.users_per_step,
@@ -231,7 +216,7 @@ class _Run:
         return trainer, None
 
     def _arguments(self, folder: Path, steps: int) -> dict[str, Any]:
-        on_cpu = self._writer.device.type == "cpu"
+        on_cpu = self._pair.writer.device.type == "cpu"
         return {
             "output_dir": str(folder),
             "max_steps": steps,
@@ -246,7 +231,8 @@ class _Run:
             "disable_tqdm": True,
             "remove_unused_columns": False,
             "use_cpu": on_cpu,
-            "bf16": not on_cpu,
+            # The models are computed with by our own code, which knows its precision; accelerate's would cling to them.
+            "bf16": False,
             "gradient_checkpointing": False,
         }
 
@@ -280,9 +266,9 @@ class _Run:
         if recipe.generator.context == "none":
             return None
         if recipe.generator.context == "raw-signals":
-            return registry.make_inference("raw", self._generator_backend)
+            return registry.make_inference("raw", self._pair.generator_backend)
         options = {"max_tokens": recipe.writer.max_tokens, "temperature": temperature}
-        return registry.make_inference("llm", self._writer_backend, **options, seed=seed_of(recipe.seed, purpose))
+        return registry.make_inference("llm", self._pair.writer_backend, **options, seed=seed_of(recipe.seed, purpose))
 
     def _watch(self, phase: Phase) -> Watch:
         return Watch(phase, look=self._look, every=self._recipe.evaluate_every, log=self._log)
@@ -299,16 +285,3 @@ class _Run:
         if seen is not None:
             with suppress(MissingExtra):
                 draw_curves(self._folder.path / METRICS, self._folder.path / CURVES)
-
-
-def _load(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A model to be trained: full-precision weights, whatever device computes with them."""
-    return load(name, None, "float32")
-
-
-def weights_fingerprint(model: PreTrainedModel) -> str:
-    """A fingerprint of a model's weights, 16 hex digits, by the sums of each tensor."""
-    digest = hashlib.sha256()
-    for name, value in model.state_dict().items():
-        digest.update(f"{name}{tuple(value.shape)}{value.double().sum()}{value.double().abs().sum()}".encode())
-    return digest.hexdigest()[:16]

@@ -7,7 +7,8 @@ computed where a response's token is predicted and nowhere else.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -35,6 +36,19 @@ class TokenLikelihood:
     tokens: int
 
 
+@contextmanager
+def computing(model: PreTrainedModel) -> Iterator[None]:
+    """Within it a model computes as everywhere in joint training: without dropout, and on a GPU in bfloat16."""
+    training, on_gpu = model.training, model.device.type == "cuda"
+    model.train(False)
+    try:
+        with torch.autocast("cuda", torch.bfloat16) if on_gpu else nullcontext():
+            yield
+    finally:
+        # TRL tells training from evaluation by it.
+        model.train(training)
+
+
 def token_likelihood(
     model: PreTrainedModel,
     items: Sequence[Scored],
@@ -56,7 +70,8 @@ def token_likelihood(
     parts: list[tuple[Tensor, Tensor, Tensor]] = []
     tokens = 0
     for rows in pack(model, items, batch_tokens=batch_tokens, share=share):
-        found = response_logits(model, items, rows)
+        with computing(model):
+            found = response_logits(model, items, rows)
         tokens += tokens_of(rows)
         parts.append((found.items_N * width + found.offsets_N, *_of_logits(found, temperature)))
     places_N, logps_N, entropies_N = (torch.cat(part) for part in zip(*parts, strict=True))
@@ -79,7 +94,8 @@ def response_logps(
         rows: The pass.
         over: Whether a response's tokens are summed or averaged.
     """
-    found = response_logits(model, items, rows)
+    with computing(model):
+        found = response_logits(model, items, rows)
     # Margins are small differences of large sums.
     logps_N = -cross_entropy(found.logits_N_V.float(), found.targets_N, reduction="none").double()
     sums_I = logps_N.new_zeros(len(items)).index_add(0, found.items_N, logps_N)

@@ -6,7 +6,8 @@ One objective joins writer q_phi and generator pi_theta (POPI, arXiv 2510.17881)
 
     min over theta, phi of  E_{s, x, y_w, y_l} E_{z ~ q_phi(.|s)} [ loss(h) ]  +  kl * KL(q_phi || q_base)
 
-theta follows the gradient of the loss; phi is taught by reinforcement with the reward ``-loss``.
+theta follows the gradient of the loss; phi is taught by reinforcement with the reward ``-loss``. The writer's trainer
+is TRL's; what it does with rewards is written out here too, and tests hold it to that.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ Over = Literal["sum", "mean"]
 mean, so that a longer response is no less likely by its length alone."""
 
 
-def margin(chosen: Tensor, rejected: Tensor, ref_chosen: Tensor, ref_rejected: Tensor) -> Tensor:
+def margin(chosen: Tensor, rejected: Tensor, reference: Tensor) -> Tensor:
     """The implicit reward margin h of a pair under a summary, before beta, in nats.
 
         h = [log pi_theta(y_w|x,z) - log pi_theta(y_l|x,z)] - [log pi_ref(y_w|x) - log pi_ref(y_l|x)]
@@ -33,10 +34,9 @@ def margin(chosen: Tensor, rejected: Tensor, ref_chosen: Tensor, ref_rejected: T
     Args:
         chosen: log pi_theta(y_w|x,z), any shape.
         rejected: log pi_theta(y_l|x,z), alike.
-        ref_chosen: log pi_ref(y_w|x), broadcastable.
-        ref_rejected: log pi_ref(y_l|x), alike.
+        reference: log pi_ref(y_w|x) - log pi_ref(y_l|x), broadcastable.
     """
-    return (chosen - rejected) - (ref_chosen - ref_rejected)
+    return chosen - rejected - reference
 
 
 def dpo_loss(h: Tensor, beta: float) -> Tensor:

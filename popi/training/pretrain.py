@@ -185,6 +185,7 @@ def run(recipe: PretrainRecipe, out: Path, *, source: str, report: Callable[[dic
         PopiError: If another process works in it, or the disk is full.
     """
     with RunFolder.open(out, recipe) as folder:
+        folder.begin({})
         _run(recipe, folder, source, report)
 
 

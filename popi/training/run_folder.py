@@ -9,7 +9,7 @@ import platform
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
@@ -26,7 +26,7 @@ from popi.prompts import template_hash
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-CONFIG, METRICS, CHECKPOINT = "config.json", "metrics.jsonl", "checkpoint.pt"
+CONFIG, METRICS, CHECKPOINT, LOCK = "config.json", "metrics.jsonl", "checkpoint.pt", ".lock"
 LIBRARIES = ("torch", "transformers", "tokenizers", "numpy")
 
 
@@ -51,7 +51,7 @@ class RunFolder:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._held.close()
+        self._leave()
 
     @classmethod
     def open(cls, path: Path, recipe: BaseModel, *, libraries: Sequence[str] = LIBRARIES) -> Self:
@@ -63,7 +63,7 @@ class RunFolder:
             libraries: Whose versions count.
 
         Raises:
-            InputError: If it holds a run of another recipe or other templates, or something else.
+            InputError: If it holds a run of another recipe or other templates, or anything else.
             PopiError: If another process works in it, or it cannot be written.
         """
         config = {
@@ -71,25 +71,63 @@ class RunFolder:
             "template_hash": template_hash(),
             "versions": {"popi": __version__, **{name: importlib.metadata.version(name) for name in libraries}},
         }
-        file = path / CONFIG
-        if file.exists():
-            known = read_json(file)
-            if not isinstance(known, dict):
-                raise InputError("is not the configuration of a run", file=file, fix="choose another folder")
-            for key, value in config.items():
-                if known.get(key) != value:
-                    raise InputError(
-                        f"holds a run with another {key.replace('_', ' ')}",
-                        file=file,
-                        fix="choose another folder, or remove this one",
-                    )
-        else:
-            known = {**config, "machine": machine(), "started": now()}
-            write_text(file, json.dumps(known, indent=2) + "\n")
+        if path.exists() and not path.is_dir():
+            raise InputError("is a file", file=path, fix="name a folder")
         try:
-            return cls(path, known, lock(path))
+            path.mkdir(parents=True, exist_ok=True)
+            held = lock(path)
         except OSError as error:
             raise PopiError(f"cannot write in {path}: {error.strerror or error}") from error
+        folder = cls(path, config, held)
+        try:
+            folder._compare(config)
+        except InputError:
+            (path / LOCK).unlink(missing_ok=True)
+            folder._leave()
+            raise
+        return folder
+
+    def _compare(self, wanted: dict[str, Any]) -> None:
+        file = self.path / CONFIG
+        if not file.exists():
+            if other := next((found.name for found in sorted(self.path.iterdir()) if found.name != LOCK), None):
+                raise InputError(f"holds no run, but {other}", file=self.path, fix="choose another folder")
+            return
+        known = read_json(file)
+        if not isinstance(known, dict):
+            raise InputError("is not the configuration of a run", file=file, fix="choose another folder")
+        for key, value in wanted.items():
+            if known.get(key) != value:
+                raise InputError(
+                    f"holds a run with another {key.replace('_', ' ')}",
+                    file=file,
+                    fix="choose another folder, or remove this one",
+                )
+        self.config = known
+
+    def begin(self, facts: dict[str, Any]) -> None:
+        """Writes the configuration, once what it names is known to be usable; a resumed run compares it.
+
+        Args:
+            facts: What else the run rests on.
+
+        Raises:
+            InputError: If the run was begun with other facts.
+            PopiError: If it cannot be written.
+        """
+        if (self.path / CONFIG).exists():
+            self._compare(facts)
+            return
+        self.config = {**self.config, **facts, "machine": machine(), "started": now()}
+        write_text(self.path / CONFIG, json.dumps(self.config, indent=2) + "\n")
+
+    def _leave(self) -> None:
+        """Gives the folder free; one in which nothing was begun is as it was."""
+        if not (self.path / CONFIG).exists():
+            (self.path / LOCK).unlink(missing_ok=True)
+            with suppress(OSError):
+                self.path.rmdir()
+        self._held.close()
 
     def log(self, measured: dict[str, Any]) -> None:
         """Adds one line to the metrics.

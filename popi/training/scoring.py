@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,16 +14,15 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from popi.backends.base import Backend, ScoreRequest
 from popi.backends.causal.cache import has_plain_cache
 from popi.backends.causal.chat_tokens import ChatTokens
 from popi.backends.causal.packing import Scored, pack, tokens_of
-from popi.data.example import TestPair
+from popi.data.example import PersonalizationExample, TestPair
 from popi.errors import InputError
 from popi.io import read_json, write_text
 from popi.prompts import answer_messages, template_hash
 from popi.training.likelihood import response_logps
-from popi.training.objective import Over
+from popi.training.objective import Over, margin
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -58,6 +58,7 @@ class PairScorer:
         over: Whether the tokens of a response are summed or averaged.
 
     Attributes:
+        over: As given.
         tokens: How many tokens the generator has read so far.
     """
 
@@ -65,9 +66,33 @@ class PairScorer:
         self, model: PreTrainedModel, tokens: ChatTokens, *, batch_tokens: int = 8192, over: Over = "sum"
     ) -> None:
         self._model, self._tokens = model, tokens
-        self._batch_tokens, self._over = batch_tokens, over
+        self._batch_tokens = batch_tokens
         self._share = has_plain_cache(model)
-        self.tokens = 0
+        self._context: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        self.over, self.tokens = over, 0
+
+    def check(self, users: Sequence[PersonalizationExample], *, longest: int) -> None:
+        """Refuses users with a pair that would not fit the model's context under a long summary.
+
+        Args:
+            users: The users.
+            longest: The most tokens of a summary.
+
+        Raises:
+            InputError: If there is one.
+        """
+        room = math.inf if self._context is None else self._context - longest
+        for user in users:
+            # An empty summary, so that only its own tokens are still to come.
+            encoded = self._encode([Judged("", pair, 0.0) for pair in user.tests], within=math.inf)
+            for place, answer in enumerate(encoded):
+                length = len(answer.prompt) + len(answer.response)
+                if length > room:
+                    raise InputError(
+                        f"user {user.user.user_id!r}: {_named(user.tests[place // 2])} takes {length} tokens, "
+                        f"which with a summary of {longest} do not fit the context of {self._context}",
+                        fix="leave the pair out, lower writer.max_tokens, or take a model with a longer context",
+                    )
 
     def passes(self, items: Sequence[Judged]) -> Iterator[tuple[list[int], Tensor]]:
         """Margins pass by pass, so that the gradient of one can be taken before the next is computed.
@@ -81,14 +106,14 @@ class PairScorer:
         Raises:
             InputError: If a conversation cannot be rendered or has no room in the model's context.
         """
-        answers = self._encode(items)
+        answers = self._encode(items, within=math.inf if self._context is None else self._context)
         for rows in pack(self._model, answers, batch_tokens=self._batch_tokens, share=self._share, together=2):
             self.tokens += tokens_of(rows)
-            logps = response_logps(self._model, answers, rows, over=self._over)
+            logps = response_logps(self._model, answers, rows, over=self.over)
             chosen = sorted({place // 2 for row in rows for place in row.items})
             reference = logps.new_tensor([items[index].reference for index in chosen])
             found = logps.view(-1, 2)[chosen]
-            yield chosen, found[:, 0] - found[:, 1] - reference
+            yield chosen, margin(found[:, 0], found[:, 1], reference)
 
     @torch.no_grad()
     def margins(self, items: Sequence[Judged]) -> Tensor:
@@ -98,7 +123,7 @@ class PairScorer:
             found[chosen] = margins.cpu()
         return found
 
-    def _encode(self, items: Sequence[Judged]) -> list[Scored]:
+    def _encode(self, items: Sequence[Judged], *, within: float) -> list[Scored]:
         """The chosen and the rejected answer of each item, one after the other."""
         prompts = self._tokens.render([answer_messages(item.pair.prompt, item.context) for item in items])
         texts = list(dict.fromkeys(text for item in items for text in (item.pair.chosen, item.pair.rejected)))
@@ -106,20 +131,23 @@ class PairScorer:
             text: [*tokens, *self._tokens.end_of_turn]
             for text, tokens in zip(texts, self._tokens.encode(texts), strict=True)
         }
-        context = getattr(self._model.config.get_text_config(), "max_position_embeddings", None)
         made = []
         for item, prompt in zip(items, prompts, strict=True):
             answers = responses[item.pair.chosen], responses[item.pair.rejected]
             length = len(prompt.tokens) + max(map(len, answers))
             if prompt.error is not None:
-                raise InputError(f"a pair cannot be scored: {prompt.error}", fix="leave the pair out")
-            if context is not None and length > context:
+                raise InputError(f"{_named(item.pair)} cannot be scored: {prompt.error}", fix="leave it out")
+            if length > within:
                 raise InputError(
-                    f"a pair of {length} tokens with its summary does not fit the context of {context}",
-                    fix="leave the pair out, or take a model with a longer context",
+                    f"{_named(item.pair)} takes {length} tokens with its context, and the model holds {within}",
+                    fix="leave it out, or take a model with a longer context",
                 )
             made += [Scored(prompt.tokens, answer) for answer in answers]
         return made
+
+
+def _named(pair: TestPair) -> str:
+    return f"the pair of the prompt {pair.prompt[:60]!r}"
 
 
 def reference_key(pair: TestPair) -> str:
@@ -144,24 +172,16 @@ class Reference:
         return self._differences[reference_key(pair)]
 
     @classmethod
-    async def of(
-        cls,
-        pairs: Sequence[TestPair],
-        backend: Backend,
-        *,
-        fingerprint: str,
-        file: Path,
-        over: Over = "sum",
-        batch: int = 512,
+    def of(
+        cls, pairs: Sequence[TestPair], scorer: PairScorer, *, fingerprint: str, file: Path, batch: int = 512
     ) -> Reference:
         """Reads the file, or scores every pair and writes it.
 
         Args:
             pairs: All pairs that will be asked for.
-            backend: The reference model.
+            scorer: Scores with the reference model.
             fingerprint: Of the model's weights.
             file: Where the differences are kept.
-            over: Whether the tokens of a response are summed or averaged.
             batch: Pairs at once.
 
         Raises:
@@ -172,7 +192,7 @@ class Reference:
         made_of = {
             "model": fingerprint,
             "template_hash": template_hash(),
-            "over": over,
+            "over": scorer.over,
             "pairs": hashlib.sha256("".join(sorted(wanted)).encode()).hexdigest()[:16],
         }
         if file.exists():
@@ -185,21 +205,8 @@ class Reference:
         names = list(wanted)
         for start in range(0, len(names), batch):
             part = names[start : start + batch]
-            differences |= zip(part, await _differences([wanted[name] for name in part], backend, over), strict=True)
+            bare = [Judged(None, wanted[name], 0.0) for name in part]
+            differences |= zip(part, scorer.margins(bare).tolist(), strict=True)
             log.info("reference: %d of %d pairs scored", start + len(part), len(names))
         write_text(file, json.dumps({"made_of": made_of, "differences": differences}) + "\n")
         return cls(differences)
-
-
-async def _differences(pairs: Sequence[TestPair], backend: Backend, over: Over) -> list[float]:
-    asked = [
-        ScoreRequest(answer_messages(pair.prompt), answer) for pair in pairs for answer in (pair.chosen, pair.rejected)
-    ]
-    scores = []
-    for request, result in zip(asked, await backend.score(asked), strict=True):
-        if result.error is not None:
-            raise InputError(
-                f"the answer {request.response[:60]!r} cannot be scored: {result.error}", fix="leave it out"
-            )
-        scores.append(result.logprob / (result.tokens if over == "mean" else 1))
-    return [chosen - rejected for chosen, rejected in zip(scores[0::2], scores[1::2], strict=True)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -16,6 +17,9 @@ from popi.prompts import Message, inference_messages
 from popi.render import render_signals
 from popi.roles import context_tokens
 
+OF_NO_USE = "for want of evidence or of pairs"
+BESIDE_HELD_OUT = "since they share their pairs with held-out users"
+
 
 @dataclass(frozen=True, slots=True)
 class People:
@@ -24,16 +28,23 @@ class People:
     Attributes:
         train: Whom to learn from.
         held_out: Whom to look at.
-        left_out: How many were of no use, for want of evidence or of pairs.
+        left_out: How many are neither, by the reason.
     """
 
     train: Sequence[PersonalizationExample]
     held_out: Sequence[PersonalizationExample]
-    left_out: int = 0
+    left_out: dict[str, int]
 
     def pairs(self) -> list[TestPair]:
         """All pairs of all users."""
         return [pair for example in (*self.train, *self.held_out) for pair in example.tests]
+
+    def digest(self) -> str:
+        """Names the users by all that is known of them, 16 hex digits."""
+        digest = hashlib.sha256()
+        for example in (*self.train, *self.held_out):
+            digest.update(example.model_dump_json().encode("utf-8", "surrogatepass"))
+        return digest.hexdigest()[:16]
 
 
 def gather(data: Users, *, held_out: int, seed: int) -> People:
@@ -54,7 +65,7 @@ def gather(data: Users, *, held_out: int, seed: int) -> People:
         assert data.users is not None
         made = list(generate(split="train", users=data.users, seed=seed, tests=data.pairs))
         kept_back = list(generate(split="validation", users=held_out, seed=seed, tests=data.pairs))
-        return People(_useful(made), _useful(kept_back), len(made) - len(_useful(made)))
+        return People(_useful(made), _useful(kept_back), _reasons(made, _useful(made)))
     read = list(read_examples(data.file))
     useful = _useful(read)
     # Users of one cluster share what they are tested on: all of them learn or none does.
@@ -72,7 +83,8 @@ def gather(data: Users, *, held_out: int, seed: int) -> People:
     train = dealt[first:]
     if data.users is not None and data.users > len(train):
         raise ConfigError(f"{len(train)} users are left to learn from, not {data.users}", field="data.users")
-    return People(train[: data.users], dealt[:held_out], len(read) - len(useful))
+    parted = _reasons(read, useful) | {BESIDE_HELD_OUT: first - held_out}
+    return People(train[: data.users], dealt[:held_out], {why: count for why, count in parted.items() if count})
 
 
 def conversations(users: Sequence[PersonalizationExample], backend: Backend, max_tokens: int) -> list[list[Message]]:
@@ -108,6 +120,10 @@ def in_turn(users: int, count: int, *, seed: int) -> list[int]:
     generator = torch.Generator().manual_seed(seed)
     rounds = [torch.randperm(users, generator=generator) for _ in range(-(-count // users))]
     return torch.cat(rounds)[:count].tolist()
+
+
+def _reasons(given: Sequence[PersonalizationExample], useful: Sequence[PersonalizationExample]) -> dict[str, int]:
+    return {OF_NO_USE: len(given) - len(useful)} if len(given) > len(useful) else {}
 
 
 def _useful(examples: Iterable[PersonalizationExample]) -> list[PersonalizationExample]:

@@ -17,13 +17,12 @@ from popi.backends.causal.cache import has_plain_cache
 from popi.backends.causal.chat_tokens import ChatTokens
 from popi.backends.causal.decoding import Draft, decode, end_tokens_of
 from popi.backends.causal.packing import Scored
-from popi.backends.transformers import evaluating
 from popi.errors import InputError
 from popi.prompts import Message
 from popi.summary import Author, PreferenceSummary, Provenance, finished_part, read_reply
 from popi.training.checkpoints import Saves
 from popi.training.generator import diverged
-from popi.training.likelihood import token_likelihood
+from popi.training.likelihood import computing, token_likelihood
 from popi.training.seeds import seed_of
 
 if TYPE_CHECKING:
@@ -114,7 +113,7 @@ class WriterTrainer(Saves, GRPOTrainer):
         ]
         model = self.accelerator.unwrap_model(self.model)
         try:
-            with evaluating(model):
+            with torch.inference_mode(), computing(model):
                 sampled = decode(
                     model,
                     drafts,

@@ -15,20 +15,22 @@ import yaml
 
 from popi.config import load
 from popi.data.example import PersonalizationExample, TestPair
-from popi.errors import InputError, PopiError
+from popi.errors import ConfigError, InputError, PopiError
 from popi.io import write_jsonl
 from popi.signals import PreferencePair, Statement, UserSignals
 from popi.testing import tiny_model
+from popi.training.run_folder import RunFolder, load_state
 
 pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    """Two tiny models on disk."""
+    """Two tiny models on disk. They would drop out, were it not forbidden: no two runs would be alike."""
     folder = tmp_path_factory.mktemp("models")
     for seed, name in enumerate(("one", "two")):
         model, tokenizer = tiny_model(seed=seed)
+        model.config.attention_dropout = 0.1
         model.save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
     return folder
@@ -189,16 +191,20 @@ def test_a_resumed_run_ends_with_the_weights_of_a_straight_one(recipe, models, t
     for step in (2, 3):
         with pytest.raises(Stopped):
             train(resolved, tmp_path / "resumed", stop_at(step))
-    resumed = train(resolved, tmp_path / "resumed")
-    for role, tensors in straight.items():
-        assert not moved(tensors, resumed[role]), role
+    train(resolved, tmp_path / "resumed")
+    [kept], [again] = ((tmp_path / name / "phases").glob("*/weights.pt") for name in ("straight", "resumed"))
+    torch.testing.assert_close(load_state(kept), load_state(again), rtol=0, atol=0)
 
     def figures(name):
         lines = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
         return [{key: line.get(key) for key in ("step", "phase", "reward", "margin", "held_out")} for line in lines]
 
     assert figures("straight") == figures("resumed")
+    # A finished run is left as it is.
+    models_of = [tmp_path / "resumed" / role / "model.safetensors" for role in straight]
+    written = [model.stat().st_mtime_ns for model in models_of]
     assert train(resolved, tmp_path / "resumed", stop_at(1)).keys() == straight.keys()
+    assert [model.stat().st_mtime_ns for model in models_of] == written
 
 
 def test_a_run_resumed_in_a_later_round_of_its_users_meets_them_in_the_same_order(recipe, tmp_path):
@@ -265,6 +271,59 @@ def test_a_folder_of_another_recipe_is_refused(recipe, tmp_path):
     train(recipe(steps=1), tmp_path / "run")
     with pytest.raises(InputError, match="another recipe"):
         train(recipe(steps=2), tmp_path / "run")
+
+
+def test_other_signals_are_other_data(recipe, people, tmp_path):
+    copy = tmp_path / "users.jsonl"
+    copy.write_text(people.read_text())
+    resolved = recipe(**{"data.file": str(copy), "steps": 1})
+    train(resolved, tmp_path / "run")
+    copy.write_text(people.read_text().replace("I like answer", "I hate answer"))
+    with pytest.raises(InputError, match="holds a run with another data"):
+        train(resolved, tmp_path / "run")
+
+
+def test_a_folder_of_something_else_is_left_as_it_is(recipe, tmp_path):
+    thesis = tmp_path / "mine" / "writer" / "thesis.txt"
+    thesis.parent.mkdir(parents=True)
+    thesis.write_text("years of work")
+    with pytest.raises(InputError, match="holds no run, but writer; choose another folder"):
+        train(recipe(), tmp_path / "mine")
+    assert thesis.read_text() == "years of work"
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["writer"]
+    with pytest.raises(InputError, match="is a file; name a folder"):
+        train(recipe(), thesis)
+
+
+def test_what_was_refused_before_it_began_may_be_mended(recipe, tmp_path):
+    with pytest.raises(InputError):
+        train(recipe(**{"writer.model": str(tmp_path / "nowhere")}), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    train(recipe(steps=1), tmp_path / "run")
+
+
+def test_who_comes_second_into_a_folder_changes_nothing(recipe, tmp_path):
+    first, second = recipe(steps=1), recipe(steps=2)
+    with RunFolder.open(tmp_path / "run", first) as folder:
+        with pytest.raises(PopiError, match="is being written by another process"):
+            train(second, tmp_path / "run")
+        folder.begin({})
+    RunFolder.open(tmp_path / "run", first).__exit__(None, None, None)
+
+
+def test_out_of_memory_is_one_line(recipe, tmp_path, monkeypatch):
+    def full(self, items):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB")
+
+    monkeypatch.setattr("popi.training.scoring.PairScorer.passes", full)
+    with pytest.raises(PopiError, match="out of memory; there may be room with a lower batch_tokens"):
+        train(recipe(), tmp_path / "run")
+
+
+def test_one_gpu_at_a_time(recipe, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(ConfigError, match="2 GPUs are visible, and a run uses one; show it one: CUDA_"):
+        train(recipe(), tmp_path / "run")
 
 
 def test_a_file_with_too_few_users_says_so(recipe, tmp_path):

@@ -29,7 +29,7 @@ def tensor(*values):
 
 def test_the_margin_is_what_the_summary_adds_to_the_bare_reference():
     # (-10 + 14) - (-12 + 13) = 3
-    assert margin(tensor(-10.0), tensor(-14.0), tensor(-12.0), tensor(-13.0)).item() == 3.0
+    assert margin(tensor(-10.0), tensor(-14.0), tensor(1.0)).item() == 3.0
 
 
 def test_dpo_by_hand():

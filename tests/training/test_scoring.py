@@ -9,9 +9,10 @@ import torch
 from popi.backends.base import ScoreRequest
 from popi.backends.causal.chat_tokens import ChatTokens
 from popi.backends.transformers import TransformersBackend
-from popi.data.example import TestPair
+from popi.data.example import PersonalizationExample, TestPair
 from popi.errors import InputError
 from popi.prompts import answer_messages
+from popi.signals import UserSignals
 from popi.testing import tiny_model
 from popi.training.scoring import Judged, PairScorer, Reference
 
@@ -67,21 +68,49 @@ def test_gradients_pass_by_pass_add_up_to_those_of_all_at_once(tiny):
 def test_a_pair_that_has_no_room_is_bad_input(tiny):
     model, tokens, _ = tiny
     long = Judged("word " * 3000, PAIRS[0], 0.0)
-    with pytest.raises(InputError, match="does not fit the context of 2048"):
+    with pytest.raises(InputError, match=r"the pair of the prompt 'How do I 0\?' takes \d+ tokens .* holds 2048"):
         PairScorer(model, tokens).margins([long])
 
 
-async def test_the_reference_is_scored_once_and_kept(tiny, tmp_path, caplog):
+def test_pairs_without_room_for_a_long_summary_are_known_beforehand(tiny):
+    model, tokens, _ = tiny
+    scorer = PairScorer(model, tokens)
+    users = [PersonalizationExample(user=UserSignals(user_id="Ada"), tests=tuple(PAIRS))]
+    scorer.check(users, longest=1000)
+    with pytest.raises(InputError, match=r"user 'Ada': the pair of the prompt 'How do I 3\?' takes \d+ tokens, which"):
+        # What the longest of them leaves, and one more.
+        scorer.check(users, longest=2048 - longest_pair(tokens) + 1)
+    scorer.check(users, longest=2048 - longest_pair(tokens))
+
+
+def longest_pair(tokens):
+    """The tokens of the longest pair under an empty summary."""
+    [prompt] = tokens.render([answer_messages(PAIRS[-1].prompt, "")])
+    return len(prompt.tokens) + len(tokens.encode([PAIRS[-1].rejected])[0]) + len(tokens.end_of_turn)
+
+
+def test_a_score_knows_no_dropout_and_leaves_no_trace(tiny):
+    model, tokens, _ = tiny
+    scorer = PairScorer(model, tokens)
+    expected = scorer.margins(ITEMS)
+    for layer in model.model.layers:
+        layer.self_attn.attention_dropout = 0.5
+    model.train()
+    assert torch.equal(scorer.margins(ITEMS), expected)
+
+
+def test_the_reference_is_scored_once_and_kept(tiny, tmp_path, caplog):
     caplog.set_level("INFO", logger="popi.training.scoring")
-    model, tokens, tokenizer = tiny
-    backend = TransformersBackend.from_model(model, tokenizer, "tiny")
+    model, tokens, _ = tiny
+    scorer = PairScorer(model, tokens)
     file = tmp_path / "reference.json"
-    made = await Reference.of(PAIRS, backend, fingerprint="a", file=file, batch=3)
+    made = Reference.of(PAIRS, scorer, fingerprint="a", file=file, batch=3)
     assert caplog.messages == ["reference: 3 of 4 pairs scored", "reference: 4 of 4 pairs scored"]
     bare = [Judged(None, pair, made[pair]) for pair in PAIRS]
-    assert PairScorer(model, tokens).margins(bare).abs().max() < 1e-4
-    await backend.close()
-    again = await Reference.of(PAIRS, backend, fingerprint="a", file=file)
+    assert scorer.margins(bare).abs().max() < 1e-4
+    read = scorer.tokens
+    again = Reference.of(PAIRS, scorer, fingerprint="a", file=file)
+    assert scorer.tokens == read
     assert [again[pair] for pair in PAIRS] == [made[pair] for pair in PAIRS]
 
 
@@ -93,31 +122,31 @@ async def test_the_reference_is_scored_once_and_kept(tiny, tmp_path, caplog):
         ({"over": "mean"}, "another over"),
     ],
 )
-async def test_a_stale_reference_is_refused(tiny, tmp_path, change, says):
-    model, _, tokenizer = tiny
-    backend = TransformersBackend.from_model(model, tokenizer, "tiny")
-    given = {"pairs": PAIRS, "fingerprint": "a", "over": "sum"}
-    file = tmp_path / "reference.json"
-    await Reference.of(given.pop("pairs"), backend, file=file, **given)
-    changed = {"pairs": PAIRS, **given, **change}
+def test_a_stale_reference_is_refused(tiny, tmp_path, change, says):
+    model, tokens, _ = tiny
+
+    def make(pairs=PAIRS, fingerprint="a", over="sum"):
+        scorer = PairScorer(model, tokens, over=over)
+        return Reference.of(pairs, scorer, fingerprint=fingerprint, file=tmp_path / "reference.json")
+
+    make()
     with pytest.raises(InputError, match=says):
-        await Reference.of(changed.pop("pairs"), backend, file=file, **changed)
+        make(**change)
 
 
-async def test_a_reference_of_other_templates_is_refused(tiny, tmp_path):
-    model, _, tokenizer = tiny
-    backend = TransformersBackend.from_model(model, tokenizer, "tiny")
+def test_a_reference_of_other_templates_is_refused(tiny, tmp_path):
+    model, tokens, _ = tiny
     file = tmp_path / "reference.json"
-    await Reference.of(PAIRS, backend, fingerprint="a", file=file)
+    Reference.of(PAIRS, PairScorer(model, tokens), fingerprint="a", file=file)
     kept = json.loads(file.read_text())
     kept["made_of"]["template_hash"] = "old"
     file.write_text(json.dumps(kept))
     with pytest.raises(InputError, match="another template hash"):
-        await Reference.of(PAIRS, backend, fingerprint="a", file=file)
+        Reference.of(PAIRS, PairScorer(model, tokens), fingerprint="a", file=file)
 
 
-async def test_the_mean_over_tokens_does_not_depend_on_length(tiny, tmp_path):
-    model, _, tokenizer = tiny
-    backend = TransformersBackend.from_model(model, tokenizer, "tiny")
-    made = await Reference.of(PAIRS, backend, fingerprint="a", file=tmp_path / "r.json", over="mean")
+def test_the_mean_over_tokens_does_not_depend_on_length(tiny, tmp_path):
+    model, tokens, _ = tiny
+    scorer = PairScorer(model, tokens, over="mean")
+    made = Reference.of(PAIRS, scorer, fingerprint="a", file=tmp_path / "r.json")
     assert all(math.fabs(made[pair]) < 8 for pair in PAIRS)

@@ -3,9 +3,13 @@ import asyncio
 import pytest
 
 from popi import registry
+from popi.config import Users
+from popi.data.example import PersonalizationExample, TestPair
 from popi.data.miniworld import generate
+from popi.io import write_jsonl
+from popi.signals import Statement, UserSignals
 from popi.testing import ScriptedBackend
-from popi.training.users import conversations, in_turn
+from popi.training.users import conversations, gather, in_turn
 
 
 @pytest.mark.parametrize("context_length", [None, 400])
@@ -22,3 +26,18 @@ def test_everybody_comes_in_turn_before_anybody_comes_again():
     assert sorted(order[:5]) == sorted(order[5:10]) == list(range(5)) and len(order) == 12
     assert order[:5] != order[5:10]
     assert in_turn(5, 7, seed=3) == order[:7]
+
+
+def test_users_who_share_their_pairs_with_held_out_ones_are_counted(tmp_path):
+    made = [
+        PersonalizationExample(
+            user=UserSignals(user_id=f"user {n}", signals=(Statement(text="I like tea."),)),
+            tests=(TestPair(prompt="How?", chosen="So.", rejected="No."),),
+            facts={"cluster": f"cluster {n % 3}"},
+        )
+        for n in range(30)
+    ]
+    write_jsonl(tmp_path / "users.jsonl", made)
+    people = gather(Users(file=tmp_path / "users.jsonl"), held_out=3, seed=0)
+    assert (len(people.train), len(people.held_out)) == (20, 3)
+    assert people.left_out == {"since they share their pairs with held-out users": 7}

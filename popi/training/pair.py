@@ -1,0 +1,89 @@
+"""The writer and the generator of a joint run."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from popi.backends.causal.chat_tokens import ChatTokens
+from popi.backends.causal.loading import load
+from popi.backends.transformers import TransformersBackend
+from popi.io import write_text
+from popi.models import ORIGIN
+from popi.training.objective import Over
+from popi.training.run_folder import save_model
+from popi.training.scoring import PairScorer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+WRITER, GENERATOR = "writer", "generator"
+
+
+class Pair:
+    """Two models that learn, or one that plays both roles, in full precision whatever device computes with them.
+
+    Args:
+        writer: Name of a shipped model, path or hub id.
+        generator: Likewise.
+        shared: Whether one set of weights plays both roles.
+        batch_tokens: The most tokens of one forward pass.
+        over: Whether the scorer sums or averages the tokens of a response.
+
+    Attributes:
+        writer: The preference-inference model.
+        generator: The conditioned generator.
+        writer_tokenizer: The writer's.
+        writer_backend: Writes with the writer's present weights.
+        generator_backend: Reads with the generator's.
+        scorer: Scores with the generator.
+    """
+
+    def __init__(self, writer: str, generator: str, *, shared: bool, batch_tokens: int, over: Over) -> None:
+        self._names = {WRITER: writer, GENERATOR: generator}
+        self._shared = shared
+        self.writer, self.writer_tokenizer = load(writer, None, "float32")
+        self.generator, self._generator_tokenizer = (
+            (self.writer, self.writer_tokenizer) if shared else load(generator, None, "float32")
+        )
+        self.writer_backend = TransformersBackend.from_model(
+            self.writer, self.writer_tokenizer, writer, batch_tokens=batch_tokens
+        )
+        self.generator_backend = TransformersBackend.from_model(
+            self.generator, self._generator_tokenizer, generator, batch_tokens=batch_tokens
+        )
+        self.scorer = PairScorer(
+            self.generator, ChatTokens(self._generator_tokenizer, generator), batch_tokens=batch_tokens, over=over
+        )
+
+    def weights(self) -> dict[str, Any]:
+        """Those of each model, by its role."""
+        weights = {WRITER: self.writer.state_dict()}
+        return weights if self._shared else {**weights, GENERATOR: self.generator.state_dict()}
+
+    def restore(self, weights: dict[str, Any]) -> None:
+        """Undoes :meth:`weights`."""
+        self.writer.load_state_dict(weights[WRITER])
+        if not self._shared:
+            self.generator.load_state_dict(weights[GENERATOR])
+
+    def save(self, role: str, card: str, folder: str) -> None:
+        """Writes the model of a role with its card, and what it was made from."""
+        model, tokenizer = (
+            (self.writer, self.writer_tokenizer) if role == WRITER else (self.generator, self._generator_tokenizer)
+        )
+        save_model(model, tokenizer, card, folder)
+        write_text(Path(folder) / ORIGIN, json.dumps({"from": self._names[role]}) + "\n")
+
+
+def fingerprint(model: PreTrainedModel) -> str:
+    """A fingerprint of a model's weights, 16 hex digits."""
+    digest = hashlib.sha256()
+    for name, value in model.state_dict().items():
+        digest.update(f"{name}{tuple(value.shape)}{value.dtype}".encode())
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
