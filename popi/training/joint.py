@@ -19,7 +19,6 @@ from transformers import (
     ProgressCallback,
     TrainingArguments,
 )
-from trl.trainer.grpo_config import GRPOConfig
 
 from popi import registry
 from popi.backends.causal.loading import quiet
@@ -38,6 +37,7 @@ from popi.training.run_folder import METRICS, RunFolder, load_state, now, save_s
 from popi.training.schedule import Phase, phases_of
 from popi.training.scoring import Judged, Reference
 from popi.training.seeds import seed_of
+from popi.training.trl import GRPOConfig
 from popi.training.users import People, conversations, gather, in_turn
 from popi.training.watch import Watch
 from popi.training.writer import WriterTrainer

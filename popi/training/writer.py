@@ -10,8 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from trl.trainer.grpo_config import GRPOConfig
-from trl.trainer.grpo_trainer import GRPOTrainer
 
 from popi.backends.causal.cache import has_plain_cache
 from popi.backends.causal.chat_tokens import ChatTokens
@@ -24,6 +22,7 @@ from popi.training.checkpoints import Saves
 from popi.training.generator import diverged
 from popi.training.likelihood import computing, token_likelihood
 from popi.training.seeds import seed_of
+from popi.training.trl import GRPOConfig, GRPOTrainer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -1,0 +1,22 @@
+"""What of TRL is used here, in one place, since it leans on private names of one minor version.
+
+Where vLLM is installed TRL imports it, which takes seconds and is of no use here: rollouts are our own.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any, cast
+
+_modules = cast(dict[str, Any], sys.modules)
+_hide = "vllm" not in _modules
+if _hide:
+    _modules["vllm"] = None
+try:
+    from trl.trainer.grpo_config import GRPOConfig
+    from trl.trainer.grpo_trainer import GRPOTrainer
+finally:
+    if _hide:
+        del _modules["vllm"]
+
+__all__ = ["GRPOConfig", "GRPOTrainer"]
