@@ -35,7 +35,17 @@ class PopiError(Exception):
 
 
 class BackendError(PopiError):
-    """A backend as a whole cannot serve: it is dead, out of memory, or not what it claims to be."""
+    """A backend as a whole cannot serve: it is dead, out of memory, or not what it claims to be.
+
+    Args:
+        message: What went wrong.
+        failure: Of what kind it is, a :data:`popi.backends.base.FailureKind`, where that is known.
+        retry_after: After how many seconds the backend wants to be asked again, if it said so.
+    """
+
+    def __init__(self, message: str = "", *, failure: str | None = None, retry_after: float | None = None) -> None:
+        super().__init__(message)
+        self.failure, self.retry_after = failure, retry_after
 
 
 class InputError(PopiError):

@@ -137,6 +137,11 @@ def lock(path: Path) -> IO[bytes]:
     return held
 
 
+def writable(text: str) -> str:
+    """A text with a replacement for what UTF-8 cannot write: halves of characters."""
+    return text.encode("utf-8", "surrogatepass").decode("utf-8", "replace")
+
+
 def as_line(value: BaseModel) -> str:
     """One object as a line of JSON."""
     return value.model_dump_json() + "\n"

@@ -17,6 +17,7 @@ from popi.errors import ConfigError, MissingExtra, did_you_mean
 from popi.roles import ConditionedGenerator, PreferenceInference
 
 BACKENDS = {
+    "openai": "popi.backends.openai:OpenAIBackend",
     "transformers": "popi.backends.transformers:TransformersBackend",
 }
 

@@ -10,7 +10,18 @@ from typing import Literal, Self
 
 from popi.prompts import Message
 
-FinishReason = Literal["stop", "length", "error"]
+FinishReason = Literal["stop", "length", "refused", "filtered", "error"]
+
+FailureKind = Literal["request", "rate_limit", "timeout", "unreachable", "server", "malformed"]
+"""Why an item has failed.
+
+``request``: it cannot be served as it stands, by this model at least. ``rate_limit``: not now. ``timeout``: not in
+time. ``unreachable``: nobody answered, or the connection broke. ``server``: the server failed. ``malformed``: what came
+back is no answer.
+"""
+
+PASSING: frozenset[FailureKind] = frozenset({"rate_limit", "timeout", "unreachable", "server", "malformed"})
+"""Failures that may be gone when the same is asked again; asking again changes nothing but the cost."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,11 +51,15 @@ class ChatResult:
 
     Attributes:
         text: The new text.
-        finish_reason: ``length`` when it was cut by ``max_tokens``, ``error`` when ``error`` says what went wrong.
+        finish_reason: ``length`` when it was cut by ``max_tokens``; ``refused`` when the model would not answer and
+            ``filtered`` when the server withheld the answer, ``error`` when there is none for another reason:
+            ``error`` says more of these three.
         prompt_tokens: Length of the rendered conversation.
         completion_tokens: Number of new tokens, end token included.
         model: The model that served it.
         error: One line, or ``None``.
+        failure: Of what kind the error is; ``None`` if there is none, or the model itself withheld the answer.
+        retry_after: After how many seconds the server wants to be asked again, if it said so.
     """
 
     text: str
@@ -53,6 +68,8 @@ class ChatResult:
     completion_tokens: int = 0
     model: str = ""
     error: str | None = None
+    failure: FailureKind | None = None
+    retry_after: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,12 +89,16 @@ class ScoreResult:
         tokens: The number of tokens in that sum.
         prompt_tokens: Length of the rendered conversation in front.
         error: One line, or ``None``; then ``logprob`` is NaN.
+        failure: Of what kind the error is.
+        retry_after: After how many seconds the server wants to be asked again, if it said so.
     """
 
     logprob: float
     tokens: int
     prompt_tokens: int = 0
     error: str | None = None
+    failure: FailureKind | None = None
+    retry_after: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,6 +16,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from popi.backends.base import Backend, Capabilities, ChatRequest, ChatResult, ScoreRequest, ScoreResult
+from popi.backends.causal.admission import admitted
 from popi.backends.causal.answer import Answer
 from popi.backends.causal.cache import has_plain_cache
 from popi.backends.causal.chat_tokens import ChatTokens, Rendered
@@ -212,7 +213,7 @@ class TransformersBackend(Backend):
     def _chat_result(self, prompt: Rendered, answer: Answer, tokens: Sequence[int]) -> ChatResult:
         length = len(prompt.tokens)
         if prompt.error is not None:
-            return ChatResult("", "error", length, model=self.model, error=prompt.error)
+            return ChatResult("", "error", length, model=self.model, error=prompt.error, failure="request")
         text, ended = answer.finish(tokens)
         return ChatResult(text, "stop" if ended else "length", length, len(tokens), self.model)
 
@@ -232,27 +233,14 @@ class TransformersBackend(Backend):
                 len(response),
                 len(prompt.tokens),
                 prompt.error,
+                None if prompt.error is None else "request",
             )
             for prompt, response in zip(prompts, responses, strict=True)
         ]
 
     def _prompts(self, requests: Sequence[ChatRequest | ScoreRequest], needed: Sequence[int]) -> list[Rendered]:
-        """Renders each conversation, and refuses one behind which so many tokens have no room."""
-        rendered = self._tokens.render([request.messages for request in requests])
-        return [self._admit(prompt, more) for prompt, more in zip(rendered, needed, strict=True)]
-
-    def _admit(self, prompt: Rendered, needed: int) -> Rendered:
-        context, length = self.capabilities.context_length, len(prompt.tokens)
-        if prompt.error is not None:
-            return prompt
-        if needed < 1:
-            return Rendered(prompt.tokens, "not a single token is asked for")
-        if context is not None and length + needed > context:
-            return Rendered(
-                prompt.tokens,
-                f"too long: {length} tokens and {needed} behind them, and the model's context holds {context}",
-            )
-        return prompt
+        conversations = [request.messages for request in requests]
+        return admitted(self._tokens, conversations, needed, self.capabilities.context_length)
 
 
 class _Cancelled(Exception):

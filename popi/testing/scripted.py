@@ -105,7 +105,7 @@ class ScriptedBackend(Backend):
             limit = min(limit, context - prompt)
         if limit < 1:
             error = f"no room: {prompt} tokens, a context of {context}, {request.max_tokens} asked for"
-            return ChatResult("", "error", prompt, model=self.model, error=error)
+            return ChatResult("", "error", prompt, model=self.model, error=error, failure="request")
         answer = self._look_up(request)
         if isinstance(answer, ChatResult):
             return answer
@@ -120,14 +120,14 @@ class ScriptedBackend(Backend):
         last = request.messages[-1].content
         if last in self._answers:
             return self._answers[last]
-        return ChatResult("", "error", error=f"the script has no answer to {last!r}")
+        return ChatResult("", "error", error=f"the script has no answer to {last!r}", failure="request")
 
     def _score(self, request: ScoreRequest) -> ScoreResult:
         prompt, tokens = self._prompt_tokens(request.messages), self.count_tokens(request.response) + 1
         context = self.capabilities.context_length
         if context is not None and prompt + tokens > context:
             error = f"{prompt + tokens} tokens, and the context holds {context}"
-            return ScoreResult(math.nan, tokens, prompt, error)
+            return ScoreResult(math.nan, tokens, prompt, error, "request")
         score = -float(tokens) if self._scores is None else self._scores(request)
         return score if isinstance(score, ScoreResult) else ScoreResult(score, tokens, prompt)
 

@@ -12,6 +12,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from popi.errors import ModelError
+from popi.io import writable
 from popi.prompts import Message
 
 # Some templates write today's date into every conversation, so that the same request would differ from day to day:
@@ -118,8 +119,7 @@ class ChatTokens:
 
     def _harmless(self, text: str) -> str:
         """Breaks the spelling of control tokens with a space, and replaces what UTF-8 cannot write."""
-        whole = text.encode("utf-8", "surrogatepass").decode("utf-8", "replace")
-        return self._control.sub(lambda found: f"{found[0][:1]} {found[0][1:]}", whole)
+        return self._control.sub(lambda found: f"{found[0][:1]} {found[0][1:]}", writable(text))
 
     def _find_end_of_turn(self, name: str) -> tuple[int, ...]:
         turns = [Message("user", "Hello"), Message("assistant", PLACEHOLDER)]

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from huggingface_hub import HfApi
@@ -15,6 +16,8 @@ from transformers.utils import logging as transformers_logging
 
 from popi.errors import ConfigError, ModelError
 from popi.models import find
+
+Read = TypeVar("Read")
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -40,23 +43,47 @@ def load(name_or_path: str, device: str | None, dtype: str) -> tuple[PreTrainedM
     if dtype == "auto":
         dtype = default_dtype(place)
     where = find(name_or_path)
+
+    def read(local_files_only: bool) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        return _from_pretrained(where, getattr(torch, dtype), local_files_only=local_files_only)
+
+    with _told(f"the model {name_or_path!r}"), quiet():
+        model, tokenizer = _here_or_from_hub(where, read)
+        return model.train(False).to(place), tokenizer
+
+
+def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
+    """Loads a model's tokenizer alone.
+
+    Args:
+        name_or_path: A shipped model's name, a folder, or a hub id.
+
+    Raises:
+        ModelError: If there is none, or it is broken.
+    """
+    where = find(name_or_path)
+    with _told(f"the tokenizer of {name_or_path!r}"), quiet():
+        return _here_or_from_hub(where, partial(_tokenizer, where))
+
+
+@contextmanager
+def _told(what: str) -> Iterator[None]:
+    """Turns what goes wrong within it into an error of one line."""
     try:
-        with quiet():
-            model, tokenizer = _read(where, getattr(torch, dtype))
-            return model.train(False).to(place), tokenizer
+        yield
     except ModelError:
         raise
     # Configurations, weights and tokenizers are read by many libraries, each with errors of its own.
     except Exception as error:
         raise ModelError(
-            f"the model {name_or_path!r} cannot be loaded: {_first_line(error)}",
-            fix="check the name, or fetch the model again",
+            f"{what} cannot be loaded: {_first_line(error)}", fix="check the name, or fetch the model again"
         ) from error
 
 
-def _read(where: str, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def _here_or_from_hub(where: str, read: Callable[[bool], Read]) -> Read:
+    """Reads from files that are here, else from the hub; ``read`` is told whether it may not ask that."""
     try:
-        return _from_pretrained(where, dtype, local_files_only=True)
+        return read(True)
     except OSError:
         if Path(where).exists():
             raise
@@ -68,13 +95,20 @@ def _read(where: str, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTo
             f"no model {where!r} here, and none from the Hugging Face hub: {_first_line(error)}",
             fix="check the name, the network, and whether the model asks for a login (hf auth login)",
         ) from error
-    return _from_pretrained(where, dtype, local_files_only=False)
+    return read(False)
+
+
+def _tokenizer(where: str, local_files_only: bool) -> PreTrainedTokenizerBase:
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+        where, local_files_only=local_files_only, trust_remote_code=False
+    )
+    return tokenizer
 
 
 def _from_pretrained(
     where: str, dtype: torch.dtype, *, local_files_only: bool
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    tokenizer = AutoTokenizer.from_pretrained(where, local_files_only=local_files_only, trust_remote_code=False)
+    tokenizer = _tokenizer(where, local_files_only)
     loaded: Any = AutoModelForCausalLM.from_pretrained(
         where,
         dtype=dtype,

@@ -10,14 +10,19 @@ import pytest
 
 from popi.backends.base import Backend
 from popi.testing import ScriptedBackend, tiny_model
+from tests.servers import KEY, SERVED, free_port
 
 
 @dataclass(frozen=True)
 class Case:
-    """How to make a backend of a given context length, and how to make it fail as a whole."""
+    """How to make a backend of a given context length, and how to make it fail as a whole.
 
-    make: Callable[[int], Backend]
+    One that talks to a server is made with the server's address first.
+    """
+
+    make: Callable[..., Backend]
     kill: Callable[[Backend], None]
+    served: bool = False
 
 
 def transformers_backend(family: str, context_length: int) -> Backend:
@@ -43,7 +48,19 @@ def kill_scripted(backend: Backend) -> None:
     backend.dead = "switched off"
 
 
+def served_backend(url: str, context_length: int) -> Backend:
+    from popi.backends.openai import OpenAIBackend
+
+    return OpenAIBackend(SERVED, base_url=url, key=KEY, tokenizer=SERVED, context_length=context_length)
+
+
+def kill_served(backend: Backend) -> None:
+    """Nobody listens where it looks from now on; killing the server would take it from the other tests."""
+    backend._url = f"http://127.0.0.1:{free_port()}/v1"
+
+
 CASES = {
+    "served": Case(served_backend, kill_served, served=True),
     "scripted": Case(scripted_backend, kill_scripted),
     "transformers-llama": Case(partial(transformers_backend, "llama"), kill_transformers),
     "transformers-neox": Case(partial(transformers_backend, "neox"), kill_transformers),
@@ -51,9 +68,15 @@ CASES = {
 }
 
 
-@pytest.fixture(params=CASES)
+@pytest.fixture(
+    params=[pytest.param(name, marks=pytest.mark.slow) if case.served else name for name, case in CASES.items()]
+)
 def case(request: pytest.FixtureRequest) -> Case:
-    return CASES[request.param]
+    case = CASES[request.param]
+    if not case.served:
+        return case
+    url = request.getfixturevalue("vllm_url")
+    return Case(partial(case.make, url), case.kill)
 
 
 @pytest.fixture

@@ -1,0 +1,202 @@
+"""Any server that speaks OpenAI's protocol: OpenAI's own, a vLLM server, and others."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import os
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Sequence
+from typing import Any, TypeVar
+
+from openai import AsyncOpenAI
+
+from popi.backends.base import Backend, Capabilities, ChatRequest, ChatResult, ScoreRequest, ScoreResult
+from popi.backends.remote.endpoints import ByMessages, ByTokenIds, Endpoint
+from popi.backends.remote.failures import Failed, failed
+from popi.errors import BackendError, ConfigError, MissingExtra
+
+Request = TypeVar("Request")
+Result = TypeVar("Result", ChatResult, ScoreResult)
+
+
+class OpenAIBackend(Backend):
+    """A model behind a server that speaks OpenAI's protocol.
+
+    A black box is asked by messages. A server of an open model that has the completions endpoint, as vLLM's does, is
+    better asked by token ids: name its tokenizer, and conversations are rendered here as they are in training, tokens
+    are counted exactly, and responses can be scored.
+
+    Nothing is asked twice: the kind of a failure says whether that could help.
+
+    Args:
+        model: The server's name of the model.
+        base_url: Where the server is; ``None`` is OpenAI's own.
+        key: The name of the environment variable that holds the key; ``None`` for a server that wants none.
+        tokenizer: The model's tokenizer: the name of a shipped model, a folder, or a hub id.
+        context_length: The most tokens of a conversation and its answer, if that is known.
+        timeout: Seconds for an answer, or for the next piece of a stream.
+        concurrency: The most requests at once.
+
+    Raises:
+        ConfigError: If the environment variable is not set, or a number makes no sense.
+        ModelError: If the tokenizer is missing, broken, or without a chat template.
+        MissingExtra: If a tokenizer is named and what reads it is not installed.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        *,
+        base_url: str | None = None,
+        key: str | None = "OPENAI_API_KEY",
+        tokenizer: str | None = None,
+        context_length: int | None = None,
+        timeout: float = 120.0,
+        concurrency: int = 64,
+    ) -> None:
+        if timeout <= 0 or concurrency < 1:
+            raise ConfigError(f"a timeout of {timeout} s and {concurrency} requests at once serve nobody")
+        self.model = model
+        self._url, self._key = base_url, _key(key)
+        self._timeout, self._concurrency = timeout, concurrency
+        self._endpoint = _endpoint(model, base_url, tokenizer, context_length)
+        self.capabilities = Capabilities(stream=True, score=self._endpoint.scores, context_length=context_length)
+        self._open: tuple[asyncio.AbstractEventLoop, AsyncOpenAI, asyncio.Semaphore] | None = None
+        self._closed = False
+
+    async def chat(self, requests: Sequence[ChatRequest]) -> list[ChatResult]:
+        """Continues each conversation.
+
+        Raises:
+            BackendError: If nothing can be reached, or the server refuses the key or the model.
+        """
+
+        def lost(failure: Failed) -> ChatResult:
+            return ChatResult(
+                "",
+                "error",
+                model=self.model,
+                error=failure.error,
+                failure=failure.kind,
+                retry_after=failure.retry_after,
+            )
+
+        return await self._each(requests, self._endpoint.chat, lost)
+
+    async def stream(self, request: ChatRequest) -> AsyncIterator[str]:
+        """Continues one conversation, piece by piece.
+
+        Raises:
+            BackendError: If the answer cannot be had or breaks off.
+        """
+        client, gate = self._connected()
+        async with gate:
+            pieces = self._endpoint.stream(client, request)
+            try:
+                while True:
+                    async with asyncio.timeout(self._timeout):
+                        piece = await anext(pieces)
+                    yield piece
+            except StopAsyncIteration:
+                return
+            except BackendError:
+                raise
+            except Exception as error:
+                raise failed(error, self._timeout).raised(self.model) from error
+            finally:
+                await pieces.aclose()  # type: ignore[attr-defined]
+
+    async def score(self, requests: Sequence[ScoreRequest]) -> list[ScoreResult]:
+        """Sums the log-probabilities of each response, end of turn included, given its conversation.
+
+        Raises:
+            BackendError: If nothing can be reached, the server refuses the key or the model, or no tokenizer was named.
+        """
+
+        def lost(failure: Failed) -> ScoreResult:
+            return ScoreResult(math.nan, 0, 0, failure.error, failure.kind, failure.retry_after)
+
+        return await self._each(requests, self._endpoint.score, lost)
+
+    def count_tokens(self, text: str) -> int:
+        """The length of a bare text: exact by the tokenizer, about so without one."""
+        return self._endpoint.count_tokens(text)
+
+    async def close(self) -> None:
+        """Closes the connections."""
+        self._closed = True
+        if self._open is not None and self._open[0] is asyncio.get_running_loop():
+            await self._open[1].close()
+        self._open = None
+
+    def _connected(self) -> tuple[AsyncOpenAI, asyncio.Semaphore]:
+        """The client of the running event loop; connections cannot be taken into another one."""
+        if self._closed:
+            raise BackendError(f"{self.model}: the backend is closed")
+        loop = asyncio.get_running_loop()
+        if self._open is None or self._open[0] is not loop:
+            client = AsyncOpenAI(api_key=self._key, base_url=self._url, max_retries=0, timeout=self._timeout)
+            self._open = loop, client, asyncio.Semaphore(self._concurrency)
+        return self._open[1:]
+
+    async def _each(
+        self,
+        requests: Sequence[Request],
+        ask: Callable[[AsyncOpenAI, Request], Awaitable[Result]],
+        lost: Callable[[Failed], Result],
+    ) -> list[Result]:
+        """Asks for each request, so many at once; those that fail are data, unless all of them would."""
+        client, gate = self._connected()
+        results: dict[int, Result] = {}
+        waiting = iter(enumerate(requests))
+        failures: list[Failed] = []
+
+        async def work() -> None:
+            for place, request in waiting:
+                try:
+                    async with gate, asyncio.timeout(self._timeout):
+                        results[place] = await ask(client, request)
+                except BackendError:
+                    raise
+                except Exception as error:
+                    failure = failed(error, self._timeout)
+                    if failure.whole:
+                        raise failure.raised(self.model) from error
+                    failures.append(failure)
+                    results[place] = lost(failure)
+
+        await _together(work() for _ in range(min(self._concurrency, len(requests))))
+        if failures and len(failures) == len(requests) and {failure.kind for failure in failures} == {"unreachable"}:
+            raise failures[0].raised(self.model)
+        return [results[place] for place in range(len(requests))]
+
+
+async def _together(work: Iterable[Coroutine[Any, Any, None]]) -> None:
+    """Runs coroutines to their ends; the first error stops the others and is raised as it is."""
+    try:
+        async with asyncio.TaskGroup() as group:
+            for each in work:
+                group.create_task(each)
+    except BaseExceptionGroup as errors:
+        raise errors.exceptions[0] from None
+
+
+def _key(name: str | None) -> str:
+    if name is None:
+        return "none"
+    value = os.environ.get(name)
+    if not value:
+        raise ConfigError(f"the environment variable {name} holds no key", fix=f"export {name}, or name another one")
+    return value
+
+
+def _endpoint(model: str, base_url: str | None, tokenizer: str | None, context_length: int | None) -> Endpoint:
+    if tokenizer is None:
+        # OpenAI's newer models know the one name, most other servers the other.
+        return ByMessages(model, limit="max_completion_tokens" if base_url is None else "max_tokens")
+    try:
+        from popi.backends.causal.chat_tokens import ChatTokens
+        from popi.backends.causal.loading import load_tokenizer
+    except ModuleNotFoundError as error:
+        raise MissingExtra(error.name or "transformers", "local") from error
+    return ByTokenIds(model, ChatTokens(load_tokenizer(tokenizer), tokenizer), context=context_length)

@@ -1,0 +1,1 @@
+"""Servers: what is said to them, and what their failures mean."""

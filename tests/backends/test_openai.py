@@ -1,0 +1,262 @@
+"""Servers that speak OpenAI's protocol: what they answer, and what their failures become."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from email.utils import formatdate
+
+import pytest
+
+from popi.backends.base import PASSING, ChatRequest, ScoreRequest
+from popi.backends.openai import OpenAIBackend
+from popi.errors import BackendError, ConfigError
+from popi.prompts import Message
+from tests.servers import KEY, SERVED, free_port
+
+
+def ask(text: str = "How do I cook rice?", **options: object) -> ChatRequest:
+    return ChatRequest([Message("user", text)], **{"max_tokens": 12, **options})
+
+
+@pytest.fixture
+def key(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(KEY, "secret")
+
+
+def backend(url: str, **options: object) -> OpenAIBackend:
+    return OpenAIBackend(SERVED, base_url=url, key=KEY, **options)
+
+
+@pytest.mark.slow
+async def test_a_black_box_answers_as_the_open_model_does(vllm_url: str) -> None:
+    requests = [ask(), ask("如何煮米饭"), ask(stop=("e",)), ask(temperature=1.0, seed=7)]
+    async with backend(vllm_url) as box, backend(vllm_url, tokenizer=SERVED) as known:
+        told, expected = await box.chat(requests), await known.chat(requests)
+        assert [result.text for result in told] == [result.text for result in expected]
+        assert [result.finish_reason for result in told] == [result.finish_reason for result in expected]
+        assert [result.prompt_tokens for result in told] == [result.prompt_tokens for result in expected]
+        pieces = [piece async for piece in box.stream(ask())]
+        assert len(pieces) > 1 and "".join(pieces) == told[0].text
+
+
+@pytest.mark.slow
+async def test_greedy_texts_and_scores_are_those_of_transformers(vllm_url: str) -> None:
+    from popi.backends.transformers import TransformersBackend
+    from popi.data.miniworld import generate
+    from popi.prompts import answer_messages
+
+    made = [(example, pair) for example in generate(split="validation", users=8, seed=0) for pair in example.tests]
+    told = [answer_messages(pair.prompt, example.oracles["truth"]) for example, pair in made]
+    chats = [ChatRequest(messages, max_tokens=40) for messages in told]
+    scores = [ScoreRequest(messages, pair.chosen) for messages, (_, pair) in zip(told, made, strict=True)]
+    async with backend(vllm_url, tokenizer=SERVED) as known, TransformersBackend(SERVED) as local:
+        assert await known.chat(chats) == await local.chat(chats)
+        for served, expected in zip(await known.score(scores), await local.score(scores), strict=True):
+            assert (served.tokens, served.prompt_tokens) == (expected.tokens, expected.prompt_tokens)
+            assert abs(served.logprob - expected.logprob) < 1e-3 * expected.tokens
+
+
+@pytest.mark.slow
+async def test_a_black_box_gives_no_scores_and_says_how_to_have_them(vllm_url: str) -> None:
+    async with backend(vllm_url) as box:
+        assert not box.capabilities.score
+        with pytest.raises(BackendError, match="name the model's tokenizer"):
+            await box.score([ScoreRequest([Message("user", "hello")], "yes")])
+
+
+@pytest.mark.slow
+async def test_what_a_server_refuses_is_an_error_in_its_result(vllm_url: str) -> None:
+    async with backend(vllm_url) as box:
+        long, fine = await box.chat([ask("what " * 600), ask()])
+        assert long.failure == "request" and "512" in str(long.error) and fine.error is None
+        with pytest.raises(BackendError, match="400"):
+            [piece async for piece in box.stream(ask("what " * 600))]
+
+
+@pytest.mark.slow
+async def test_a_wrong_key_and_an_unknown_model_concern_every_request(
+    vllm_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OTHER_KEY", "guessed")
+    unknown = OpenAIBackend("nobody", base_url=vllm_url, key=KEY)
+    stranger = OpenAIBackend(SERVED, base_url=vllm_url, key="OTHER_KEY")
+    for refused, says in ((unknown, "404.*nobody"), (stranger, "401")):
+        async with refused:
+            with pytest.raises(BackendError, match=says) as caught:
+                await refused.chat([ask(), ask()])
+            assert caught.value.failure == "request"
+
+
+@pytest.mark.slow
+async def test_a_thousand_requests_at_once_are_all_answered(vllm_url: str) -> None:
+    async with backend(vllm_url, tokenizer=SERVED, concurrency=32) as known:
+        answers = await asyncio.gather(*(known.chat([ask(f"What is {n}?", max_tokens=2)]) for n in range(1000)))
+        assert all(result.error is None for [result] in answers)
+
+
+@pytest.mark.slow
+async def test_one_backend_serves_one_event_loop_after_the_other(vllm_url: str) -> None:
+    known = backend(vllm_url, tokenizer=SERVED)
+
+    def elsewhere() -> str:
+        return asyncio.run(known.chat([ask()]))[0].text
+
+    first = (await known.chat([ask()]))[0].text
+    assert await asyncio.to_thread(elsewhere) == first == (await known.chat([ask()]))[0].text
+    await known.close()
+
+
+Reply = Callable[[asyncio.StreamWriter], None]
+
+
+@asynccontextmanager
+async def answering(reply: bytes | None) -> AsyncIterator[str]:
+    """A server that says the same to everybody and hangs up; with ``None`` it says nothing and waits."""
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        if reply is None:
+            await reader.read()
+        else:
+            writer.write(reply)
+        writer.close()
+
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    async with server:
+        yield f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/v1"
+
+
+def http(status: str, body: str = "", **headers: str) -> bytes:
+    lines = {"Content-Type": "application/json", "Content-Length": str(len(body.encode())), **headers}
+    head = "".join(f"{name.replace('_', '-')}: {value}\r\n" for name, value in lines.items())
+    return f"HTTP/1.1 {status}\r\n{head}\r\n{body}".encode()
+
+
+def completion(**message: object) -> str:
+    reason = message.pop("finish_reason", "stop")
+    choice = {"index": 0, "finish_reason": reason, "message": {"role": "assistant", "content": "Rice.", **message}}
+    return json.dumps({"id": "1", "object": "chat.completion", "created": 0, "model": "m", "choices": [choice]})
+
+
+SAID = json.dumps({"error": {"message": "not now, please"}})
+
+FAILURES = [
+    (http("429 Too Many Requests", SAID, Retry_After="3"), "rate_limit", 3.0, "429: not now, please"),
+    (http("429 Too Many Requests", SAID, Retry_After_Ms="250"), "rate_limit", 0.25, "not now"),
+    (http("429 Too Many Requests", SAID), "rate_limit", None, "not now"),
+    (http("500 Internal Server Error", "<html><body>oops"), "server", None, "500: Internal Server Error"),
+    (http("503 Service Unavailable", SAID, Retry_After="7"), "server", 7.0, "503: not now, please"),
+    (http("408 Request Timeout", SAID), "timeout", None, "408"),
+    (http("400 Bad Request", SAID), "request", None, "400: not now, please"),
+    (http("200 OK", completion()[:40]), "malformed", None, "what came back is no answer"),
+    (http("200 OK", "<html>hello</html>", Content_Type="text/html"), "malformed", None, "<html>hello"),
+    (http("200 OK", '{"choices": []}'), "malformed", None, "what came back is no answer"),
+    (http("200 OK", "[1, 2]"), "malformed", None, "what came back is no answer"),
+    (None, "timeout", None, "no answer within 0.3 s"),
+]
+
+
+@pytest.mark.usefixtures("key")
+@pytest.mark.parametrize(("reply", "kind", "later", "says"), FAILURES)
+async def test_a_failure_is_data_of_a_kind(reply: bytes | None, kind: str, later: float | None, says: str) -> None:
+    async with answering(reply) as url, backend(url, timeout=0.3 if reply is None else 5) as box:
+        [result] = await box.chat([ask()])
+        assert (result.text, result.finish_reason, result.failure) == ("", "error", kind)
+        assert result.retry_after == later
+        assert says in str(result.error) and "\n" not in str(result.error)
+        with pytest.raises(BackendError) as caught:
+            [piece async for piece in box.stream(ask())]
+        assert kind == "malformed" or caught.value.failure == kind
+
+
+@pytest.mark.usefixtures("key")
+async def test_a_date_may_say_when_to_come_again() -> None:
+    later = formatdate(time.time() + 30, usegmt=True)
+    async with answering(http("429 Too Many Requests", SAID, Retry_After=later)) as url, backend(url) as box:
+        [result] = await box.chat([ask()])
+        assert result.retry_after == pytest.approx(30, abs=5)
+
+
+@pytest.mark.usefixtures("key")
+@pytest.mark.parametrize("reply", [b"", http("200 OK", completion(), Content_Length="9999")], ids=["reset", "half"])
+async def test_broken_connections_are_a_dead_backend_when_all_of_them_are(reply: bytes) -> None:
+    async with answering(reply) as url, backend(url) as box:
+        with pytest.raises(BackendError, match="cannot be reached") as caught:
+            await box.chat([ask(), ask()])
+        assert caught.value.failure == "unreachable" and caught.value.failure in PASSING
+
+
+@pytest.mark.usefixtures("key")
+async def test_nobody_there_is_a_dead_backend() -> None:
+    async with backend(f"http://127.0.0.1:{free_port()}/v1") as box:
+        with pytest.raises(BackendError, match="cannot be reached"):
+            await box.chat([ask()])
+
+
+@pytest.mark.usefixtures("key")
+@pytest.mark.parametrize(
+    ("message", "reason", "text", "error"),
+    [
+        ({}, "stop", "Rice.", None),
+        ({"finish_reason": "length"}, "length", "Rice.", None),
+        ({"content": None}, "stop", "", None),
+        ({"content": None, "refusal": "I would rather not."}, "refused", "", "the model refuses: I would rather not."),
+        ({"content": "Ri", "finish_reason": "content_filter"}, "filtered", "Ri", "the server withheld the answer"),
+    ],
+    ids=str,
+)
+async def test_how_an_answer_ended_is_data(message: dict, reason: str, text: str, error: str | None) -> None:
+    async with answering(http("200 OK", completion(**message))) as url, backend(url) as box:
+        [result] = await box.chat([ask()])
+        assert (result.finish_reason, result.text, result.failure) == (reason, text, None)
+        assert (result.error or "").startswith(error or "") and (result.error is None) == (error is None)
+
+
+def streamed(*deltas: str, end: str | None = "stop") -> bytes:
+    chunk = {"id": "1", "object": "chat.completion.chunk", "created": 0, "model": "m"}
+    choices = [{"index": 0, "delta": {"content": delta}, "finish_reason": None} for delta in deltas]
+    choices += [{"index": 0, "delta": {}, "finish_reason": end}] if end else []
+    lines = [f"data: {json.dumps({**chunk, 'choices': [choice]})}\n\n" for choice in choices]
+    return http("200 OK", "".join([*lines, "data: [DONE]\n\n"]), Content_Type="text/event-stream")
+
+
+@pytest.mark.usefixtures("key")
+@pytest.mark.parametrize(
+    ("reply", "says"),
+    [
+        (streamed("Ri", "ce", end=None), "the stream broke off"),
+        (streamed("Ri", "ce")[:-60], "cannot be reached"),
+        (streamed("Ri", "ce", end="content_filter"), "the server withheld the answer"),
+    ],
+    ids=["no end", "reset", "filtered"],
+)
+async def test_a_stream_that_breaks_off_says_so_after_its_pieces(reply: bytes, says: str) -> None:
+    async with answering(reply) as url, backend(url) as box:
+        pieces = []
+        with pytest.raises(BackendError, match=says):
+            async for piece in box.stream(ask()):
+                pieces.append(piece)
+        assert pieces == ["Ri", "ce"]
+
+
+def test_without_a_key_the_variable_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(KEY, raising=False)
+    with pytest.raises(ConfigError, match=f"the environment variable {KEY} holds no key; export {KEY}"):
+        OpenAIBackend("m", key=KEY)
+
+
+@pytest.mark.parametrize("options", [{"timeout": 0}, {"concurrency": 0}])
+def test_numbers_that_serve_nobody_are_refused(options: dict) -> None:
+    with pytest.raises(ConfigError, match="serve nobody"):
+        OpenAIBackend("m", key=None, **options)
+
+
+async def test_a_closed_backend_says_so() -> None:
+    box = OpenAIBackend("m", key=None)
+    await box.close()
+    with pytest.raises(BackendError, match="is closed"):
+        await box.chat([ask()])
