@@ -5,14 +5,15 @@ from __future__ import annotations
 import asyncio
 import math
 import os
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Sequence
-from typing import Any, TypeVar
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from typing import TypeVar
 
 from openai import AsyncOpenAI
 
 from popi.backends.base import Backend, Capabilities, ChatRequest, ChatResult, ScoreRequest, ScoreResult
 from popi.backends.remote.endpoints import ByMessages, ByTokenIds, Endpoint
 from popi.backends.remote.failures import Failed, failed
+from popi.backends.together import together
 from popi.errors import BackendError, ConfigError, MissingExtra
 
 Request = TypeVar("Request")
@@ -26,7 +27,7 @@ class OpenAIBackend(Backend):
     better asked by token ids: name its tokenizer, and conversations are rendered here as they are in training, tokens
     are counted exactly, and responses can be scored.
 
-    Nothing is asked twice: the kind of a failure says whether that could help.
+    Nothing is asked twice: see :class:`popi.backends.wrappers.Retry` for that.
 
     Args:
         model: The server's name of the model.
@@ -165,20 +166,10 @@ class OpenAIBackend(Backend):
                     failures.append(failure)
                     results[place] = lost(failure)
 
-        await _together(work() for _ in range(min(self._concurrency, len(requests))))
+        await together(work() for _ in range(min(self._concurrency, len(requests))))
         if failures and len(failures) == len(requests) and {failure.kind for failure in failures} == {"unreachable"}:
             raise failures[0].raised(self.model)
         return [results[place] for place in range(len(requests))]
-
-
-async def _together(work: Iterable[Coroutine[Any, Any, None]]) -> None:
-    """Runs coroutines to their ends; the first error stops the others and is raised as it is."""
-    try:
-        async with asyncio.TaskGroup() as group:
-            for each in work:
-                group.create_task(each)
-    except BaseExceptionGroup as errors:
-        raise errors.exceptions[0] from None
 
 
 def _key(name: str | None) -> str:

@@ -1,0 +1,6 @@
+"""Backends around a backend, each of which does one thing; they stack in any order."""
+
+from popi.backends.wrappers.base import Wrapper
+from popi.backends.wrappers.retry import Retry
+
+__all__ = ["Retry", "Wrapper"]

@@ -1,0 +1,138 @@
+"""Asks again."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from typing import TypeVar
+
+from tenacity import (
+    AsyncRetrying,
+    RetryCallState,
+    retry_if_exception,
+    retry_if_result,
+    stop_after_attempt,
+    stop_before_delay,
+    wait_random_exponential,
+)
+
+from popi.backends.base import PASSING, Backend, ChatRequest, ChatResult, ScoreRequest, ScoreResult
+from popi.backends.together import together
+from popi.backends.wrappers.base import Wrapper
+from popi.errors import BackendError, ConfigError
+
+Request = TypeVar("Request")
+Result = TypeVar("Result", ChatResult, ScoreResult)
+Anything = TypeVar("Anything")
+
+
+class Retry(Wrapper):
+    """Asks again where a failure may pass: a limit, a time-out, a server that fails or cannot be reached.
+
+    Waits are drawn at random from a range that doubles with every attempt ("full jitter"), and are no shorter than what
+    the server asks for. A request that cannot be served as it stands is not repeated, and neither is a stream that has
+    begun. Every request is for itself: one that fails holds up no other.
+
+    Args:
+        inner: The backend that is asked.
+        attempts: How often at most.
+        deadline: Seconds until a request has its answer or its last failure, waits included.
+        first: Seconds of the range of the first wait.
+        longest: The most seconds of the range of a wait.
+
+    Raises:
+        ConfigError: If a number makes no sense.
+    """
+
+    def __init__(
+        self, inner: Backend, *, attempts: int = 6, deadline: float = 120.0, first: float = 0.5, longest: float = 30.0
+    ) -> None:
+        super().__init__(inner)
+        if attempts < 1 or min(deadline, first, longest) <= 0:
+            raise ConfigError(f"{attempts} attempts within {deadline} s, {first} to {longest} s apart, are none")
+        self._attempts, self._deadline = attempts, deadline
+        self._backoff = wait_random_exponential(multiplier=first, max=longest)
+
+    async def chat(self, requests: Sequence[ChatRequest]) -> list[ChatResult]:
+        """Continues each conversation.
+
+        Raises:
+            BackendError: If the backend as a whole cannot serve, to the end.
+        """
+
+        def late(error: str) -> ChatResult:
+            return ChatResult("", "error", model=self.model, error=error, failure="timeout")
+
+        return await self._each(requests, self.inner.chat, late)
+
+    async def score(self, requests: Sequence[ScoreRequest]) -> list[ScoreResult]:
+        """Sums the log-probabilities of each response, end of turn included, given its conversation.
+
+        Raises:
+            BackendError: If the backend as a whole cannot serve, to the end.
+        """
+        return await self._each(
+            requests, self.inner.score, lambda error: ScoreResult(math.nan, 0, error=error, failure="timeout")
+        )
+
+    async def stream(self, request: ChatRequest) -> AsyncIterator[str]:
+        """Continues one conversation, piece by piece; until the first one has come it may be asked for again.
+
+        Raises:
+            BackendError: If the answer cannot be had or breaks off.
+        """
+
+        async def begin() -> tuple[AsyncIterator[str], str | None]:
+            pieces = self.inner.stream(request)
+            return pieces, await anext(pieces, None)
+
+        pieces, piece = await self._again(begin)
+        while piece is not None:
+            yield piece
+            piece = await anext(pieces, None)
+
+    async def _each(
+        self,
+        requests: Sequence[Request],
+        ask: Callable[[Sequence[Request]], Awaitable[list[Result]]],
+        late: Callable[[str], Result],
+    ) -> list[Result]:
+        async def one(request: Request) -> Result:
+            async def once() -> Result:
+                [result] = await ask([request])
+                return result
+
+            try:
+                async with asyncio.timeout(self._deadline):
+                    return await self._again(once)
+            except TimeoutError:
+                return late(f"no answer within {self._deadline:g} s")
+
+        return await together(one(request) for request in requests)
+
+    async def _again(self, ask: Callable[[], Awaitable[Anything]]) -> Anything:
+        """Asks until it succeeds, fails for good, or there is no time left; the last outcome counts."""
+        retrying = AsyncRetrying(
+            stop=stop_after_attempt(self._attempts) | stop_before_delay(self._deadline),
+            wait=self._wait,
+            retry=retry_if_result(_may_pass) | retry_if_exception(_may_pass),
+            retry_error_callback=_last,
+        )
+        answer: Anything = await retrying(ask)
+        return answer
+
+    def _wait(self, state: RetryCallState) -> float:
+        outcome = state.outcome
+        assert outcome is not None
+        told = getattr(outcome.exception() if outcome.failed else outcome.result(), "retry_after", None)
+        return max(self._backoff(state), told or 0.0)
+
+
+def _may_pass(outcome: object) -> bool:
+    return isinstance(outcome, ChatResult | ScoreResult | BackendError) and outcome.failure in PASSING
+
+
+def _last(state: RetryCallState) -> object:
+    assert state.outcome is not None
+    return state.outcome.result()
