@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from popi.backends.causal.packing import ROW_OWN_TOKENS, Row, Scored, _passes, _rows, shared_prefixes
+from popi.backends.causal.packing import ROW_OWN_TOKENS, Row, Scored, _blocks, _passes, shared_prefixes
 
 ids = st.lists(st.integers(0, 2), min_size=1, max_size=6)
 
@@ -51,16 +51,19 @@ def test_the_order_of_the_prompts_does_not_matter(prompts: list[list[int]], rand
     assert shared_prefixes([prompts[place] for place in order]) == [lengths[place] for place in order]
 
 
-def rows_of(items: list[Scored], together: int = 1) -> list[Row]:
+def blocks_of(items: list[Scored], together: int = 1) -> list[list[Row]]:
     units = [list(range(start, start + together)) for start in range(0, len(items), together)]
-    return list(_rows(items, units, shared_prefixes([item.prompt for item in items])))
+    return list(_blocks(items, units, shared_prefixes([item.prompt for item in items])))
+
+
+def rows_of(items: list[Scored]) -> list[Row]:
+    return [row for block in blocks_of(items) for row in block]
 
 
 @given(st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), max_size=30), st.integers(1, 40))
 def test_a_pass_holds_no_more_tokens_of_its_own_than_it_may(lengths: list[tuple[int, int]], max_own: int) -> None:
     items = [Scored([1] * prompt, [2] * response) for prompt, response in lengths]
-    blocks = [[row] for row in rows_of(items)]
-    made = list(_passes(items, blocks, batch_tokens=10_000, max_own=max_own, max_scored=10_000))
+    made = list(_passes(items, blocks_of(items), batch_tokens=10_000, max_own=max_own, max_scored=10_000))
     assert sorted(index for passed in made for row in passed for index in row.items) == list(range(len(items)))
     for passed in made:
         assert len(passed) == 1 or len(passed) * max(len(row.tree.tokens) for row in passed) <= max_own
@@ -79,9 +82,10 @@ def test_a_row_shares_one_prefix_and_is_not_too_long(drawn: list[tuple[int, int]
 
 
 @given(st.lists(st.tuples(st.integers(0, 2), ids, ids), max_size=8))
-def test_what_belongs_together_is_in_one_row(drawn: list[tuple[int, list[int], list[int]]]) -> None:
+def test_what_belongs_together_is_in_one_block(drawn: list[tuple[int, list[int], list[int]]]) -> None:
     items = [Scored([7] * 5 + [prompt], answer) for prompt, *answers in drawn for answer in answers]
-    homes = {index: number for number, row in enumerate(rows_of(items, together=2)) for index in row.items}
+    blocks = blocks_of(items, together=2)
+    homes = {index: number for number, block in enumerate(blocks) for row in block for index in row.items}
     assert len(homes) == len(items)
     assert all(homes[index] == homes[index + 1] for index in range(0, len(items), 2))
 
@@ -92,3 +96,10 @@ def test_rows_of_a_prefix_are_of_like_length() -> None:
     items = [Scored([9] * 50 + [place], [100 * place + n for n in range(size)]) for place, size in enumerate(sizes)]
     assert sum(sizes) == 2 * least
     assert sorted(len(row.tree.tokens) for row in rows_of(items)) == [184, 200]
+
+
+def test_long_answers_that_belong_together_have_rows_of_their_own_behind_one_prefix() -> None:
+    items = [Scored([9] * 50, [100 * place + n for n in range(500)]) for place in range(2)]
+    [block] = blocks_of(items, together=2)
+    assert [row.items for row in block] == [[0], [1]]
+    assert [row.prefix for row in block] == [[9] * 49] * 2

@@ -71,7 +71,7 @@ def pack(
     max_scored = MAX_LOGITS // model.config.get_text_config().vocab_size
     max_own = CPU_OWN_TOKENS if model.device.type == "cpu" else batch_tokens
     if share:
-        blocks = [[row] for row in _rows(items, units, shared_prefixes([item.prompt for item in items]))]
+        blocks = list(_blocks(items, units, shared_prefixes([item.prompt for item in items])))
     else:
         blocks = [[Row.of(items, [index], 0) for index in unit] for unit in units]
     return _passes(items, blocks, batch_tokens, max_own, max_scored)
@@ -111,8 +111,11 @@ def shared_prefixes(prompts: Sequence[list[int]]) -> list[int]:
     return lengths
 
 
-def _rows(items: Sequence[Scored], units: Sequence[list[int]], prefix_lengths: Sequence[int]) -> Iterator[Row]:
-    """Units with a prefix in common share rows, as like in length as may be; the others have a row each."""
+def _blocks(items: Sequence[Scored], units: Sequence[list[int]], prefix_lengths: Sequence[int]) -> Iterator[list[Row]]:
+    """Units with a prefix in common share rows, as like in length as may be; the others have a row each.
+
+    A unit that is too long for a row has a row for each of its items: they stay in one pass.
+    """
 
     def prompt(unit: list[int]) -> list[int]:
         return items[unit[0]].prompt
@@ -122,17 +125,17 @@ def _rows(items: Sequence[Scored], units: Sequence[list[int]], prefix_lengths: S
 
     in_order = sorted(units, key=lambda unit: (*beginning(unit), prompt(unit)))
     for (length, _), alike in groupby(in_order, key=beginning):
-        if not length:
-            yield from (Row.of(items, unit, 0) for unit in alike)
-            continue
         most = min(max(length, ROW_OWN_TOKENS[0]), ROW_OWN_TOKENS[1])
         parts: list[tuple[int, list[int]]] = []
         for _, same in groupby(alike, key=prompt):
             apart = [(_size(items, unit, length), unit) for unit in same]
             whole = [index for _, unit in apart for index in unit]
             size = _size(items, whole, length)
-            parts += [(size, whole)] if size <= most else apart
-        yield from (Row.of(items, row, length) for row in _balanced(parts, most))
+            parts += [(size, whole)] if length and size <= most else apart
+        long = [unit for size, unit in parts if size > most or not length]
+        yield from ([Row.of(items, [index], length) for index in unit] for unit in long)
+        short = [(size, unit) for size, unit in parts if size <= most and length]
+        yield from ([Row.of(items, row, length)] for row in _balanced(short, most))
 
 
 def _size(items: Sequence[Scored], unit: Sequence[int], prefix: int) -> int:
