@@ -13,7 +13,7 @@ from openai import AsyncOpenAI
 from popi.backends.base import Backend, Capabilities, ChatRequest, ChatResult, ScoreRequest, ScoreResult
 from popi.backends.remote.endpoints import ByMessages, ByTokenIds, Endpoint
 from popi.backends.remote.failures import Failed, failed
-from popi.backends.together import together
+from popi.backends.together import held, together
 from popi.errors import BackendError, ConfigError, MissingExtra
 
 Request = TypeVar("Request")
@@ -92,20 +92,18 @@ class OpenAIBackend(Backend):
         """
         client, gate = self._connected()
         async with gate:
-            pieces = self._endpoint.stream(client, request)
             try:
-                while True:
-                    async with asyncio.timeout(self._timeout):
-                        piece = await anext(pieces)
-                    yield piece
+                async with held(self._endpoint.stream(client, request)) as pieces:
+                    while True:
+                        async with asyncio.timeout(self._timeout):
+                            piece = await anext(pieces)
+                        yield piece
             except StopAsyncIteration:
                 return
             except BackendError:
                 raise
             except Exception as error:
                 raise failed(error, self._timeout).raised(self.model) from error
-            finally:
-                await pieces.aclose()  # type: ignore[attr-defined]
 
     async def score(self, requests: Sequence[ScoreRequest]) -> list[ScoreResult]:
         """Sums the log-probabilities of each response, end of turn included, given its conversation.

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine, Iterable
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Iterable
+from contextlib import asynccontextmanager
 from typing import Any, TypeVar
 
 Result = TypeVar("Result")
@@ -20,3 +21,13 @@ async def together(work: Iterable[Coroutine[Any, Any, Result]]) -> list[Result]:
     except BaseExceptionGroup as errors:
         raise errors.exceptions[0] from None
     return [task.result() for task in tasks]
+
+
+@asynccontextmanager
+async def held(pieces: AsyncIterator[str]) -> AsyncIterator[AsyncIterator[str]]:
+    """A stream that is closed when it is left: what waits behind it, a connection or a place, is given free at once."""
+    try:
+        yield pieces
+    finally:
+        if isinstance(pieces, AsyncGenerator):
+            await pieces.aclose()

@@ -13,6 +13,7 @@ from openai.types.chat import ChatCompletion, ChatCompletionChunk
 
 from popi.backends.base import ChatRequest, ChatResult, FinishReason, ScoreRequest, ScoreResult
 from popi.backends.remote.failures import Malformed
+from popi.backends.together import held
 from popi.errors import BackendError
 from popi.io import writable
 
@@ -75,8 +76,9 @@ class ByMessages(Endpoint):
         chunks = await client.chat.completions.create(
             **self._arguments(request), stream=True, stream_options={"include_usage": True}
         )
-        async for piece in _pieces(self._model, chunks):
-            yield piece
+        async with held(_pieces(self._model, chunks)) as pieces:
+            async for piece in pieces:
+                yield piece
 
     async def score(self, client: AsyncOpenAI, request: ScoreRequest) -> ScoreResult:
         """Cannot be had: it takes the token ids of the response."""
@@ -152,8 +154,9 @@ class ByTokenIds(Endpoint):
         if prompt.error is not None:
             raise BackendError(f"{self._model}: {prompt.error}", failure="request")
         chunks = await client.completions.create(**self._arguments(request, prompt.tokens), stream=True)
-        async for piece in _pieces(self._model, chunks):
-            yield piece
+        async with held(_pieces(self._model, chunks)) as pieces:
+            async for piece in pieces:
+                yield piece
 
     async def score(self, client: AsyncOpenAI, request: ScoreRequest) -> ScoreResult:
         """Scores a response: the prompt with it is echoed, and nothing is added."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Sequence
 
 from popi.backends.base import Backend, ChatRequest, ChatResult, ScoreRequest, ScoreResult
+from popi.backends.together import held
 
 
 class Wrapper(Backend):
@@ -24,8 +25,9 @@ class Wrapper(Backend):
 
     async def stream(self, request: ChatRequest) -> AsyncIterator[str]:
         """See :meth:`Backend.stream`."""
-        async for piece in self.inner.stream(request):
-            yield piece
+        async with held(self.inner.stream(request)) as pieces:
+            async for piece in pieces:
+                yield piece
 
     async def score(self, requests: Sequence[ScoreRequest]) -> list[ScoreResult]:
         """See :meth:`Backend.score`."""

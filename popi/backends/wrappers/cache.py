@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from popi.backends.base import Backend, ChatRequest, ChatResult, ScoreRequest, ScoreResult
+from popi.backends.together import held
 from popi.backends.wrappers.base import Wrapper
 from popi.errors import InputError
 
@@ -78,8 +79,9 @@ class Cache(Wrapper):
                 yield known["text"]
             return
         self.misses += 1
-        async for piece in self.inner.stream(request):
-            yield piece
+        async with held(self.inner.stream(request)) as pieces:
+            async for piece in pieces:
+                yield piece
 
     async def close(self) -> None:
         """Closes the file and the backend."""

@@ -11,7 +11,7 @@ from typing import TypeVar
 from aiolimiter import AsyncLimiter
 
 from popi.backends.base import Backend, ChatRequest, ChatResult, ScoreRequest, ScoreResult
-from popi.backends.together import together
+from popi.backends.together import held, together
 from popi.backends.wrappers.base import Wrapper
 from popi.errors import BackendError, ConfigError
 
@@ -77,8 +77,8 @@ class Limit(Wrapper):
         """
         if error := self._too_much(request):
             raise BackendError(f"{self.model}: {error}", failure="request")
-        async with self._gates().passed(self._size(request)):
-            async for piece in self.inner.stream(request):
+        async with self._gates().passed(self._size(request)), held(self.inner.stream(request)) as pieces:
+            async for piece in pieces:
                 yield piece
 
     async def score(self, requests: Sequence[ScoreRequest]) -> list[ScoreResult]:
@@ -137,9 +137,9 @@ class _Gates:
     @asynccontextmanager
     async def passed(self, tokens: int) -> AsyncIterator[None]:
         """Waits for a turn, and holds a place as long as it lasts."""
-        async with AsyncExitStack() as held:
+        async with AsyncExitStack() as places:
             if self._at_once:
-                await held.enter_async_context(self._at_once)
+                await places.enter_async_context(self._at_once)
             if self._requests:
                 await self._requests.acquire()
             if self._tokens:

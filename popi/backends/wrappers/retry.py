@@ -18,7 +18,7 @@ from tenacity import (
 )
 
 from popi.backends.base import PASSING, Backend, ChatRequest, ChatResult, ScoreRequest, ScoreResult
-from popi.backends.together import together
+from popi.backends.together import held, together
 from popi.backends.wrappers.base import Wrapper
 from popi.errors import BackendError, ConfigError
 
@@ -87,10 +87,11 @@ class Retry(Wrapper):
             pieces = self.inner.stream(request)
             return pieces, await anext(pieces, None)
 
-        pieces, piece = await self._again(begin)
-        while piece is not None:
-            yield piece
-            piece = await anext(pieces, None)
+        begun, piece = await self._again(begin)
+        async with held(begun) as pieces:
+            while piece is not None:
+                yield piece
+                piece = await anext(pieces, None)
 
     async def _each(
         self,
