@@ -28,7 +28,7 @@ from popi.backends.causal.chat_tokens import ChatTokens
 from popi.backends.causal.loading import load
 from popi.data.example import TestPair
 from popi.data.miniworld import generate
-from popi.training.objective import dpo_loss
+from popi.training.objective import dpo_loss, rewards
 from popi.training.scoring import Judged, PairScorer
 
 MODEL, BETA, PAGE = "popi-mini-base", 0.1, 4096
@@ -50,11 +50,12 @@ def main() -> None:
     print("samples  answer tokens   usual s   ours s   ratio  possible   usual MiB   ours MiB   largest difference")
     for samples, length in product(given.samples, given.lengths):
         items, size = batch(tokens, given.users, given.pairs, samples, length)
-        usual = measure(lambda items=items: usual_rewards(model, tokens, items), given.repeats)
+        usual = measure(lambda items=items: usual_losses(model, tokens, items), given.repeats)
         scorer = PairScorer(model, tokens)
-        ours = measure(lambda scorer=scorer, items=items: our_rewards(scorer, items), given.repeats)
+        ours = measure(lambda scorer=scorer, items=items: our_losses(scorer, items), given.repeats)
         possible = tokens_of_usual(tokens, items) / (scorer.tokens / given.repeats)
-        difference = (usual.result - ours.result).abs().max().item()
+        earned, alike = (rewards(losses.view(-1, given.pairs)) for losses in (usual.result, ours.result))
+        difference = (earned - alike).abs().max().item()
         assert difference < 1e-4, f"the rewards differ by {difference}"
         print(
             f"{samples:7d}  {size:13.1f}  {usual.seconds:8.2f} {ours.seconds:8.2f} {usual.seconds / ours.seconds:7.2f}"
@@ -87,9 +88,9 @@ def stretch(tokens: ChatTokens, text: str, length: int) -> str:
 
 
 @torch.no_grad()
-def usual_rewards(model: Any, tokens: ChatTokens, items: list[Judged]) -> Tensor:
-    """-loss of each item: (items,)."""
-    return -dpo_loss(differences(model, tokens, items) - differences(model, tokens, items, bare=True), BETA)
+def usual_losses(model: Any, tokens: ChatTokens, items: list[Judged]) -> Tensor:
+    """The loss of each item: (items,)."""
+    return dpo_loss(differences(model, tokens, items) - differences(model, tokens, items, bare=True), BETA)
 
 
 def tokens_of_usual(tokens: ChatTokens, items: list[Judged]) -> int:
@@ -98,11 +99,11 @@ def tokens_of_usual(tokens: ChatTokens, items: list[Judged]) -> int:
 
 
 @torch.no_grad()
-def our_rewards(scorer: PairScorer, items: list[Judged]) -> Tensor:
+def our_losses(scorer: PairScorer, items: list[Judged]) -> Tensor:
     """The same by the scorer, the reference of each pair included."""
     pairs = list(dict.fromkeys(item.pair for item in items))
     bare = dict(zip(pairs, scorer.margins([Judged(None, pair, 0.0) for pair in pairs]).tolist(), strict=True))
-    return -dpo_loss(scorer.margins([Judged(item.context, item.pair, bare[item.pair]) for item in items]), BETA)
+    return dpo_loss(scorer.margins([Judged(item.context, item.pair, bare[item.pair]) for item in items]), BETA)
 
 
 class Measured:
