@@ -58,7 +58,9 @@ class PromptedGenerator(ConditionedGenerator):
     async def score(self, items: Sequence[Candidate]) -> list[ScoreResult]:
         """See :meth:`ConditionedGenerator.score`."""
         shown = self._shown([item.given for item in items])
-        return await self._backend.score([ScoreRequest(_messages(item.given, shown), item.response) for item in items])
+        return await self._backend.score(
+            [ScoreRequest(_messages(item.given, shown), item.response, _user(item.given)) for item in items]
+        )
 
     def _request(self, item: Conditioned, shown: dict[str, str]) -> ChatRequest:
         return ChatRequest(
@@ -66,6 +68,7 @@ class PromptedGenerator(ConditionedGenerator):
             max_tokens=self._max_tokens,
             temperature=self._temperature,
             seed=self._seed,
+            user=_user(item),
         )
 
     def _shown(self, items: Sequence[Conditioned]) -> dict[str, str]:
@@ -82,3 +85,7 @@ class PromptedGenerator(ConditionedGenerator):
 
 def _messages(item: Conditioned, shown: dict[str, str]) -> list[Message]:
     return answer_messages(item.prompt, None if item.summary is None else shown[item.summary.text])
+
+
+def _user(item: Conditioned) -> str:
+    return "" if item.summary is None else item.summary.user_id

@@ -87,6 +87,7 @@ class LLMSummarizer(PreferenceInference):
             max_tokens=self._max_tokens,
             temperature=self._temperature,
             seed=int.from_bytes(digest[:4], "big") >> 1,
+            user=user.user_id,
         )
 
     def _read(self, user: UserSignals, rendered: RenderedSignals, result: ChatResult) -> PreferenceSummary | Failure:

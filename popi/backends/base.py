@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Literal, Self
 
@@ -12,12 +13,12 @@ from popi.prompts import Message
 
 FinishReason = Literal["stop", "length", "refused", "filtered", "error"]
 
-FailureKind = Literal["request", "rate_limit", "timeout", "unreachable", "server", "malformed"]
+FailureKind = Literal["request", "rate_limit", "timeout", "unreachable", "server", "malformed", "budget"]
 """Why an item has failed.
 
 ``request``: it cannot be served as it stands, by this model at least. ``rate_limit``: not now. ``timeout``: not in
 time. ``unreachable``: nobody answered, or the connection broke. ``server``: the server failed. ``malformed``: what came
-back is no answer.
+back is no answer. ``budget``: it might have cost more than may be spent, and was not sent.
 """
 
 PASSING: frozenset[FailureKind] = frozenset({"rate_limit", "timeout", "unreachable", "server", "malformed"})
@@ -35,6 +36,7 @@ class ChatRequest:
         top_p: Nucleus of the sampling.
         seed: Seeds the sampling of this request, whatever it is batched with; ``None`` draws a seed.
         stop: Texts that end the answer and are not part of it.
+        user: For whom it is, in the accounts alone: no model is told.
     """
 
     messages: Sequence[Message]
@@ -43,6 +45,7 @@ class ChatRequest:
     top_p: float = 1.0
     seed: int | None = None
     stop: tuple[str, ...] = ()
+    user: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +63,7 @@ class ChatResult:
         error: One line, or ``None``.
         failure: Of what kind the error is; ``None`` if there is none, or the model itself withheld the answer.
         retry_after: After how many seconds the server wants to be asked again, if it said so.
+        route: By which of several backends it was served, where there was a choice.
     """
 
     text: str
@@ -70,14 +74,35 @@ class ChatResult:
     error: str | None = None
     failure: FailureKind | None = None
     retry_after: float | None = None
+    route: str = ""
+
+    @classmethod
+    def failed(
+        cls,
+        error: str,
+        failure: FailureKind,
+        *,
+        model: str,
+        prompt_tokens: int = 0,
+        retry_after: float | None = None,
+    ) -> Self:
+        """An item that failed."""
+        return cls("", "error", prompt_tokens, 0, model, error, failure, retry_after)
 
 
 @dataclass(frozen=True, slots=True)
 class ScoreRequest:
-    """A response whose probability under a conversation is asked."""
+    """A response whose probability under a conversation is asked.
+
+    Attributes:
+        messages: The conversation; the last turn is not the assistant's.
+        response: What follows it.
+        user: As in :class:`ChatRequest`.
+    """
 
     messages: Sequence[Message]
     response: str
+    user: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,17 +113,34 @@ class ScoreResult:
         logprob: Sum over the tokens of the response and the end of its turn, in nats.
         tokens: The number of tokens in that sum.
         prompt_tokens: Length of the rendered conversation in front.
+        model: The model that served it.
         error: One line, or ``None``; then ``logprob`` is NaN.
         failure: Of what kind the error is.
         retry_after: After how many seconds the server wants to be asked again, if it said so.
+        route: By which of several backends it was served, where there was a choice.
     """
 
     logprob: float
     tokens: int
     prompt_tokens: int = 0
+    model: str = ""
     error: str | None = None
     failure: FailureKind | None = None
     retry_after: float | None = None
+    route: str = ""
+
+    @classmethod
+    def failed(
+        cls,
+        error: str,
+        failure: FailureKind,
+        *,
+        model: str,
+        prompt_tokens: int = 0,
+        retry_after: float | None = None,
+    ) -> Self:
+        """An item that failed."""
+        return cls(math.nan, 0, prompt_tokens, model, error, failure, retry_after)
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import math
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import TypeVar
@@ -71,18 +70,7 @@ class OpenAIBackend(Backend):
         Raises:
             BackendError: If nothing can be reached, or the server refuses the key or the model.
         """
-
-        def lost(failure: Failed) -> ChatResult:
-            return ChatResult(
-                "",
-                "error",
-                model=self.model,
-                error=failure.error,
-                failure=failure.kind,
-                retry_after=failure.retry_after,
-            )
-
-        return await self._each(requests, self._endpoint.chat, lost)
+        return await self._each(requests, self._endpoint.chat, ChatResult)
 
     async def stream(self, request: ChatRequest) -> AsyncIterator[str]:
         """Continues one conversation, piece by piece.
@@ -111,11 +99,7 @@ class OpenAIBackend(Backend):
         Raises:
             BackendError: If nothing can be reached, the server refuses the key or the model, or no tokenizer was named.
         """
-
-        def lost(failure: Failed) -> ScoreResult:
-            return ScoreResult(math.nan, 0, 0, failure.error, failure.kind, failure.retry_after)
-
-        return await self._each(requests, self._endpoint.score, lost)
+        return await self._each(requests, self._endpoint.score, ScoreResult)
 
     def count_tokens(self, text: str) -> int:
         """The length of a bare text: exact by the tokenizer, about so without one."""
@@ -142,7 +126,7 @@ class OpenAIBackend(Backend):
         self,
         requests: Sequence[Request],
         ask: Callable[[AsyncOpenAI, Request], Awaitable[Result]],
-        lost: Callable[[Failed], Result],
+        kind: type[Result],
     ) -> list[Result]:
         """Asks for each request, so many at once; those that fail are data, unless all of them would."""
         client, gate = self._connected()
@@ -162,7 +146,9 @@ class OpenAIBackend(Backend):
                     if failure.whole:
                         raise failure.raised(self.model) from error
                     failures.append(failure)
-                    results[place] = lost(failure)
+                    results[place] = kind.failed(
+                        failure.error, failure.kind, model=self.model, retry_after=failure.retry_after
+                    )
 
         await together(work() for _ in range(min(self._concurrency, len(requests))))
         if failures and len(failures) == len(requests) and {failure.kind for failure in failures} == {"unreachable"}:

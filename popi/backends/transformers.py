@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import math
 import secrets
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
@@ -213,7 +212,7 @@ class TransformersBackend(Backend):
     def _chat_result(self, prompt: Rendered, answer: Answer, tokens: Sequence[int]) -> ChatResult:
         length = len(prompt.tokens)
         if prompt.error is not None:
-            return ChatResult("", "error", length, model=self.model, error=prompt.error, failure="request")
+            return ChatResult.failed(prompt.error, "request", model=self.model, prompt_tokens=length)
         text, ended = answer.finish(tokens)
         return ChatResult(text, "stop" if ended else "length", length, len(tokens), self.model)
 
@@ -228,13 +227,9 @@ class TransformersBackend(Backend):
         ]
         sums = iter(score(self._model, items, batch_tokens=self._batch_tokens, share=self._share, check=check))
         return [
-            ScoreResult(
-                next(sums) if prompt.error is None else math.nan,
-                len(response),
-                len(prompt.tokens),
-                prompt.error,
-                None if prompt.error is None else "request",
-            )
+            ScoreResult(next(sums), len(response), len(prompt.tokens), self.model)
+            if prompt.error is None
+            else ScoreResult.failed(prompt.error, "request", model=self.model, prompt_tokens=len(prompt.tokens))
             for prompt, response in zip(prompts, responses, strict=True)
         ]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 
@@ -105,7 +104,7 @@ class ScriptedBackend(Backend):
             limit = min(limit, context - prompt)
         if limit < 1:
             error = f"no room: {prompt} tokens, a context of {context}, {request.max_tokens} asked for"
-            return ChatResult("", "error", prompt, model=self.model, error=error, failure="request")
+            return ChatResult.failed(error, "request", model=self.model, prompt_tokens=prompt)
         answer = self._look_up(request)
         if isinstance(answer, ChatResult):
             return answer
@@ -120,16 +119,16 @@ class ScriptedBackend(Backend):
         last = request.messages[-1].content
         if last in self._answers:
             return self._answers[last]
-        return ChatResult("", "error", error=f"the script has no answer to {last!r}", failure="request")
+        return ChatResult.failed(f"the script has no answer to {last!r}", "request", model=self.model)
 
     def _score(self, request: ScoreRequest) -> ScoreResult:
         prompt, tokens = self._prompt_tokens(request.messages), self.count_tokens(request.response) + 1
         context = self.capabilities.context_length
         if context is not None and prompt + tokens > context:
             error = f"{prompt + tokens} tokens, and the context holds {context}"
-            return ScoreResult(math.nan, tokens, prompt, error, "request")
+            return ScoreResult.failed(error, "request", model=self.model, prompt_tokens=prompt)
         score = -float(tokens) if self._scores is None else self._scores(request)
-        return score if isinstance(score, ScoreResult) else ScoreResult(score, tokens, prompt)
+        return score if isinstance(score, ScoreResult) else ScoreResult(score, tokens, prompt, self.model)
 
     def _prompt_tokens(self, messages: Sequence[Message]) -> int:
         return sum(self.count_tokens(message.content) for message in messages)

@@ -145,3 +145,15 @@ async def test_a_cancelled_call_asks_no_more() -> None:
 def test_numbers_that_make_no_sense_are_refused(options: dict) -> None:
     with pytest.raises(ConfigError, match="are none"):
         Retry(ScriptedBackend(), **options)
+
+
+async def test_a_stream_that_does_not_begin_in_time_is_given_up() -> None:
+    class Stalled(ScriptedBackend):
+        async def stream(self, request: ChatRequest) -> AsyncIterator[str]:
+            await asyncio.sleep(60)
+            yield "too late"
+
+    began = time.monotonic()
+    with pytest.raises(BackendError, match=r"no answer within 0\.1 s") as caught:
+        await anext(Retry(Stalled(), deadline=0.1).stream(ask("rice?")))
+    assert caught.value.failure == "timeout" and time.monotonic() - began < 5

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from popi.backends.base import Backend, ChatRequest
-from popi.backends.wrappers import Cache, Limit, Retry, Wrapper
+from popi.backends.ledger import Ledger, Price
+from popi.backends.wrappers import Cache, Cost, Fallback, Limit, Retry, Route, Wrapper
 from popi.prompts import Message
 from popi.testing import ScriptedBackend
 
@@ -27,8 +28,18 @@ class Counting(ScriptedBackend):
             self.streams -= 1
 
 
-@pytest.mark.parametrize("wrap", [Wrapper, Retry, Limit, lambda inner: Cache(inner, Path(":memory:"))])
-async def test_a_stream_that_is_left_is_closed_behind_the_wrapper(wrap: Callable[[Backend], Wrapper]) -> None:
+WRAPPERS: dict[str, Callable[[Backend], Backend]] = {
+    "wrapper": Wrapper,
+    "retry": Retry,
+    "limit": Limit,
+    "cache": lambda inner: Cache(inner, Path(":memory:")),
+    "cost": lambda inner: Cost(inner, price=Price(), ledger=Ledger()),
+    "fallback": lambda inner: Fallback([Route("one", inner)]),
+}
+
+
+@pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS)
+async def test_a_stream_that_is_left_is_closed_behind_the_wrapper(wrap: Callable[[Backend], Backend]) -> None:
     backend = wrap(counting := Counting())
     stream = backend.stream(ChatRequest([Message("user", "a long question")]))
     assert await anext(stream) and counting.streams == 1

@@ -63,6 +63,6 @@ async def test_it_remembers_what_it_was_asked() -> None:
 async def test_scores_come_from_a_function_or_are_a_nat_a_token() -> None:
     rating = ScoreRequest([Message("user", "one two three")], "four words in it")
     (plain,) = await ScriptedBackend().score([rating])
-    assert plain == ScoreResult(-5.0, 5, 3)
+    assert plain == ScoreResult(-5.0, 5, 3, "scripted")
     (told,) = await ScriptedBackend(scores=lambda request: -float(len(request.response))).score([rating])
-    assert told == ScoreResult(-16.0, 5, 3)
+    assert told == ScoreResult(-16.0, 5, 3, "scripted")

@@ -141,7 +141,7 @@ class ByTokenIds(Endpoint):
         prompt = self._prompt(request, min(request.max_tokens, 1))
         length = len(prompt.tokens)
         if prompt.error is not None:
-            return ChatResult("", "error", length, model=self._model, error=prompt.error, failure="request")
+            return ChatResult.failed(prompt.error, "request", model=self._model, prompt_tokens=length)
         answer = _whole(await client.completions.create(**self._arguments(request, prompt.tokens)), Completion)
         choice, usage = answer.choices[0], answer.usage
         reason = FINISHED.get(choice.finish_reason, "stop")
@@ -164,7 +164,7 @@ class ByTokenIds(Endpoint):
         prompt = self._prompt(request, len(response))
         length = len(prompt.tokens)
         if prompt.error is not None:
-            return ScoreResult(math.nan, len(response), length, prompt.error, "request")
+            return ScoreResult.failed(prompt.error, "request", model=self._model, prompt_tokens=length)
         answer = await client.completions.create(
             model=self._model, prompt=[*prompt.tokens, *response], max_tokens=0, echo=True, logprobs=0, temperature=0
         )
@@ -172,7 +172,7 @@ class ByTokenIds(Endpoint):
         logprobs = found.token_logprobs if found is not None else None
         if logprobs is None or len(logprobs) < length + len(response):
             raise Malformed("the server does not echo the log-probabilities of the prompt")
-        return ScoreResult(sum(logprobs[length : length + len(response)]), len(response), length)
+        return ScoreResult(sum(logprobs[length : length + len(response)]), len(response), length, self._model)
 
     def count_tokens(self, text: str) -> int:
         """The length of a bare text, without special tokens."""

@@ -1,11 +1,17 @@
-"""What every wrapper passes on."""
+"""What every wrapper passes on, and what those share that look at each request."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from abc import abstractmethod
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from functools import partial
+from typing import TypeVar
 
 from popi.backends.base import Backend, ChatRequest, ChatResult, ScoreRequest, ScoreResult
-from popi.backends.together import held
+from popi.backends.together import held, together
+
+Request = TypeVar("Request", ChatRequest, ScoreRequest)
+Result = TypeVar("Result", ChatResult, ScoreResult)
 
 
 class Wrapper(Backend):
@@ -40,3 +46,37 @@ class Wrapper(Backend):
     async def close(self) -> None:
         """Closes the other one."""
         await self.inner.close()
+
+
+class OneByOne(Wrapper):
+    """A wrapper that treats every request by itself, all of a call at once: none holds up another."""
+
+    async def chat(self, requests: Sequence[ChatRequest]) -> list[ChatResult]:
+        """See :meth:`Backend.chat`."""
+        return await together(
+            self.one(request, partial(_alone, self.inner.chat, request), ChatResult) for request in requests
+        )
+
+    async def score(self, requests: Sequence[ScoreRequest]) -> list[ScoreResult]:
+        """See :meth:`Backend.score`."""
+        return await together(
+            self.one(request, partial(_alone, self.inner.score, request), ScoreResult) for request in requests
+        )
+
+    @abstractmethod
+    async def one(self, request: Request, ask: Callable[[], Awaitable[Result]], kind: type[Result]) -> Result:
+        """Has one request answered.
+
+        Args:
+            request: The request.
+            ask: Passes it on.
+            kind: What comes back, for results that are made here.
+
+        Raises:
+            BackendError: If the backend as a whole cannot serve.
+        """
+
+
+async def _alone(ask: Callable[[Sequence[Request]], Awaitable[list[Result]]], request: Request) -> Result:
+    [result] = await ask([request])
+    return result

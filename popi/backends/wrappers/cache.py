@@ -6,17 +6,14 @@ import hashlib
 import json
 import sqlite3
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from popi.backends.base import Backend, ChatRequest, ChatResult, ScoreRequest, ScoreResult
 from popi.backends.together import held
-from popi.backends.wrappers.base import Wrapper
+from popi.backends.wrappers.base import Request, Result, Wrapper
 from popi.errors import InputError
-
-Request = TypeVar("Request", ChatRequest, ScoreRequest)
-Result = TypeVar("Result", ChatResult, ScoreResult)
 
 
 class Cache(Wrapper):
@@ -111,7 +108,8 @@ class Cache(Wrapper):
     def _key(self, request: ChatRequest | ScoreRequest) -> str | None:
         if isinstance(request, ChatRequest) and request.temperature > 0 and request.seed is None:
             return None
-        asked = [type(request).__name__, self.model, asdict(request)]
+        # Whom an answer is for does not change it.
+        asked = [type(request).__name__, self.model, asdict(replace(request, user=""))]
         return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
 
     def _known(self, key: str) -> dict[str, Any] | None:

@@ -3,25 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-import math
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
-from typing import TypeVar
 
 from aiolimiter import AsyncLimiter
 
-from popi.backends.base import Backend, ChatRequest, ChatResult, ScoreRequest, ScoreResult
-from popi.backends.together import held, together
-from popi.backends.wrappers.base import Wrapper
+from popi.backends.base import Backend, ChatRequest, ScoreRequest
+from popi.backends.together import held
+from popi.backends.wrappers.base import OneByOne, Request, Result
 from popi.errors import BackendError, ConfigError
-
-Request = TypeVar("Request", ChatRequest, ScoreRequest)
-Result = TypeVar("Result", ChatResult, ScoreResult)
 
 MINUTE = 60.0
 
 
-class Limit(Wrapper):
+class Limit(OneByOne):
     """Sends no more than a server allows; what is too much waits for its turn.
 
     A minute's worth may go out at once, after which the allowance comes back evenly. Tokens are counted before a
@@ -57,17 +52,13 @@ class Limit(Wrapper):
         self._at_once, self._requests, self._tokens = at_once, requests_per_minute, tokens_per_minute
         self._open: tuple[asyncio.AbstractEventLoop, _Gates] | None = None
 
-    async def chat(self, requests: Sequence[ChatRequest]) -> list[ChatResult]:
-        """Continues each conversation.
-
-        Raises:
-            BackendError: If the backend as a whole cannot serve.
-        """
-
-        def refused(error: str) -> ChatResult:
-            return ChatResult("", "error", model=self.model, error=error, failure="request")
-
-        return await self._each(requests, self.inner.chat, refused)
+    async def one(self, request: Request, ask: Callable[[], Awaitable[Result]], kind: type[Result]) -> Result:
+        """Waits for a turn; a request for which no minute has room is refused."""
+        size = self._size(request)
+        if error := self._too_much(size):
+            return kind.failed(error, "request", model=self.model)
+        async with self._gates().passed(size):
+            return await ask()
 
     async def stream(self, request: ChatRequest) -> AsyncIterator[str]:
         """Continues one conversation, piece by piece.
@@ -75,46 +66,22 @@ class Limit(Wrapper):
         Raises:
             BackendError: If the answer cannot be had or breaks off, or no minute allows for it.
         """
-        if error := self._too_much(request):
+        size = self._size(request)
+        if error := self._too_much(size):
             raise BackendError(f"{self.model}: {error}", failure="request")
-        async with self._gates().passed(self._size(request)), held(self.inner.stream(request)) as pieces:
+        async with self._gates().passed(size), held(self.inner.stream(request)) as pieces:
             async for piece in pieces:
                 yield piece
 
-    async def score(self, requests: Sequence[ScoreRequest]) -> list[ScoreResult]:
-        """Sums the log-probabilities of each response, end of turn included, given its conversation.
-
-        Raises:
-            BackendError: If the backend as a whole cannot serve.
-        """
-        return await self._each(
-            requests, self.inner.score, lambda error: ScoreResult(math.nan, 0, error=error, failure="request")
-        )
-
-    async def _each(
-        self,
-        requests: Sequence[Request],
-        ask: Callable[[Sequence[Request]], Awaitable[list[Result]]],
-        refused: Callable[[str], Result],
-    ) -> list[Result]:
-        gates = self._gates()
-
-        async def one(request: Request) -> Result:
-            if error := self._too_much(request):
-                return refused(error)
-            async with gates.passed(self._size(request)):
-                [result] = await ask([request])
-                return result
-
-        return await together(one(request) for request in requests)
-
     def _size(self, request: ChatRequest | ScoreRequest) -> int:
+        """In tokens; nothing is counted that nothing depends on."""
+        if self._tokens is None:
+            return 0
         read = sum(self.count_tokens(message.content) for message in request.messages)
-        more = request.max_tokens if isinstance(request, ChatRequest) else self.count_tokens(request.response)
-        return read + more
+        return read + (request.max_tokens if isinstance(request, ChatRequest) else self.count_tokens(request.response))
 
-    def _too_much(self, request: ChatRequest | ScoreRequest) -> str | None:
-        if self._tokens is None or (size := self._size(request)) <= self._tokens:
+    def _too_much(self, size: int) -> str | None:
+        if self._tokens is None or size <= self._tokens:
             return None
         return f"{size} tokens, its answer included, are more than the {self._tokens} of a minute"
 

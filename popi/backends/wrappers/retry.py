@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import math
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import TypeVar
 
 from tenacity import (
@@ -17,17 +16,15 @@ from tenacity import (
     wait_random_exponential,
 )
 
-from popi.backends.base import PASSING, Backend, ChatRequest, ChatResult, ScoreRequest, ScoreResult
-from popi.backends.together import held, together
-from popi.backends.wrappers.base import Wrapper
+from popi.backends.base import PASSING, Backend, ChatRequest, ChatResult, ScoreResult
+from popi.backends.together import held
+from popi.backends.wrappers.base import OneByOne, Request, Result
 from popi.errors import BackendError, ConfigError
 
-Request = TypeVar("Request")
-Result = TypeVar("Result", ChatResult, ScoreResult)
 Anything = TypeVar("Anything")
 
 
-class Retry(Wrapper):
+class Retry(OneByOne):
     """Asks again where a failure may pass: a limit, a time-out, a server that fails or cannot be reached.
 
     Waits are drawn at random from a range that doubles with every attempt ("full jitter"), and are no shorter than what
@@ -54,63 +51,34 @@ class Retry(Wrapper):
         self._attempts, self._deadline = attempts, deadline
         self._backoff = wait_random_exponential(multiplier=first, max=longest)
 
-    async def chat(self, requests: Sequence[ChatRequest]) -> list[ChatResult]:
-        """Continues each conversation.
-
-        Raises:
-            BackendError: If the backend as a whole cannot serve, to the end.
-        """
-
-        def late(error: str) -> ChatResult:
-            return ChatResult("", "error", model=self.model, error=error, failure="timeout")
-
-        return await self._each(requests, self.inner.chat, late)
-
-    async def score(self, requests: Sequence[ScoreRequest]) -> list[ScoreResult]:
-        """Sums the log-probabilities of each response, end of turn included, given its conversation.
-
-        Raises:
-            BackendError: If the backend as a whole cannot serve, to the end.
-        """
-        return await self._each(
-            requests, self.inner.score, lambda error: ScoreResult(math.nan, 0, error=error, failure="timeout")
-        )
+    async def one(self, request: Request, ask: Callable[[], Awaitable[Result]], kind: type[Result]) -> Result:
+        """Asks until there is an answer, the failure is for good, or there is no time left."""
+        try:
+            async with asyncio.timeout(self._deadline):
+                return await self._again(ask)
+        except TimeoutError:
+            return kind.failed(self._late(), "timeout", model=self.model)
 
     async def stream(self, request: ChatRequest) -> AsyncIterator[str]:
         """Continues one conversation, piece by piece; until the first one has come it may be asked for again.
 
         Raises:
-            BackendError: If the answer cannot be had or breaks off.
+            BackendError: If the answer cannot be had, does not begin in time, or breaks off.
         """
 
         async def begin() -> tuple[AsyncIterator[str], str | None]:
             pieces = self.inner.stream(request)
             return pieces, await anext(pieces, None)
 
-        begun, piece = await self._again(begin)
+        try:
+            async with asyncio.timeout(self._deadline):
+                begun, piece = await self._again(begin)
+        except TimeoutError:
+            raise BackendError(f"{self.model}: {self._late()}", failure="timeout") from None
         async with held(begun) as pieces:
             while piece is not None:
                 yield piece
                 piece = await anext(pieces, None)
-
-    async def _each(
-        self,
-        requests: Sequence[Request],
-        ask: Callable[[Sequence[Request]], Awaitable[list[Result]]],
-        late: Callable[[str], Result],
-    ) -> list[Result]:
-        async def one(request: Request) -> Result:
-            async def once() -> Result:
-                [result] = await ask([request])
-                return result
-
-            try:
-                async with asyncio.timeout(self._deadline):
-                    return await self._again(once)
-            except TimeoutError:
-                return late(f"no answer within {self._deadline:g} s")
-
-        return await together(one(request) for request in requests)
 
     async def _again(self, ask: Callable[[], Awaitable[Anything]]) -> Anything:
         """Asks until it succeeds, fails for good, or there is no time left; the last outcome counts."""
@@ -122,6 +90,9 @@ class Retry(Wrapper):
         )
         answer: Anything = await retrying(ask)
         return answer
+
+    def _late(self) -> str:
+        return f"no answer within {self._deadline:g} s"
 
     def _wait(self, state: RetryCallState) -> float:
         outcome = state.outcome

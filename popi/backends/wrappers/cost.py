@@ -1,0 +1,98 @@
+"""Counts what requests cost, and sends none that might cost too much."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Awaitable, Callable
+
+from popi.backends.base import Backend, ChatRequest, ChatResult, FailureKind, ScoreRequest, ScoreResult
+from popi.backends.ledger import Ledger, Price, Spent
+from popi.backends.together import held
+from popi.backends.wrappers.base import OneByOne, Request, Result
+from popi.errors import BackendError
+
+TURN_TOKENS = 16
+"""The most tokens that a chat template adds to a turn, by judgement."""
+
+NEVER_BILLED: frozenset[FailureKind | None] = frozenset({"request", "rate_limit", "budget"})
+"""Failures of requests that no model has read."""
+
+
+class Cost(OneByOne):
+    """Enters every request into the accounts of a run, and refuses those that might pass its cap.
+
+    What a request can cost at most is set aside before it is sent: no token is shorter than a byte, and no answer is
+    longer than it may be. What it did cost is what the server says; where it says nothing, for streams and for requests
+    that failed on their way, that most stays in the accounts as unsure, and counts towards the cap.
+
+    Args:
+        inner: The backend that is asked.
+        price: What its tokens cost.
+        ledger: The accounts, which several backends may share.
+        role: Whose requests these are.
+    """
+
+    def __init__(self, inner: Backend, *, price: Price, ledger: Ledger, role: str = "") -> None:
+        super().__init__(inner)
+        self._price, self._ledger, self._role = price, ledger, role
+
+    async def one(self, request: Request, ask: Callable[[], Awaitable[Result]], kind: type[Result]) -> Result:
+        """Sets money aside, asks, and enters what it came to."""
+        most = self._most(request)
+        if not await self._ledger.reserve(most):
+            return kind.failed(self._refusal(most), "budget", model=self.model)
+        spent = Spent(requests=1, unsure=most)
+        try:
+            result = await ask()
+            spent = self._of(result, most)
+            return result
+        except BackendError as error:
+            if error.failure in NEVER_BILLED:
+                spent = Spent(requests=1)
+            raise
+        finally:
+            self._ledger.settle(most, spent, role=self._role, user=request.user)
+
+    async def stream(self, request: ChatRequest) -> AsyncIterator[str]:
+        """Continues one conversation, piece by piece.
+
+        Raises:
+            BackendError: If the answer cannot be had or breaks off, or might cost too much.
+        """
+        most = self._most(request)
+        if not await self._ledger.reserve(most):
+            raise BackendError(f"{self.model}: {self._refusal(most)}", failure="budget")
+        spent = Spent(requests=1, unsure=most)
+        try:
+            async with held(self.inner.stream(request)) as pieces:
+                async for piece in pieces:
+                    yield piece
+        except BackendError as error:
+            if error.failure in NEVER_BILLED:
+                spent = Spent(requests=1)
+            raise
+        finally:
+            self._ledger.settle(most, spent, role=self._role, user=request.user)
+
+    def _most(self, request: ChatRequest | ScoreRequest) -> float:
+        read = sum(len(turn.content.encode(errors="replace")) + TURN_TOKENS for turn in request.messages)
+        if isinstance(request, ChatRequest):
+            return self._price.of(read, request.max_tokens)
+        return self._price.of(read + len(request.response.encode(errors="replace")) + TURN_TOKENS, 1)
+
+    def _of(self, result: ChatResult | ScoreResult, most: float) -> Spent:
+        if result.failure is not None:
+            return Spent(requests=1, unsure=0.0 if result.failure in NEVER_BILLED else most)
+        if isinstance(result, ScoreResult):
+            read, written = result.prompt_tokens + result.tokens, 0
+        else:
+            read, written = result.prompt_tokens, result.completion_tokens
+        if not read:
+            return Spent(requests=1, unsure=most)
+        return Spent(1, read, written, self._price.of(read, written))
+
+    def _refusal(self, most: float) -> str:
+        total = self._ledger.total
+        return (
+            f"not sent: it might cost {most:.6f}, and {total.money + total.unsure:.6f} of the budget of "
+            f"{self._ledger.cap:g} is spent"
+        )

@@ -1,0 +1,138 @@
+"""Accounts that add up, and a line that is not passed."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from popi.backends.base import ChatRequest, ChatResult, ScoreRequest
+from popi.backends.ledger import Ledger, Price, Spent
+from popi.backends.wrappers import Cost
+from popi.errors import BackendError, ConfigError
+from popi.prompts import Message
+from popi.testing import ScriptedBackend
+
+PRICE = Price(prompt=2.0, completion=10.0)
+
+
+def ask(text: str, *, user: str = "", max_tokens: int = 10) -> ChatRequest:
+    return ChatRequest([Message("user", text)], max_tokens=max_tokens, user=user)
+
+
+def failing(kind: str) -> ScriptedBackend:
+    return ScriptedBackend(lambda _: ChatResult.failed("no", kind, model="scripted"))  # type: ignore[arg-type]
+
+
+def most(request: ChatRequest) -> float:
+    """What a request of one ASCII turn can cost at most."""
+    return PRICE.of(len(request.messages[0].content) + 16, request.max_tokens)
+
+
+async def test_tokens_and_money_by_role_and_user() -> None:
+    ledger, inner = Ledger(), ScriptedBackend()
+    writer = Cost(inner, price=PRICE, ledger=ledger, role="writer")
+    reader = Cost(inner, price=Price(), ledger=ledger, role="generator")
+    # "Noted: " and the words that are asked: three tokens for two, two for one.
+    await writer.chat([ask("two words", user="ann"), ask("one", user="bob"), ask("one", user="ann")])
+    await reader.chat([ask("one", user="ann")])
+    assert ledger.by_role() == {
+        "writer": Spent(3, 4, 7, pytest.approx((4 * 2 + 7 * 10) / 1e6)),
+        "generator": Spent(1, 1, 2),
+    }
+    assert ledger.by_user() == {
+        "ann": Spent(3, 4, 7, pytest.approx((3 * 2 + 5 * 10) / 1e6)),
+        "bob": Spent(1, 1, 2, pytest.approx((1 * 2 + 2 * 10) / 1e6)),
+    }
+    assert ledger.total.money == pytest.approx(78 / 1e6)
+    await writer.score([ScoreRequest([Message("user", "two words")], "three of them", "bob")])
+    # Two words in front, three and the end of the turn behind: read, not written.
+    assert ledger.by_user()["bob"] == Spent(2, 1 + 2 + 4, 2, pytest.approx((7 * 2 + 2 * 10) / 1e6))
+
+
+@pytest.mark.parametrize("kind", ["timeout", "unreachable", "server", "malformed"])
+async def test_what_failed_on_its_way_may_have_cost_all_that_it_could(kind: str) -> None:
+    ledger, request = Ledger(), ask("rice")
+    [result] = await Cost(failing(kind), price=PRICE, ledger=ledger).chat([request])
+    assert result.failure == kind
+    assert ledger.total == Spent(1, unsure=pytest.approx(most(request)))
+
+
+@pytest.mark.parametrize("kind", ["request", "rate_limit"])
+async def test_what_no_model_has_read_costs_nothing(kind: str) -> None:
+    ledger = Ledger()
+    await Cost(failing(kind), price=PRICE, ledger=ledger).chat([ask("rice")])
+    assert ledger.total == Spent(1)
+
+
+async def test_a_dead_backend_settles_its_account() -> None:
+    ledger, inner = Ledger(cap=1.0), ScriptedBackend()
+    inner.dead = "switched off"
+    with pytest.raises(BackendError, match="switched off"):
+        await Cost(inner, price=PRICE, ledger=ledger).chat([ask("rice")])
+    assert ledger.total == Spent(1, unsure=pytest.approx(most(ask("rice"))))
+    assert await ledger.reserve(0.9)
+
+
+async def test_a_stream_counts_as_the_most_that_it_could_cost() -> None:
+    ledger, request = Ledger(), ask("rice", user="ann")
+    backend = Cost(ScriptedBackend(), price=PRICE, ledger=ledger, role="generator")
+    assert "".join([piece async for piece in backend.stream(request)]) == "Noted: rice"
+    assert ledger.by_user() == {"ann": Spent(1, unsure=pytest.approx(most(request)))}
+    stream = backend.stream(request)
+    await anext(stream)
+    await stream.aclose()
+    assert ledger.total.unsure == pytest.approx(2 * most(request))
+
+
+async def test_what_might_pass_the_cap_is_not_sent() -> None:
+    inner, request = ScriptedBackend(), ask("rice")
+    ledger = Ledger(cap=1.5 * most(request))
+    backend = Cost(inner, price=PRICE, ledger=ledger)
+    fine, refused = [(await backend.chat([ask("rice", max_tokens=length)]))[0] for length in (10, 20)]
+    assert fine.error is None and refused.failure == "budget" and len(inner.chats) == 1
+    assert refused.error == "not sent: it might cost 0.000240, and 0.000022 of the budget of 0.00021 is spent"
+    with pytest.raises(BackendError, match="not sent: it might cost") as caught:
+        await anext(backend.stream(ask("rice", max_tokens=20)))
+    assert caught.value.failure == "budget"
+
+
+async def test_requests_wait_for_others_that_may_cost_less_than_was_set_aside() -> None:
+    class Slow(ScriptedBackend):
+        async def chat(self, requests: Sequence[ChatRequest]) -> list[ChatResult]:
+            await asyncio.sleep(0.01)
+            return await super().chat(requests)
+
+    ledger = Ledger(cap=2 * most(ask("rice")))
+    results = await Cost(Slow(), price=PRICE, ledger=ledger).chat([ask("rice")] * 6)
+    # Each sets 140 millionths aside and costs 22.
+    assert [result.error for result in results] == [None] * 6
+    assert ledger.total.money == pytest.approx(6 * 22 / 1e6)
+
+
+@given(
+    cap=st.floats(0, 3e-3),
+    words=st.lists(st.tuples(st.integers(1, 30), st.integers(1, 40), st.sampled_from(["", "server", "request"]))),
+)
+def test_no_cap_is_ever_passed(cap: float, words: list[tuple[int, int, str]]) -> None:
+    ways = {f"{n} " + "word " * count: way for n, (count, _, way) in enumerate(words)}
+
+    def answer(request: ChatRequest) -> str | ChatResult:
+        way = ways[request.messages[0].content]
+        return ChatResult.failed("no", way, model="x") if way else "word " * 100  # type: ignore[arg-type]
+
+    ledger = Ledger(cap)
+    backend = Cost(ScriptedBackend(answer), price=PRICE, ledger=ledger)
+    requests = [ask(text, max_tokens=length) for text, (_, length, _) in zip(ways, words, strict=True)]
+    results = asyncio.run(backend.chat(requests))
+    assert len(results) == len(requests)
+    assert ledger.total.money + ledger.total.unsure <= cap
+    assert ledger.total.requests == sum(result.failure != "budget" for result in results)
+
+
+def test_a_budget_below_nothing_is_refused() -> None:
+    with pytest.raises(ConfigError, match="field budget: a budget of -1 is less than nothing"):
+        Ledger(-1)
