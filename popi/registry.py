@@ -19,6 +19,7 @@ from popi.roles import ConditionedGenerator, PreferenceInference
 BACKENDS = {
     "openai": "popi.backends.openai:OpenAIBackend",
     "transformers": "popi.backends.transformers:TransformersBackend",
+    "vllm": "popi.backends.vllm:VLLMBackend",
 }
 
 INFERENCES = {

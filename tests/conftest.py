@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import settings
 
-from tests.servers import KEY, SERVED, needs_vllm, vllm_server
+from tests.servers import CONTEXT, KEY, SERVED, needs_vllm, vllm_server
+
+if TYPE_CHECKING:
+    from popi.backends.vllm import VLLMBackend
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -42,3 +47,14 @@ def vllm_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         patch.setenv(KEY, "secret")
         with vllm_server(find(SERVED), SERVED, tmp_path_factory.mktemp("vllm") / "log") as url:
             yield url
+
+
+@pytest.fixture(scope="session")
+def vllm_backend() -> Iterator[VLLMBackend]:
+    """A real vLLM engine for all tests that leave it as it is."""
+    needs_vllm()
+    from popi.backends.vllm import VLLMBackend
+
+    backend = VLLMBackend(SERVED, context_length=CONTEXT, cache_gib=0.25)
+    yield backend
+    asyncio.run(backend.close())

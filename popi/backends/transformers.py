@@ -23,6 +23,8 @@ from popi.backends.causal.decoding import Draft, decode, end_tokens_of
 from popi.backends.causal.loading import load
 from popi.backends.causal.packing import Scored
 from popi.backends.causal.scoring import score
+from popi.backends.causal.streaming import Emit, streamed
+from popi.backends.together import held
 from popi.errors import BackendError
 
 log = logging.getLogger(__name__)
@@ -31,7 +33,6 @@ BATCH_TOKENS = 16384
 
 Result = TypeVar("Result")
 Check = Callable[[], None]
-Emit = Callable[[str], None]
 
 
 class TransformersBackend(Backend):
@@ -109,22 +110,14 @@ class TransformersBackend(Backend):
         Raises:
             BackendError: If the answer cannot be had, or the model fails.
         """
-        loop = asyncio.get_running_loop()
-        pieces: asyncio.Queue[str | None] = asyncio.Queue()
 
-        def emit(piece: str) -> None:
-            loop.call_soon_threadsafe(pieces.put_nowait, piece)
+        async def chat(emit: Emit) -> ChatResult:
+            [result] = await self._work(lambda check: self._chat([request], check, emit))
+            return result
 
-        work = asyncio.create_task(self._work(lambda check: self._chat([request], check, emit)))
-        work.add_done_callback(lambda _: pieces.put_nowait(None))
-        try:
-            while (piece := await pieces.get()) is not None:
+        async with held(streamed(self.model, chat)) as pieces:
+            async for piece in pieces:
                 yield piece
-            (result,) = await work
-        finally:
-            work.cancel()
-        if result.error is not None:
-            raise BackendError(f"{self.model}: {result.error}")
 
     async def score(self, requests: Sequence[ScoreRequest]) -> list[ScoreResult]:
         """Sums the log-probabilities of each response, end of turn included, given its conversation.

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -12,17 +14,20 @@ from popi.backends.base import Backend
 from popi.testing import ScriptedBackend, tiny_model
 from tests.servers import KEY, SERVED, free_port
 
+if TYPE_CHECKING:
+    from popi.backends.vllm import VLLMBackend
+
 
 @dataclass(frozen=True)
 class Case:
     """How to make a backend of a given context length, and how to make it fail as a whole.
 
-    One that talks to a server is made with the server's address first.
+    What costs long to start is a fixture that all tests share, and is given first.
     """
 
     make: Callable[..., Backend]
     kill: Callable[[Backend], None]
-    served: bool = False
+    shared: str | None = None
 
 
 def transformers_backend(family: str, context_length: int) -> Backend:
@@ -59,8 +64,21 @@ def kill_served(backend: Backend) -> None:
     backend._url = f"http://127.0.0.1:{free_port()}/v1"
 
 
+def vllm_backend(shared: VLLMBackend, context_length: int) -> Backend:
+    backend = copy.copy(shared)
+    backend._owner = False
+    backend.capabilities = replace(shared.capabilities, context_length=context_length)
+    return backend
+
+
+def kill_vllm(backend: Backend) -> None:
+    """A real death is in tests/backends/test_vllm.py: here it would take the engine from the other tests."""
+    backend._closed = True
+
+
 CASES = {
-    "served": Case(served_backend, kill_served, served=True),
+    "served": Case(served_backend, kill_served, "vllm_url"),
+    "vllm": Case(vllm_backend, kill_vllm, "vllm_backend"),
     "scripted": Case(scripted_backend, kill_scripted),
     "transformers-llama": Case(partial(transformers_backend, "llama"), kill_transformers),
     "transformers-neox": Case(partial(transformers_backend, "neox"), kill_transformers),
@@ -69,14 +87,13 @@ CASES = {
 
 
 @pytest.fixture(
-    params=[pytest.param(name, marks=pytest.mark.slow) if case.served else name for name, case in CASES.items()]
+    params=[pytest.param(name, marks=pytest.mark.slow) if case.shared else name for name, case in CASES.items()]
 )
 def case(request: pytest.FixtureRequest) -> Case:
     case = CASES[request.param]
-    if not case.served:
+    if case.shared is None:
         return case
-    url = request.getfixturevalue("vllm_url")
-    return Case(partial(case.make, url), case.kill)
+    return Case(partial(case.make, request.getfixturevalue(case.shared)), case.kill)
 
 
 @pytest.fixture

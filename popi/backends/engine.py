@@ -1,0 +1,189 @@
+"""vLLM's engine, in an event loop of its own."""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import os
+import subprocess
+import sys
+import threading
+import uuid
+from collections.abc import AsyncGenerator, Coroutine, Iterator, Mapping
+from contextlib import contextmanager
+from multiprocessing import active_children
+from typing import Any, TypeVar
+
+from popi.backends import engine_worker
+from popi.errors import BackendError, ModelError
+
+
+@contextmanager
+def environment(values: Mapping[str, str]) -> Iterator[None]:
+    """Sets variables that are not set, for what is imported or started within it."""
+    added = {name: value for name, value in values.items() if name not in os.environ}
+    os.environ.update(added)
+    try:
+        yield
+    finally:
+        for name in added:
+            del os.environ[name]
+
+
+QUIET = {"VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
+
+with environment(QUIET):
+    from vllm import RequestOutput, SamplingParams
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.exceptions import VLLMClientError
+    from vllm.inputs.engine import tokens_input
+    from vllm.logprobs import FlatLogprobs
+    from vllm.lora.request import LoRARequest
+    from vllm.platforms import current_platform
+    from vllm.sampling_params import RequestOutputKind
+    from vllm.v1.engine.async_llm import AsyncLLM
+    from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
+
+__all__ = ["Engine", "FlatLogprobs", "LoRARequest", "RequestOutputKind", "SamplingParams", "VLLMClientError"]
+
+Result = TypeVar("Result")
+
+ON_A_CPU = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "TORCHDYNAMO_DISABLE": "1"}
+"""One process beside this one instead of two, and no compilation, which takes longer there than it saves."""
+
+DEFAULTS = {
+    "skip_tokenizer_init": True,
+    "disable_log_stats": True,
+    "use_tqdm_on_load": False,
+    "worker_extension_cls": engine_worker.NAME,
+}
+
+SECONDS_TO_END = 2.0
+
+GUARD = "import os, signal, sys; sys.stdin.read(); os.kill(int(sys.argv[1]), signal.SIGKILL)"
+"""vLLM's engine does not notice that the process is gone for which it works."""
+
+
+class Engine:
+    """An engine that may be used from any thread and any event loop, until it is shut down.
+
+    The model runs in a process of its own, which ends with this one, however that ends.
+
+    Args:
+        name: What the model is called in errors.
+        arguments: What vLLM's ``AsyncEngineArgs`` takes.
+
+    Raises:
+        ModelError: If vLLM cannot run the model so.
+    """
+
+    def __init__(self, name: str, arguments: Mapping[str, Any]) -> None:
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="popi-vllm", daemon=True)
+        self._thread.start()
+        try:
+            before = set(active_children())
+            self._llm = asyncio.run_coroutine_threadsafe(_started(arguments), self._loop).result()
+        # A broken model, an unknown option, no memory: vLLM and its processes raise whatever they like.
+        except Exception as error:
+            self._end_loop()
+            raise ModelError(f"vLLM cannot run {name!r}: {error}", fix="mend its options, or see above") from error
+        self._processes = set(active_children()) - before
+        self._guards = [_guarded(process.pid) for process in self._processes]
+        atexit.register(self.shut_down)
+
+    @property
+    def closed(self) -> bool:
+        """Whether it was shut down."""
+        return self._loop.is_closed()
+
+    @property
+    def on_cpu(self) -> bool:
+        """Whether the model runs on a processor."""
+        return bool(current_platform.is_cpu())
+
+    @property
+    def context_length(self) -> int:
+        """The most tokens of a prompt and its answer."""
+        return int(self._llm.model_config.max_model_len)
+
+    @property
+    def end_tokens(self) -> frozenset[int]:
+        """The tokens at which an answer ends by the model's generation config."""
+        ends = self._llm.model_config.try_get_generation_config().get("eos_token_id")
+        return frozenset([ends] if isinstance(ends, int) else ends or ())
+
+    async def run(self, work: Coroutine[Any, Any, Result]) -> Result:
+        """Runs work in the engine's loop and waits for it in one's own; cancelling the wait cancels the work."""
+        return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(work, self._loop))
+
+    async def generate(
+        self, prompt: list[int], sampling: SamplingParams, adapter: LoRARequest | None = None
+    ) -> AsyncGenerator[RequestOutput]:
+        """Continues token ids; within the engine's loop alone. A request that is left is aborted.
+
+        Raises:
+            BackendError: If the engine is dead.
+        """
+        outputs = self._llm.generate(tokens_input(prompt), sampling, uuid.uuid4().hex, lora_request=adapter)
+        try:
+            async for output in outputs:
+                if output.outputs[0].finish_reason == "abort":
+                    raise BackendError("the engine has given the request up", failure="server")
+                yield output
+        except (EngineDeadError, EngineGenerateError) as error:
+            raise BackendError(f"the engine is dead: {error.__cause__ or error}", failure="unreachable") from error
+        finally:
+            await outputs.aclose()
+
+    async def reload(self, folder: str) -> None:
+        """Takes other weights of the same model, when what is under way is done."""
+        await self._llm.pause_generation(mode="wait")
+        try:
+            await self._llm.collective_rpc("take_weights", args=(folder,))
+        finally:
+            await self._llm.resume_generation()
+
+    def shut_down(self) -> None:
+        """Ends the engine and its process. Again is harmless."""
+        atexit.unregister(self.shut_down)
+        if not self.closed:
+            self._llm.shutdown(timeout=SECONDS_TO_END)
+            self._end_loop()
+            for process in self._processes:
+                process.join()
+            for guard in self._guards:
+                guard.kill()
+                guard.wait()
+            # Its finalizer cannot run when Python itself is ending.
+            del self._llm
+
+    def _end_loop(self) -> None:
+        asyncio.run_coroutine_threadsafe(_all_cancelled(), self._loop).result()
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+
+async def _started(arguments: Mapping[str, Any]) -> AsyncLLM:
+    on_cpu = current_platform.is_cpu()
+    chosen = {**DEFAULTS, **arguments}
+    if on_cpu:
+        chosen = {"enforce_eager": True, "distributed_executor_backend": "uni", **chosen}
+        chosen["dtype"] = "float32" if chosen.get("dtype") == "auto" else chosen.get("dtype")
+    with environment({**QUIET, **(ON_A_CPU if on_cpu else {})}):
+        return AsyncLLM.from_engine_args(AsyncEngineArgs(**chosen))
+
+
+def _guarded(process: int | None) -> subprocess.Popen[bytes]:
+    """Has a process killed when this one ends, even by a signal that cannot be caught."""
+    command = [sys.executable, "-I", "-S", "-c", GUARD, str(process)]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
+
+
+async def _all_cancelled() -> None:
+    """Ends what still runs in this loop: calls that wait for an answer, and the engine's own reading of answers."""
+    others = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
+    for task in others:
+        task.cancel()
+    await asyncio.gather(*others, return_exceptions=True)
