@@ -10,6 +10,7 @@ from typing import Any, Self, TypeVar
 from weakref import WeakValueDictionary
 
 from popi import registry
+from popi.assembly import open_backend
 from popi.backends.base import Backend
 from popi.errors import BackendError
 from popi.prompts import template_hash
@@ -56,22 +57,21 @@ class Personalizer:
         self._own_loop = _LoopInThread()
 
     @classmethod
-    def load(cls, model: str, *, generator: str | None = None, backend: str = "transformers") -> Self:
+    def load(cls, model: str, *, generator: str | None = None) -> Self:
         """Makes both roles from models.
 
         Args:
-            model: Name, path or hub id of the model that writes summaries.
+            model: Name, path or hub id of the model that writes summaries, or a YAML file that describes a backend: see
+                :func:`popi.assembly.open_backend`.
             generator: Likewise, of the model that answers; ``None`` lets one model do both.
-            backend: What runs them, by its name in the registry.
 
         Raises:
-            ConfigError: If there is no such backend.
+            ConfigError: If a file describes no backend.
             ModelError: If a model cannot be found or used.
-            MissingExtra: If what the backend needs is not installed.
+            MissingExtra: If what runs it is not installed.
         """
-        make = registry.backend(backend)
-        writer = make(model)
-        reader = writer if generator is None else make(generator)
+        writer, _ = open_backend(model)
+        reader = writer if generator is None else open_backend(generator)[0]
         return cls(
             registry.inference("llm")(writer),
             registry.generator("prompted")(reader),

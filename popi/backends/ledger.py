@@ -18,10 +18,17 @@ class Price:
     Attributes:
         prompt: Of what is read.
         completion: Of what is written.
+
+    Raises:
+        ConfigError: If it is negative.
     """
 
     prompt: float = 0.0
     completion: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not min(self.prompt, self.completion) >= 0:
+            raise ConfigError("a price is no less than nothing")
 
     def of(self, prompt_tokens: int, completion_tokens: int) -> float:
         """The price of so many tokens."""
@@ -57,6 +64,10 @@ class Ledger:
     Args:
         cap: The most money of the run; ``None`` is no limit.
 
+    Attributes:
+        cap: The same.
+        refused: How many requests it had no room for.
+
     Raises:
         ConfigError: If the cap is negative.
     """
@@ -64,7 +75,7 @@ class Ledger:
     def __init__(self, cap: float | None = None) -> None:
         if cap is not None and cap < 0:
             raise ConfigError(f"a budget of {cap} is less than nothing", field="budget")
-        self.cap = cap
+        self.cap, self.refused = cap, 0
         self._accounts: dict[tuple[str, str], Spent] = {}
         self._reserved, self._open = 0.0, 0
         self._waiting: list[asyncio.Future[None]] = []
@@ -93,6 +104,7 @@ class Ledger:
         """
         while not self._fits(most):
             if not self._open:
+                self.refused += 1
                 return False
             others = asyncio.get_running_loop().create_future()
             self._waiting.append(others)

@@ -14,6 +14,8 @@ from popi import registry
 from popi.backends.base import FinishReason
 from popi.cli.batches import (
     Outcome,
+    accounted,
+    affordable,
     append_batches,
     check_settings,
     closing,
@@ -127,12 +129,13 @@ def answer_all(
         written = failed = 0
         if pending:
             with telling(f"what is finished is kept in {out}, and the same command goes on"):
-                backend = load_backend(model)
+                backend, ledger = load_backend(model, "generator")
                 answering = registry.generator("prompted")(backend, **options)
                 keep_settings(out, settings)
                 rest = (question for question in _questions(prompts, known, before) if not question.answered)
-                work = _work(answering, rest, lines, pending, batch_size)
-                written, failed = asyncio.run(closing(backend, work))
+                work = _work(answering, affordable(rest, ledger), lines, pending, batch_size)
+                with accounted(ledger):
+                    written, failed = asyncio.run(closing(backend, work))
     record = {"prompts": total, "already done": total - pending, "written": written, "failed": failed, "out": out}
     print_records([record], json_flag=json)
     if failed:

@@ -9,15 +9,17 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
-from itertools import islice
+from itertools import islice, takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from popi.cli import Interrupted
+from popi.cli.output import note
 from popi.errors import InputError, PopiError
 
 if TYPE_CHECKING:
     from popi.backends.base import Backend
+    from popi.backends.ledger import Ledger
     from popi.cli.growing import GrowingFile
     from popi.cli.output import Progress
 
@@ -39,16 +41,17 @@ class Outcome:
     error: str = ""
 
 
-def load_backend(model: str) -> Backend:
-    """The backend that runs a model given by name, path or hub id.
+def load_backend(model: str, role: str) -> tuple[Backend, Ledger]:
+    """The backend of a model, given by name, path, hub id or file, and the accounts of what a role asks of it.
 
     Raises:
+        ConfigError: If a file describes no backend.
         ModelError: If the model cannot be found or used.
         MissingExtra: If what runs it is not installed.
     """
-    from popi.registry import backend
+    from popi.assembly import open_backend
 
-    return backend("transformers")(identity(model))
+    return open_backend(identity(model), role=role)
 
 
 def identity(model: str) -> str:
@@ -167,6 +170,31 @@ async def append_batches(
         failed += len(outcomes) - len(done)
         shown.advance(len(outcomes))
     return finished, failed
+
+
+@contextmanager
+def accounted(ledger: Ledger) -> Iterator[None]:
+    """Tells what was spent, however the work ends.
+
+    Raises:
+        PopiError: If the budget has stopped it.
+    """
+    try:
+        yield
+    finally:
+        if (spent := ledger.total).requests:
+            unsure = f", and {spent.unsure:.4f} at most where no server told the tokens" if spent.unsure else ""
+            note(
+                f"{spent.requests:,} requests read {spent.prompt_tokens:,} tokens and wrote "
+                f"{spent.completion_tokens:,}: {spent.money:.4f}{unsure}"
+            )
+    if ledger.refused:
+        raise PopiError(f"the next request might pass the budget of {ledger.cap:g}, which is for one command")
+
+
+def affordable(items: Iterable[Item], ledger: Ledger) -> Iterator[Item]:
+    """Items as long as the budget has room."""
+    return takewhile(lambda _: not ledger.refused, items)
 
 
 @contextmanager

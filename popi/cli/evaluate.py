@@ -115,7 +115,9 @@ async def opened(models: Iterable[str]) -> AsyncIterator[dict[str, Backend]]:
     from popi.cli.batches import load_backend
 
     async with AsyncExitStack() as stack:
-        yield {name: await stack.enter_async_context(load_backend(name)) for name in dict.fromkeys(models)}
+        yield {
+            name: await stack.enter_async_context(load_backend(name, "evaluation")[0]) for name in dict.fromkeys(models)
+        }
 
 
 def column(backend: Backend, reference: Backend | None = None) -> Column:

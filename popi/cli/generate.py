@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def generate(
-    model: Annotated[str, typer.Option(help="Name of a shipped model, path or hub id.")],
+    model: Annotated[str, typer.Option(help="Name of a shipped model, path, hub id, or a backend's YAML file.")],
     prompt: Annotated[str | None, typer.Option(help="What is asked.")] = None,
     summary: Annotated[str | None, typer.Option(help="The summary to answer under, in words.")] = None,
     summaries: Annotated[Path | None, typer.Option(help="JSON lines, as popi summarize writes them.")] = None,
@@ -91,17 +91,18 @@ def _answer(
 ) -> None:
     import asyncio
 
-    from popi.cli.batches import closing, load_backend
+    from popi.cli.batches import accounted, closing, load_backend
     from popi.registry import generator
     from popi.roles import Conditioned
 
-    backend = load_backend(model)
+    backend, ledger = load_backend(model, "generator")
     answering = generator("prompted")(backend, **options)
     item = Conditioned(prompt, summary)
-    if stream:
-        asyncio.run(closing(backend, _stream(answering, item, json=json)))
-        return
-    [result] = asyncio.run(closing(backend, answering.respond([item])))
+    with accounted(ledger):
+        if stream:
+            asyncio.run(closing(backend, _stream(answering, item, json=json)))
+            return
+        [result] = asyncio.run(closing(backend, answering.respond([item])))
     if result.error is not None:
         raise BackendError(f"no answer: {result.error}")
     if wants_json(json):

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 def summarize(
     signals: Annotated[Path, typer.Option(help="JSON lines: users' signals, or examples that hold them.")],
-    model: Annotated[str, typer.Option(help="Name of a shipped model, path or hub id.")],
+    model: Annotated[str, typer.Option(help="Name of a shipped model, path, hub id, or a backend's YAML file.")],
     out: Annotated[Path, typer.Option(help="JSON lines: where the summaries go, one a user.")],
     inference: Annotated[str, typer.Option(help="What writes them: llm, raw, empty, or module:Class.")] = "llm",
     budget: Annotated[
@@ -41,7 +41,16 @@ def summarize(
     import asyncio
 
     from popi import registry
-    from popi.cli.batches import check_settings, closing, identity, keep_settings, load_backend, telling
+    from popi.cli.batches import (
+        accounted,
+        affordable,
+        check_settings,
+        closing,
+        identity,
+        keep_settings,
+        load_backend,
+        telling,
+    )
     from popi.cli.growing import GrowingFile
     from popi.io import check_rereadable
     from popi.prompts import template_hash
@@ -62,12 +71,13 @@ def summarize(
             note(f"{plan.edits_kept} edited summaries are kept although the signals have changed since")
         if plan.pending:
             with telling(f"what is finished is kept in {out}, and the same command goes on"):
-                backend = load_backend(model)
+                backend, ledger = load_backend(model, "inference")
                 writer = registry.make_inference(inference, backend, **options)
                 _check_writer(out, done, writer.name)
                 keep_settings(out, settings)
-                work = _work(writer, _pending(signals, done, plan), lines, report, plan, batch_size)
-                asyncio.run(closing(backend, work))
+                users = affordable(_pending(signals, done, plan), ledger)
+                with accounted(ledger):
+                    asyncio.run(closing(backend, _work(writer, users, lines, report, plan, batch_size)))
     print_records([report.as_record(out)], json_flag=json)
     if report.failed:
         raise PopiError(f"{report.failed} of {report.users} users have no summary; the same command tries them again")

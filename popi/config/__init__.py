@@ -1,4 +1,4 @@
-"""Recipes: typed, frozen, and strict about what they do not know."""
+"""Recipes and backends as files describe them: typed, frozen, and strict about what they do not know."""
 
 from __future__ import annotations
 
@@ -8,20 +8,27 @@ from typing import Any
 
 import yaml
 
+from popi.config.backend import BackendConfig, ModelConfig, RouteConfig, RoutesConfig, SingleConfig
 from popi.config.joint import JointRecipe, Users
 from popi.config.pretrain import Dilution, Dimension, Phase, PretrainRecipe
 from popi.errors import ConfigError, InputError, did_you_mean
 from popi.io import validate
 
 __all__ = [
+    "BackendConfig",
     "Dilution",
     "Dimension",
     "JointRecipe",
+    "ModelConfig",
     "Phase",
     "PretrainRecipe",
     "Recipe",
+    "RouteConfig",
+    "RoutesConfig",
+    "SingleConfig",
     "Users",
     "load",
+    "load_backend",
     "parse_overrides",
 ]
 
@@ -40,14 +47,7 @@ def load(path: Path, overrides: dict[str, Any] | None = None) -> Recipe:
         InputError: If the file cannot be read or does not fit; the field is named.
     """
     file = path / "config.yaml" if path.is_dir() else path
-    try:
-        tree = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"cannot be read ({error.strerror})", file=file, fix="give a recipe's YAML file") from error
-    # A date that is none, or bytes that are no UTF-8, are a ValueError.
-    except (yaml.YAMLError, ValueError) as error:
-        line = error.problem_mark.line + 1 if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark else None
-        raise ConfigError("is not YAML in UTF-8", file=file, line=line, fix="mend the syntax") from error
+    tree = _read(file)
     for name, value in (overrides or {}).items():
         _replace(tree, name, value, file)
     task = tree.get("task") if isinstance(tree, dict) else None
@@ -55,6 +55,28 @@ def load(path: Path, overrides: dict[str, Any] | None = None) -> Recipe:
         fix = did_you_mean(str(task), _RECIPES)
         raise ConfigError(f"unknown task {task!r}" if task else "names no task", file=file, field="task", fix=fix)
     return validate(_RECIPES.get(str(task), PretrainRecipe), tree, file=file)
+
+
+def load_backend(file: Path) -> BackendConfig:
+    """Reads the description of a backend.
+
+    Raises:
+        InputError: If the file cannot be read or does not fit; the field is named.
+    """
+    tree = _read(file)
+    several = isinstance(tree, dict) and "routes" in tree
+    return validate(RoutesConfig, tree, file=file) if several else validate(SingleConfig, tree, file=file)
+
+
+def _read(file: Path) -> Any:
+    try:
+        return yaml.safe_load(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"cannot be read ({error.strerror})", file=file, fix="give a YAML file") from error
+    # A date that is none, or bytes that are no UTF-8, are a ValueError.
+    except (yaml.YAMLError, ValueError) as error:
+        line = error.problem_mark.line + 1 if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark else None
+        raise ConfigError("is not YAML in UTF-8", file=file, line=line, fix="mend the syntax") from error
 
 
 def _replace(tree: Any, name: str, value: Any, file: Path) -> None:

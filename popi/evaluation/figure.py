@@ -13,7 +13,7 @@ MARKERS = "os^Dv<>Pp*"
 
 
 def draw_accuracy(results: Results, path: Path) -> None:
-    """Draws every cell as a point with its interval: a colour for each row, a shape for each generator.
+    """Draws every accuracy as a point with its interval: a colour for each row, a shape for each generator.
 
     Raises:
         MissingExtra: If matplotlib is not installed.
@@ -22,10 +22,12 @@ def draw_accuracy(results: Results, path: Path) -> None:
     figure = registry.load("matplotlib.figure:Figure")(figsize=(9, 5), layout="constrained")
     axes = figure.add_subplot()
     rows = list(dict.fromkeys(cell.row for cell in results.cells))
-    columns = list(dict.fromkeys(cell.column for cell in results.cells))
+    columns = list(dict.fromkeys(cell.column for cell in results.cells if cell.accuracy is not None))
     color = {row: f"C{place}" for place, row in enumerate(rows)}
     marker = {column: MARKERS[place % len(MARKERS)] for place, column in enumerate(columns)}
     for cell in results.cells:
+        if cell.accuracy is None:
+            continue
         value, low, high = (100 * part for part in (cell.accuracy.value, cell.accuracy.low, cell.accuracy.high))
         axes.errorbar(
             cell.context_tokens,

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 
 from pydantic import BaseModel, ConfigDict
 
-from popi.backends.base import Backend
+from popi.backends.base import Backend, ChatResult, ScoreResult
 from popi.data.example import PersonalizationExample
+from popi.errors import BackendError
 from popi.evaluation.judges import Comparison, Judge
 from popi.roles import Candidate, Conditioned, ConditionedGenerator
 from popi.summary import PreferenceSummary
@@ -46,7 +47,7 @@ class Plain(_Record):
     """What a column's reference does for a user on the bare prompts.
 
     Attributes:
-        differences: log pi(y_w | x) - log pi(y_l | x) of each test pair.
+        differences: log pi(y_w | x) - log pi(y_l | x) of each test pair; none from a backend without log-probabilities.
         answer: Its answer to the first test prompt; ``None`` when it was not asked, or failed.
     """
 
@@ -58,7 +59,7 @@ class Measured(_Record):
     """What a generator does for a user under a row's summary.
 
     Attributes:
-        margins: h of each test pair.
+        margins: h of each test pair; none from a backend without log-probabilities.
         context_tokens: Length of what it was told of the user, by its own tokenizer.
         answer: Its answer to the first test prompt; ``None`` when it was not asked, or failed.
         won: Whether the judge prefers that answer to the bare prompt's: 1, 0, or 1/2 for a tie; ``None`` for a user
@@ -75,7 +76,7 @@ async def measure_plain(column: Column, examples: Sequence[PersonalizationExampl
     """Measures every user on the bare prompts; the first ``judged`` of them get an answer too."""
     nothing = [None] * len(examples)
     reference = column.reference or column.generator
-    differences = await _differences(reference, examples, nothing)
+    differences = await _differences(column, reference, examples, nothing)
     answers = await _answers(reference, examples[:judged], nothing[:judged])
     answers += nothing[judged:]
     return [
@@ -118,7 +119,7 @@ async def measure(
         judged: How many of the first users get an answer that is compared; none without a judge.
     """
     asked = judged if judge else 0
-    differences = await _differences(column.generator, examples, summaries)
+    differences = await _differences(column, column.generator, examples, summaries)
     answers = await _answers(column.generator, examples[:asked], summaries[:asked])
     won = await _compare(judge, examples[:asked], answers, plain[:asked]) if judge else []
     return [
@@ -134,18 +135,21 @@ async def measure(
 
 
 async def _differences(
+    column: Column,
     generator: ConditionedGenerator,
     examples: Sequence[PersonalizationExample],
     summaries: Sequence[PreferenceSummary | None],
 ) -> list[list[Failable]]:
     """What sets the two answers of every pair apart, all asked in one call so that the backend can batch."""
+    if not column.backend.capabilities.score:
+        return [[] for _ in examples]
     candidates = [
         Candidate(Conditioned(pair.prompt, summary), response)
         for example, summary in zip(examples, summaries, strict=True)
         for pair in example.tests
         for response in (pair.chosen, pair.rejected)
     ]
-    scores = iter([None if score.error else score.logprob for score in await generator.score(candidates)])
+    scores = iter([None if _failed(score) else score.logprob for score in await generator.score(candidates)])
     return [[_minus(next(scores), next(scores)) for _ in example.tests] for example in examples]
 
 
@@ -160,7 +164,18 @@ async def _answers(
     asked = [
         Conditioned(example.tests[0].prompt, summary) for example, summary in zip(examples, summaries, strict=True)
     ]
-    return [None if result.error else result.text for result in await generator.respond(asked)]
+    return [None if _failed(result) else result.text for result in await generator.respond(asked)]
+
+
+def _failed(result: ChatResult | ScoreResult) -> bool:
+    """Whether an item failed by itself; a limit, a broken line or an empty purse is no property of a generator.
+
+    Raises:
+        BackendError: If it is one of these.
+    """
+    if result.failure not in (None, "request"):
+        raise BackendError(f"{result.model}: {result.error}", failure=result.failure)
+    return result.error is not None
 
 
 async def _compare(

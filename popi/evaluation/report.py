@@ -132,7 +132,10 @@ def _spread_records(results: Results) -> Iterator[dict[str, str]]:
     for cell in results.cells:
         if cell.row == UNTRAINED:
             yield _spread(f"tokens of a summary ({cell.column})", cell.context_quantiles)
-            yield _spread(f"accuracy of a user, % ({cell.column})", [100 * value for value in cell.accuracy_quantiles])
+            if cell.accuracy_quantiles:
+                yield _spread(
+                    f"accuracy of a user, % ({cell.column})", [100 * share for share in cell.accuracy_quantiles]
+                )
 
 
 def _spread(what: str, values: Sequence[float]) -> dict[str, str]:

@@ -20,7 +20,8 @@ class Cell(_Figures):
     Attributes:
         row: What it was told.
         column: The generator.
-        accuracy: Preference accuracy: share of test pairs with h > 0, a tie counting one half.
+        accuracy: Preference accuracy: share of test pairs with h > 0, a tie counting one half; ``None``, as all that
+            rests on margins, where the backend gives no log-probabilities.
         by_seed: The accuracy in each sample.
         differences: The accuracy minus that of each reference row, on the same pairs.
         win_rate: Of its answers against its own answers to the bare prompt, a tie counting one half.
@@ -28,13 +29,13 @@ class Cell(_Figures):
         context_tokens: Mean length of what it was told, by its tokenizer.
         context_quantiles: How that length spreads, see ``statistics.QUANTILES``.
         accuracy_quantiles: How the accuracy of single users spreads.
-        pairs: Number of test pairs.
+        pairs: Number of test pairs with a margin.
         unscored: Pairs that could not be scored and count as ties.
     """
 
     row: str
     column: str
-    accuracy: Estimate
+    accuracy: Estimate | None
     by_seed: dict[int, float]
     differences: dict[str, Estimate]
     win_rate: Estimate | None

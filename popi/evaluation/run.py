@@ -173,11 +173,15 @@ def _notes(cells: Sequence[Cell], world: World | None, models: Sequence[str], cl
     notes = [world.remark] if world else []
     if world is None and miniatures:
         notes.append(f"{' and '.join(miniatures)} know the mini world alone: their scores mean nothing on these data.")
-    if any(cell.row == NO_CONTEXT and cell.accuracy.low == cell.accuracy.high == 0.5 for cell in cells):
+    bare = [cell.accuracy for cell in cells if cell.row == NO_CONTEXT and cell.accuracy is not None]
+    if any(accuracy.low == accuracy.high == 0.5 for accuracy in bare):
         notes.append(
             "No context is 50 % by construction where a generator is its own reference: with the same prompt on both "
             "sides of the margin every pair ties, and a tie counts one half."
         )
+    texts = [cell.column for cell in cells if cell.accuracy is None]
+    if texts:
+        notes.append(f"{' and '.join(dict.fromkeys(texts))} gives text alone: win rates, no accuracy.")
     unscored = [f"{cell.unscored} of {cell.pairs} in {cell.row} ({cell.column})" for cell in cells if cell.unscored]
     if unscored:
         notes.append(

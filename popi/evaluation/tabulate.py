@@ -64,7 +64,7 @@ class Tabulator:
     def controls(self, columns: Sequence[str]) -> list[Control]:
         """What can be had without a summary: a perfect chooser (where known), length, plain likelihood."""
         controls = [self._control("longest-answer", None, self._each(_longest))]
-        for column in columns:
+        for column in filter(self._scores, columns):
             plain = self._each(lambda user, column=column: wins(user.plain[column].differences).sum())  # type: ignore[misc]
             controls.append(self._control("plain-likelihood", column, plain))
         if all("perfect_choice" in user.example.facts for user in self._users):
@@ -107,18 +107,21 @@ class Tabulator:
         judged = np.array([found.won is not None for found in measured])
         won = np.array([found.won or 0.0 for found in measured])
         lengths = [found.context_tokens for found in measured]
+        scores = self._scores(column)
         return Cell(
             row=row,
             column=column,
-            accuracy=self._accuracy(hits),
-            by_seed=self._by_seed(hits),
-            differences={name: self._accuracy(hits - self._hits(name, column)) for name in references},
+            accuracy=self._accuracy(hits) if scores else None,
+            by_seed=self._by_seed(hits) if scores else {},
+            differences={
+                name: self._accuracy(hits - self._hits(name, column)) for name in (references if scores else ())
+            },
             win_rate=self._bootstrap.ratio(won, judged),
             judged=int(judged.sum()),
             context_tokens=float(np.mean(lengths)),
             context_quantiles=quantiles(lengths),
-            accuracy_quantiles=quantiles(hits / self._pairs),
-            pairs=int(self._pairs.sum()),
+            accuracy_quantiles=quantiles(hits / self._pairs) if scores else [],
+            pairs=int(self._pairs.sum()) if scores else 0,
             unscored=sum(margin is None for found in measured for margin in found.margins),
         )
 
@@ -128,6 +131,10 @@ class Tabulator:
     def _each(self, measure: Callable[[MeasuredUser], float]) -> Floats:
         """A figure of every user: (users,)."""
         return np.array([measure(user) for user in self._users], dtype=np.float64)
+
+    def _scores(self, column: str) -> bool:
+        """Whether a generator gives log-probabilities."""
+        return any(user.plain[column].differences for user in self._users)
 
     def _hits(self, row: str, column: str) -> Floats:
         """How many pairs each user's margins decide rightly: (users,)."""

@@ -146,6 +146,33 @@ def test_a_user_who_fails_is_named_and_tried_again(summarize: Run, models: Model
     assert summaries(out)["user-0"].text == "- Short answers"
 
 
+def test_a_backends_file_is_a_model_whose_costs_are_told(summarize: Run, models: Models, tmp_path: Path) -> None:
+    models.answers = lambda request: ChatResult("- Short answers [1]", "stop", 100, 10, "m")
+    file = tmp_path / "backend.yaml"
+    file.write_text("{backend: transformers, model: m, price: {prompt: 10, completion: 100}}")
+    ran = summarize(USERS, model=str(file))
+    assert (ran.code, ran.record["written"]) == (0, 5)
+    assert ran.err.endswith(
+        "popi: 5 requests read 500 tokens and wrote 50: 0.0100\n"
+    )  # (5 x 100 x 10 + 50 x 100) / 1e6
+
+
+def test_a_budget_stops_the_work_before_it_is_passed(summarize: Run, models: Models, out: Path, tmp_path: Path) -> None:
+    models.answers = lambda request: ChatResult("- Short answers [1]", "stop", 100, 10, "m")
+    file = tmp_path / "backend.yaml"
+    # An answer may have 256 tokens and has 10: the third one is more than is left.
+    file.write_text("{backend: transformers, model: m, price: {completion: 10000}, budget: 2.7}")
+    ran = summarize(USERS, model=str(file))
+    assert ran.code == 1
+    assert len(summaries(out)) == len(models.chats) == 2
+    assert "popi: 2 requests read 200 tokens and wrote 20: 0.2000\n" in ran.err
+    assert ran.err.splitlines()[-1].startswith("popi: the next request might pass the budget of 2.7, which is for one")
+    assert ran.err.endswith(f"what is finished is kept in {out}, and the same command goes on\n")
+    assert summarize(USERS, model=str(file)).code == 1
+    assert len(summaries(out)) == 4
+    assert (summarize(USERS, model=str(file)).code, len(summaries(out))) == (0, 5)
+
+
 def raise_at(batch: int, error: BaseException) -> Callable[[int], None]:
     def before(batches: int) -> None:
         if batches == batch:
@@ -294,7 +321,7 @@ def test_missing_signals_are_one_line(popi: Run, models: Models, out: Path) -> N
 def test_a_mistyped_model_does_not_bind_the_next_command(
     summarize: Run, models: Models, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(name: str) -> None:
+    def fail(name: str, role: str) -> None:
         raise ModelError(f"no model {name!r}")
 
     with monkeypatch.context() as patched:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import pytest
 
 from popi.backends.base import ChatRequest, ChatResult, ScoreRequest, ScoreResult
 from popi.data.example import PersonalizationExample
+from popi.errors import BackendError
 from popi.evaluation.judges import Comparison
 from popi.evaluation.measure import Column, Plain, measure, measure_nothing, measure_plain
 from popi.prompts import OPEN
@@ -17,6 +19,7 @@ from popi.summary import Author, PreferenceSummary, Provenance
 from popi.testing import ScriptedBackend
 
 Make = Callable[..., PersonalizationExample]
+PAIR = "good", "bad"
 
 
 def summary_of(example: PersonalizationExample, text: str = "- short answers") -> PreferenceSummary:
@@ -74,6 +77,28 @@ async def test_a_failed_score_is_no_margin_and_spoils_no_other(make_example: Mak
     assert plain[0].differences == (None, 0.0)
     [measured] = await measure(column, [ann], [summary_of(ann)], plain, judge=None, judged=0)
     assert measured.margins == (None, 0.0)
+
+
+@pytest.mark.parametrize("failure", ["unreachable", "budget", "rate_limit"])
+async def test_a_failure_that_says_nothing_of_the_generator_ends_the_work(failure: str, make_example: Make) -> None:
+    lost = ScoreResult.failed("not now", failure, model="far")  # type: ignore[arg-type]
+    with pytest.raises(BackendError, match="far: not now"):
+        await measure_plain(column_of(ScriptedBackend(scores=lambda _: lost)), [make_example("ann", PAIR)], judged=0)
+    silent = ChatResult.failed("not now", failure, model="far")  # type: ignore[arg-type]
+    with pytest.raises(BackendError, match="far: not now"):
+        await measure_plain(column_of(ScriptedBackend(lambda _: silent)), [make_example("ann", PAIR)], judged=1)
+
+
+async def test_a_backend_without_log_probabilities_has_answers_and_no_margins(make_example: Make) -> None:
+    backend = ScriptedBackend(lambda _: "an answer")
+    backend.capabilities = replace(backend.capabilities, score=False)
+    ann = make_example("ann", PAIR)
+    plain = await measure_plain(column_of(backend), [ann], judged=1)
+    assert plain == [Plain(user_id="ann", differences=(), answer="an answer")]
+    [measured] = await measure(column_of(backend), [ann], [summary_of(ann)], plain, judge=PrefersFirst(), judged=1)
+    assert measured.margins == () and measured.won is not None and backend.scored == []
+    [bare] = measure_nothing(plain, judged=1)
+    assert bare.margins == ()
 
 
 async def test_the_order_of_answers_is_random_and_undone(make_example: Make) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,10 @@ import pytest
 from popi.backends.base import ScoreRequest, ScoreResult
 from popi.data.example import PersonalizationExample
 from popi.errors import BackendError, InputError
+from popi.evaluation.figure import draw_accuracy
 from popi.evaluation.folder import Folder
 from popi.evaluation.measure import Column, Measured
+from popi.evaluation.report import markdown
 from popi.evaluation.results import Cell, Results
 from popi.evaluation.rows import choose
 from popi.evaluation.run import evaluate
@@ -74,6 +77,22 @@ async def test_answers_are_judged_by_true_tastes(samples: list[Sample], column: 
     assert untrained.win_rate.value == pytest.approx(wins / 20)
     assert untrained.judged == 20
     assert cell(results, "empty-summary").win_rate == cell(results, "no-context").win_rate
+
+
+async def test_a_column_of_text_alone_has_win_rates(samples: list[Sample], column: Column, tmp_path: Path) -> None:
+    judged = await run(samples, column, tmp_path / "open")
+    column.backend.capabilities = replace(column.backend.capabilities, score=False)
+    results = await run(samples, column, tmp_path / "black box")
+    for row in (row.name for row in ROWS):
+        told = cell(results, row)
+        assert (told.accuracy, told.differences, told.pairs, told.unscored) == (None, {}, 0, 0)
+        assert told.win_rate == cell(judged, row).win_rate and told.context_tokens == cell(judged, row).context_tokens
+    assert {control.name for control in results.controls} == {"longest-answer", "perfect-chooser"}
+    assert f"{column.name} gives text alone: win rates, no accuracy." in results.notes
+    report = markdown(results, figure=False)
+    assert "| evidence oracle |  |  |  |" in report and "accuracy of a user" not in report
+    draw_accuracy(results, tmp_path / "figure.png")
+    assert (tmp_path / "figure.png").stat().st_size > 0
 
 
 async def test_faithfulness_knows_the_oracles(samples: list[Sample], column: Column, tmp_path: Path) -> None:

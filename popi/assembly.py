@@ -1,0 +1,109 @@
+"""Opens models: one by its name, or a file's description of a backend and what stands around it."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import ConfigDict, create_model
+
+from popi import registry
+from popi.backends.base import Backend
+from popi.backends.ledger import Ledger, Price
+from popi.backends.wrappers import Breaker, Cache, Cost, Fallback, Limit, Retry, Route
+from popi.config import ModelConfig, RoutesConfig, load_backend
+from popi.errors import ConfigError, InputError, ModelError, did_you_mean
+from popi.io import validate
+
+Part = TypeVar("Part")
+
+FILES = ".yaml", ".yml"
+
+
+def open_backend(model: str, *, role: str = "") -> tuple[Backend, Ledger]:
+    """Opens a model, and the accounts of what it will cost.
+
+    Args:
+        model: A model's name, path or hub id, which runs in this process by transformers; or a YAML file that describes
+            a backend (:mod:`popi.config.backend`). What is asked passes the parts of such a file in this order: the
+            cache, the choice of a route, retries, the budget, limits, the model.
+        role: Whose requests they are, in the accounts.
+
+    Raises:
+        ConfigError: If the file describes no backend; the field is named.
+        ModelError: If the model cannot be found or used.
+        MissingExtra: If what runs it is not installed.
+    """
+    if not model.endswith(FILES):
+        return registry.backend("transformers")(model), Ledger()
+    file = Path(model)
+    config = load_backend(file)
+    ledger = Ledger(config.budget)
+    opened = _Opening(file, ledger, role)
+    if isinstance(config, RoutesConfig):
+        routes = [
+            Route(
+                name,
+                opened.model(route, f"routes.{name}."),
+                opened.made(Price, route.price or {}, f"routes.{name}.price"),
+                opened.made(Breaker, route.breaker, f"routes.{name}.breaker"),
+            )
+            for name, route in config.routes.items()
+        ]
+        found: Backend = Fallback(routes)
+    else:
+        found = opened.model(config, "")
+    return (found if config.cache is None else Cache(found, config.cache)), ledger
+
+
+class _Opening:
+    """Makes the parts that a file describes, and says of those that cannot be made where they stand in it."""
+
+    def __init__(self, file: Path, ledger: Ledger, role: str) -> None:
+        self._file, self._ledger, self._role = file, ledger, role
+
+    def model(self, config: ModelConfig, at: str) -> Backend:
+        """A model with what stands around it."""
+        price = self.made(Price, config.price or {}, f"{at}price")
+        kind = self.made(registry.backend, {}, f"{at}backend", config.backend)
+        found: Backend = self.made(kind, config.options, f"{at}options", config.model)
+        if config.limit is not None:
+            found = self.made(Limit, config.limit, f"{at}limit", found)
+        found = Cost(found, price=price, ledger=self._ledger, role=self._role)
+        return found if config.retry is None else self.made(Retry, config.retry, f"{at}retry", found)
+
+    def made(self, make: Callable[..., Part], given: Mapping[str, Any], at: str, *first: object) -> Part:
+        """A part of these keyword arguments."""
+        try:
+            return make(*first, **_checked(make, given, skip=len(first)))
+        except (ConfigError, ModelError) as error:
+            field = ".".join(part for part in (at, error.field) if part)
+            raise type(error)(error.what, file=self._file, field=field, fix=error.fix) from error
+
+
+def _checked(make: Callable[..., Any], given: Mapping[str, Any], *, skip: int) -> dict[str, Any]:
+    """Keyword arguments as the signature wants them, those behind the first few.
+
+    Raises:
+        ConfigError: If one is unknown, missing or of another type.
+    """
+    takes = list(inspect.signature(make, eval_str=True).parameters.values())[skip:]
+    named = [each for each in takes if each.kind in (each.POSITIONAL_OR_KEYWORD, each.KEYWORD_ONLY)]
+    for name in given:
+        if name not in [each.name for each in named] and not any(each.kind is each.VAR_KEYWORD for each in takes):
+            raise ConfigError("there is no such argument", field=name, fix=did_you_mean(name, [e.name for e in named]))
+    fields: dict[str, Any] = {
+        each.name: (
+            Any if each.annotation is each.empty else each.annotation,
+            ... if each.default is each.empty else each.default,
+        )
+        for each in named
+    }
+    schema = create_model("Arguments", __config__=ConfigDict(extra="allow", arbitrary_types_allowed=True), **fields)
+    try:
+        checked = validate(schema, dict(given))
+    except InputError as error:
+        raise ConfigError(error.what, field=error.field, fix=error.fix) from error
+    return {name: getattr(checked, name) for name in given}
