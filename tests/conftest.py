@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import pytest
 from hypothesis import settings
 
+from tests.clean import build_wheel, install
 from tests.servers import CONTEXT, KEY, SERVED, needs_vllm, vllm_server
 
 if TYPE_CHECKING:
@@ -58,3 +59,15 @@ def vllm_backend() -> Iterator[VLLMBackend]:
     backend = VLLMBackend(SERVED, context_length=CONTEXT, cache_gib=0.25)
     yield backend
     asyncio.run(backend.close())
+
+
+@pytest.fixture(scope="session")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The distribution."""
+    return build_wheel(tmp_path_factory.mktemp("wheel"))
+
+
+@pytest.fixture(scope="session")
+def clean_python(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The interpreter of an environment that holds the wheel and its base dependencies, and nothing else."""
+    return install(wheel, tmp_path_factory.mktemp("clean"))

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import email
-import subprocess
 import sys
 import tomllib
 import zipfile
-from collections.abc import Iterable, Iterator
-from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -17,76 +13,18 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 import popi
+from tests.clean import run
 
 ROOT = Path(__file__).resolve().parent.parent
-PIP = (sys.executable, "-m", "pip", "--disable-pip-version-check")
 PACKAGES = ("popi", "popi_inference", "popi_generators")
 # Importing popi costs none of these; the first two are installed wherever the tests run.
 HEAVY = ("openai", "torch", "transformers", "trl", "vllm")
-
-
-def run(*command: str | Path, cwd: Path) -> str:
-    """Runs a command outside the checkout, which would otherwise be importable; returns what it printed."""
-    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True)
-    assert done.returncode == 0, f"{command} ended with {done.returncode}:\n{done.stdout}{done.stderr}"
-    return done.stdout
-
-
-@pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("wheel")
-    run(*PIP, "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", folder, ROOT, cwd=folder)
-    (built,) = folder.glob("*.whl")
-    return built
 
 
 @pytest.fixture(scope="module")
 def names(wheel: Path) -> list[str]:
     with zipfile.ZipFile(wheel) as archive:
         return archive.namelist()
-
-
-def base_requirements(wheel: Path) -> Iterator[Requirement]:
-    """What the wheel needs when no extra is asked for."""
-    with zipfile.ZipFile(wheel) as archive:
-        (name,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
-        declared = email.message_from_bytes(archive.read(name)).get_all("Requires-Dist", [])
-    yield from applicable(declared, {""})
-
-
-def applicable(declared: Iterable[str], extras: set[str]) -> Iterator[Requirement]:
-    for requirement in map(Requirement, declared):
-        marker = requirement.marker
-        if marker is None or any(marker.evaluate({"extra": extra}) for extra in extras):
-            yield requirement
-
-
-def link_distributions(requirements: Iterable[Requirement], site: Path) -> None:
-    """Links the installed distributions that meet the requirements, and what these need, into a folder."""
-    pending, seen = list(requirements), set[str]()
-    while pending:
-        requirement = pending.pop()
-        key = str(requirement)
-        if key in seen:
-            continue
-        seen.add(key)
-        distribution = metadata.distribution(requirement.name)
-        for top in {file.parts[0] for file in distribution.files or []} - {"..", "__pycache__"}:
-            if not (site / top).exists():
-                (site / top).symlink_to(Path(str(distribution.locate_file(top))))
-        pending.extend(applicable(distribution.requires or [], {"", *requirement.extras}))
-
-
-@pytest.fixture(scope="module")
-def clean_python(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The interpreter of an environment that holds the wheel and its base dependencies, and nothing else."""
-    folder = tmp_path_factory.mktemp("clean")
-    run(sys.executable, "-m", "venv", "--without-pip", folder, cwd=folder)
-    python = folder / "bin" / "python"
-    run(*PIP, "--python", python, "install", "--no-deps", "--no-index", wheel, cwd=folder)
-    purelib = run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=folder)
-    link_distributions(base_requirements(wheel), Path(purelib.strip()))
-    return python
 
 
 def files_under(folder: Path) -> set[str]:
