@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 from popi.cli import main
+from popi.evaluation.results import Results
+from tests.servers import free_port, needs_vllm
 
 pytestmark = pytest.mark.slow
 
@@ -69,3 +71,21 @@ def test_ways_of_joining_are_trained_and_measured(tmp_path):
     assert [line[0] for line in cells[2:]] == ways
     assert {len(line) for line in cells} == {7}
     assert cells[-1][3] == "0 k", "a generator that learns alone samples nothing"
+
+
+def test_transfer_has_a_column_for_every_kind_of_backend(tmp_path):
+    needs_vllm()
+    small = ["--users", "4", "--seeds", "1", "--judged", "2", "--port", str(free_port())]
+    done = python("benchmarks/transfer.py", *small, "--out", tmp_path)
+    assert done.returncode == 0, done.stderr
+    results = Results.model_validate_json((tmp_path / "results.json").read_text())
+    assert results.users == 4 and len(results.cells) == 6 * 5
+    assert {cell.column: cell.accuracy is not None for cell in results.cells} == {
+        "popi-mini-base": True,
+        "popi-mini-reader": True,
+        "popi-mini-reader-olmo": True,
+        "popi-mini-reader-phi": True,
+        "popi-mini-reader-phi-as-text": False,
+    }
+    assert "popi-mini-reader-phi-as-text (win rate)" in done.stdout
+    assert done.stdout.count("of the oracle's gain") == 5

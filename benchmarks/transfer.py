@@ -1,0 +1,221 @@
+"""What a summary is worth to generators that never saw its writer in training.
+
+    python benchmarks/transfer.py --out runs/transfer
+
+Rows are what a generator is told, columns frozen generators, each through the backend that it would have in life: one
+in this process, one that vLLM runs beside it, one that vLLM serves and that gives log-probabilities over HTTP, and
+a black box: a server that is asked by messages and gives text alone. Cells are preference accuracy where there are
+log-probabilities and the exact judge's win rate where there is text, with 95 % intervals by user, on users of unseen
+combinations of tastes. The mini world is a miniature.
+
+Other generators are named by ``--generators``, as ``popi`` takes them: models, or YAML files that describe a backend.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator, Sequence
+from contextlib import AsyncExitStack, contextmanager
+from itertools import combinations
+from pathlib import Path
+
+from popi import registry
+from popi.assembly import open_backend
+from popi.backends.ledger import Spent
+from popi.cli.evaluate import column
+from popi.evaluation.folder import Folder
+from popi.evaluation.report import markdown
+from popi.evaluation.results import Cell, Results
+from popi.evaluation.rows import choose
+from popi.evaluation.run import evaluate
+from popi.evaluation.samples import from_world
+from popi.evaluation.statistics import Estimate
+from popi.models import find
+
+WRITER, UNTRAINED_WRITER = "popi-mini-writer", "popi-mini-base"
+SPLIT = "unseen-combinations"
+ROWS = "no-context", "raw-signals", "untrained-summary", "popi-summary", "another-users-summary", "evidence-oracle"
+SERVED, BLACK_BOX = "popi-mini-reader-olmo", "popi-mini-reader-phi"
+CONTEXT = 2048
+
+COLUMNS = {
+    "base": "{{backend: transformers, model: popi-mini-base}}",
+    "reader": "{{backend: vllm, model: popi-mini-reader, options: {{context_length: {context}, cache_gib: 0.5}}}}",
+    "olmo": (
+        "{{backend: openai, model: {served}, options: {{base_url: 'http://127.0.0.1:{port}/v1', key: null, "
+        "context_length: {context}, tokenizer: {served}}}}}"
+    ),
+    "phi": "{{backend: transformers, model: popi-mini-reader-phi}}",
+    "black-box": (
+        "{{backend: openai, model: {black_box}-as-text, options: {{base_url: 'http://127.0.0.1:{next_port}/v1', "
+        "key: null, context_length: {context}}}}}"
+    ),
+}
+"""Backend files. The black box is one of the columns again, without its log-probabilities."""
+
+
+def main() -> None:
+    """Measures what is not measured yet, and prints the matrix and what it says."""
+    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments.add_argument("--users", type=int, default=400, help="of each of three samples")
+    arguments.add_argument("--seeds", type=int, default=3, help="samples")
+    arguments.add_argument("--judged", type=int, default=100, help="of them are also answered, and the answers judged")
+    arguments.add_argument("--generators", nargs="+", help="instead of the five: models, or backends' YAML files")
+    arguments.add_argument("--port", type=int, default=8765, help="of the first of two servers")
+    arguments.add_argument("--out", type=Path, required=True, help="folder of what is measured")
+    given = arguments.parse_args()
+    folder = Folder(given.out)
+    if given.generators:
+        results, spent = asyncio.run(measure(given.generators, given.users, given.seeds, given.judged, folder))
+    else:
+        with served(SERVED, SERVED, given.port), served(BLACK_BOX, f"{BLACK_BOX}-as-text", given.port + 1):
+            files = write_columns(given.out, given.port)
+            results, spent = asyncio.run(measure(files, given.users, given.seeds, given.judged, folder))
+    folder.write("results.json", results.model_dump_json(indent=2) + "\n")
+    folder.write("results.md", markdown(results, figure=False))
+    print(f"{results.users} users, {given.seeds} samples; {results.notes[0]}\n")
+    print_matrix(results)
+    print_gains(results)
+    print_orders(results)
+    for name, account in spent.items():
+        print(f"{name}: {account.requests:,} requests read {account.prompt_tokens:,} and wrote", end=" ")
+        print(f"{account.completion_tokens:,} tokens, for {account.money:.4f}")
+
+
+def write_columns(out: Path, port: int) -> list[str]:
+    """Leaves a backend's file for each column."""
+    folder = out / "columns"
+    folder.mkdir(parents=True, exist_ok=True)
+    values = {"port": port, "next_port": port + 1, "served": SERVED, "black_box": BLACK_BOX, "context": CONTEXT}
+    for name, text in COLUMNS.items():
+        (folder / f"{name}.yaml").write_text(text.format(**values) + "\n", encoding="utf-8")
+    return [str(folder / f"{name}.yaml") for name in COLUMNS]
+
+
+async def measure(
+    generators: Sequence[str], users: int, seeds: int, judged: int, folder: Folder
+) -> tuple[Results, dict[str, Spent]]:
+    """The table, and what each generator has read and written for it in this run."""
+    async with AsyncExitStack() as stack:
+        opened = [open_backend(name, role="transfer") for name in generators]
+        writers = [open_backend(name)[0] for name in (WRITER, UNTRAINED_WRITER)]
+        for backend in (*writers, *(backend for backend, _ in opened)):
+            await stack.enter_async_context(backend)
+        write = registry.inference("llm")
+        samples = from_world("miniworld", split=SPLIT, users=users, seeds=range(seeds))
+        total = users * seeds * len(ROWS) * len(generators)
+        done = 0
+
+        def advance(count: int) -> None:
+            nonlocal done
+            done += count
+            print(f"transfer: {done:,} of {total:,}", file=sys.stderr, flush=True)
+
+        results = await evaluate(
+            samples,
+            rows=choose(ROWS, trained=True),
+            columns=[column(backend) for backend, _ in opened],
+            writer=write(writers[0]),
+            untrained=write(writers[1]),
+            folder=folder,
+            judged=judged,
+            settings={"world": "miniworld", "split": SPLIT, "users_of_a_sample": users, "judged": judged},
+            advance=advance,
+        )
+        return results, {backend.model: ledger.total for backend, ledger in opened}
+
+
+def worth(cell: Cell) -> Estimate:
+    """The accuracy of a cell, or where there is text alone its win rate."""
+    found = cell.accuracy or cell.win_rate
+    assert found is not None, "the world has a judge"
+    return found
+
+
+def told(estimate: Estimate, sign: str = "") -> str:
+    """In percent, with its interval."""
+    value, low, high = (f"{100 * number:{sign}.1f}" for number in (estimate.value, estimate.low, estimate.high))
+    return f"{value} [{low}, {high}]"
+
+
+def print_matrix(results: Results) -> None:
+    """Rows by columns, and the length of what a row tells, by the tokenizer of the first column."""
+    columns = {cell.column: cell.accuracy is not None for cell in results.cells}
+    print(
+        "|", " | ".join(["told", *(name if open_ else f"{name} (win rate)" for name, open_ in columns.items())]), end=""
+    )
+    print(" | tokens |\n|", "---|" * (len(columns) + 2), sep="")
+    for row in ROWS:
+        cells = [cell for cell in results.cells if cell.row == row]
+        print("|", " | ".join([row, *(told(worth(cell)) for cell in cells)]), f"| {cells[0].context_tokens:.0f} |")
+
+
+def print_gains(results: Results) -> None:
+    """What the trained summaries add for each generator, and how much of what the evidence allows."""
+    print()
+    for name in dict.fromkeys(cell.column for cell in results.cells):
+        cells = {cell.row: cell for cell in results.cells if cell.column == name}
+        bare, before, after, best = (
+            worth(cells[row]).value for row in ("no-context", "untrained-summary", "popi-summary", "evidence-oracle")
+        )
+        paired = cells["popi-summary"].differences.get("untrained-summary")
+        more = told(paired, "+") if paired else f"{100 * (after - before):+.1f} (win rate)"
+        print(f"{name}: trained minus untrained {more}; {(after - bare) / (best - bare):.0%} of the oracle's gain")
+
+
+def print_orders(results: Results) -> None:
+    """Whether two columns put what they tell apart into the same order."""
+    print()
+    names = list(dict.fromkeys(cell.column for cell in results.cells))
+    for one, other in combinations(names, 2):
+        both = against = 0
+        for first, second in combinations(ROWS, 2):
+            signs = [sign(results, name, first, second) for name in (one, other)]
+            both += all(signs)
+            against += all(signs) and signs[0] != signs[1]
+        print(f"{one} and {other}: {against} of {both} pairs of rows that both tell apart are in another order")
+
+
+def sign(results: Results, name: str, first: str, second: str) -> int:
+    """Which of two rows is worth more to a generator: 1, -1, or 0 where their intervals meet."""
+    one, other = (
+        worth(next(cell for cell in results.cells if (cell.row, cell.column) == (row, name))) for row in (first, second)
+    )
+    return (one.low > other.high) - (one.high < other.low)
+
+
+@contextmanager
+def served(model: str, name: str, port: int) -> Iterator[None]:
+    """Runs ``vllm serve`` as long as it is needed."""
+    words = ["--model", find(model), "--served-model-name", name, "--host", "127.0.0.1", "--port", str(port)]
+    words += ["--max-model-len", str(CONTEXT), "--dtype", "float32", "--enforce-eager", "--no-enable-log-requests"]
+    environment = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1"}
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *words]
+    process = subprocess.Popen(
+        command, env={**os.environ, **environment, "TORCHDYNAMO_DISABLE": "1"}, start_new_session=True
+    )
+    try:
+        while process.poll() is None:
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).close()
+                break
+            except OSError:
+                time.sleep(0.5)
+        else:
+            raise SystemExit(f"the server of {model} did not start")
+        yield
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGTERM)
+            process.wait()
+
+
+if __name__ == "__main__":
+    main()
