@@ -12,7 +12,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -45,6 +45,13 @@ def needs_vllm() -> None:
 def vllm_server(model: str, name: str, log: Path) -> Iterator[str]:
     """Runs ``vllm serve`` and gives the base URL of its API."""
     port = free_port()
+    with vllm_process(model, name, log, port):
+        yield f"http://127.0.0.1:{port}/v1"
+
+
+@contextmanager
+def vllm_process(model: str, name: str, log: Path, port: int) -> Iterator[subprocess.Popen[bytes]]:
+    """Runs ``vllm serve`` on a port, in a process group of its own, which may be killed before its time."""
     command = [
         sys.executable,
         "-m",
@@ -60,13 +67,21 @@ def vllm_server(model: str, name: str, log: Path) -> Iterator[str]:
         process = subprocess.Popen(command, stdout=output, stderr=output, env=environment, start_new_session=True)
     try:
         wait_until_ready(f"http://127.0.0.1:{port}/health", process, log)
-        yield f"http://127.0.0.1:{port}/v1"
+        yield process
     finally:
-        os.killpg(process.pid, signal.SIGTERM)
+        # Its group may be gone, killed by who asked for it.
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGTERM)
         try:
             process.wait(30)
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
+
+
+def kill(process: subprocess.Popen[bytes]) -> None:
+    """Ends a process and all of its group at once, as a machine does that runs out of memory."""
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
 
 
 def wait_until_ready(url: str, process: subprocess.Popen[bytes], log: Path, *, seconds: float = 300) -> None:

@@ -148,6 +148,8 @@ class Engine:
         """Ends the engine and its process. Again is harmless."""
         atexit.unregister(self.shut_down)
         if not self.closed:
+            # While the engine lives: vLLM's reader of answers would take its end for a death, and say so.
+            asyncio.run_coroutine_threadsafe(_all_cancelled(), self._loop).result()
             self._llm.shutdown(timeout=SECONDS_TO_END)
             self._end_loop()
             for process in self._processes:

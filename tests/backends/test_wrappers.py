@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import pytest
 
-from popi.backends.base import Backend, ChatRequest
+from popi.backends.base import Backend, ChatRequest, ChatResult
 from popi.backends.ledger import Ledger, Price
 from popi.backends.wrappers import Cache, Cost, Fallback, Limit, Retry, Route, Wrapper
+from popi.errors import BackendError
 from popi.prompts import Message
 from popi.testing import ScriptedBackend
 
@@ -45,3 +47,20 @@ async def test_a_stream_that_is_left_is_closed_behind_the_wrapper(wrap: Callable
     assert await anext(stream) and counting.streams == 1
     await stream.aclose()
     assert counting.streams == 0
+
+
+@pytest.mark.parametrize("wrap", [partial(Retry, attempts=1), Limit, WRAPPERS["cost"]], ids=["retry", "limit", "cost"])
+async def test_a_request_that_finds_nobody_spoils_no_other(wrap: Callable[[Backend], Backend]) -> None:
+    class Flaky(ScriptedBackend):
+        async def chat(self, requests: Sequence[ChatRequest]) -> list[ChatResult]:
+            if any("lost" in request.messages[0].content for request in requests):
+                raise BackendError("nobody is there", failure="unreachable")
+            return await super().chat(requests)
+
+    backend = wrap(Flaky(lambda request: request.messages[0].content))
+    asked = [ChatRequest([Message("user", text)]) for text in ("one", "lost", "two")]
+    one, lost, two = await backend.chat(asked)
+    assert (one.text, two.text) == ("one", "two")
+    assert (lost.failure, lost.error) == ("unreachable", "nobody is there")
+    with pytest.raises(BackendError, match="nobody is there"):
+        await backend.chat(asked[1:2] * 2)

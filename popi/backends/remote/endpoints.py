@@ -153,7 +153,9 @@ class ByTokenIds(Endpoint):
         prompt = self._prompt(request, min(request.max_tokens, 1))
         if prompt.error is not None:
             raise BackendError(f"{self._model}: {prompt.error}", failure="request")
-        chunks = await client.completions.create(**self._arguments(request, prompt.tokens), stream=True)
+        chunks = await client.completions.create(
+            **self._arguments(request, prompt.tokens), stream=True, stream_options=COUNTED
+        )
         async with held(_pieces(self._model, chunks)) as pieces:
             async for piece in pieces:
                 yield piece
@@ -194,9 +196,17 @@ class ByTokenIds(Endpoint):
         }
 
 
+COUNTED: Any = {"include_usage": True, "continuous_usage_stats": True}
+"""Asks a vLLM server to tell with every chunk how many tokens were written until then; others tell it in the end."""
+
+
 async def _pieces(model: str, chunks: AsyncStream[Any]) -> AsyncIterator[str]:
-    """The pieces of a stream, until its end; a stream without one has broken off."""
-    reason = None
+    """The pieces of a stream, until its end; a stream without one has broken off.
+
+    Chunks have no numbers. Where the server counts tokens as it goes, one that says again what the last one said and
+    brings no new token has come twice; elsewhere that goes unnoticed.
+    """
+    reason, last = None, (0, "")
     async with chunks:
         async for chunk in chunks:
             if not isinstance(chunk, ChatCompletionChunk | Completion):
@@ -205,8 +215,10 @@ async def _pieces(model: str, chunks: AsyncStream[Any]) -> AsyncIterator[str]:
                 continue
             reason = chunk.choices[0].finish_reason or reason
             text = chunk.choices[0].text if isinstance(chunk, Completion) else chunk.choices[0].delta.content
-            if text:
+            told = (chunk.usage.completion_tokens if chunk.usage else 0, text or "")
+            if text and (told != last or not chunk.usage):
                 yield text
+            last = told
     if reason is None:
         raise Malformed("the stream broke off")
     if reason == "content_filter":

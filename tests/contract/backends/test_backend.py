@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import math
+import resource
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -30,6 +32,11 @@ def rate(text: str, response: str) -> ScoreRequest:
     return ScoreRequest([Message("user", text)], response)
 
 
+def resident() -> int:
+    """The memory of this process, in bytes."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
 async def streamed(backend: Backend, request: ChatRequest) -> list[str]:
     return [piece async for piece in backend.stream(request)]
 
@@ -42,6 +49,12 @@ async def test_chat_gives_one_result_a_request_in_order(backend: Backend) -> Non
     assert len({result.text for result in together}) > 1
     assert {result.model for result in together} == {backend.model}
     assert all(result.error is None and result.completion_tokens > 0 for result in together)
+
+
+async def test_a_batch_of_64_answers_as_64_batches_of_one(backend: Backend) -> None:
+    requests = [ask(f"{'Why? ' * (n % 7)}What about {n}?") for n in range(64)]
+    together = await backend.chat(requests)
+    assert [(await backend.chat([request]))[0] for request in requests] == together
 
 
 async def test_no_request_no_result(backend: Backend) -> None:
@@ -159,6 +172,25 @@ async def test_a_stream_that_is_left_leaves_the_backend_usable(backend: Backend)
     await stream.aclose()
     (result,) = await asyncio.wait_for(backend.chat([ask(TEXTS[0])]), timeout=20)
     assert result.error is None
+
+
+async def test_a_call_that_is_cancelled_leaves_the_backend_usable(backend: Backend) -> None:
+    call = asyncio.create_task(backend.chat([ask(f"What is {n}?", max_tokens=400) for n in range(50)]))
+    await asyncio.sleep(0.05)
+    call.cancel()
+    await asyncio.wait([call], timeout=20)
+    assert call.done()
+    (result,) = await asyncio.wait_for(backend.chat([ask(TEXTS[0])]), timeout=20)
+    assert result.error is None
+
+
+@pytest.mark.slow
+async def test_a_thousand_calls_at_once_are_answered_in_bounded_memory(backend: Backend) -> None:
+    await backend.chat([ask("What is 0?", max_tokens=2)])
+    before = resident()
+    answers = await asyncio.gather(*(backend.chat([ask(f"What is {n}?", max_tokens=2)]) for n in range(1000)))
+    assert all(result.error is None for [result] in answers)
+    assert resident() - before < 256 * 2**20
 
 
 async def test_counting_needs_no_conversation(backend: Backend) -> None:
