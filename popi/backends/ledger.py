@@ -102,7 +102,7 @@ class Ledger:
         Returns:
             Whether there is so much. If so, :meth:`settle` has to be called for it, whatever becomes of it.
         """
-        while not self._fits(most):
+        while not self.fits(most):
             if not self._open:
                 self.refused += 1
                 return False
@@ -124,7 +124,8 @@ class Ledger:
             if not future.done():
                 future.set_result(None)
 
-    def _fits(self, most: float) -> bool:
+    def fits(self, most: float) -> bool:
+        """Whether there is so much now."""
         if self.cap is None:
             return True
         total = self.total

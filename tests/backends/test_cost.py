@@ -53,6 +53,22 @@ async def test_tokens_and_money_by_role_and_user() -> None:
     assert ledger.by_user()["bob"] == Spent(2, 1 + 2 + 4, 2, pytest.approx((7 * 2 + 2 * 10) / 1e6))
 
 
+async def test_what_is_affordable_goes_on_together() -> None:
+    class Batches(ScriptedBackend):
+        async def chat(self, requests: Sequence[ChatRequest]) -> list[ChatResult]:
+            sizes.append(len(requests))
+            return await super().chat(requests)
+
+    sizes: list[int] = []
+    requests = [ask(f"number {n}") for n in range(8)]
+    free = await Cost(Batches(), price=PRICE, ledger=Ledger()).chat(requests)
+    assert sizes == [8]
+    # Room for three at their most, of which each costs less in the end: the others follow, and in the same order.
+    tight = Ledger(3.5 * most(requests[0]))
+    assert await Cost(Batches(), price=PRICE, ledger=tight).chat(requests) == free
+    assert sizes[1] == 3 and sum(sizes[1:]) == 8
+
+
 @pytest.mark.parametrize("kind", ["timeout", "unreachable", "server", "malformed"])
 async def test_what_failed_on_its_way_may_have_cost_all_that_it_could(kind: str) -> None:
     ledger, request = Ledger(), ask("rice")

@@ -49,7 +49,7 @@ async def test_a_stream_that_is_left_is_closed_behind_the_wrapper(wrap: Callable
     assert counting.streams == 0
 
 
-@pytest.mark.parametrize("wrap", [partial(Retry, attempts=1), Limit, WRAPPERS["cost"]], ids=["retry", "limit", "cost"])
+@pytest.mark.parametrize("wrap", [partial(Retry, attempts=1), Limit], ids=["retry", "limit"])
 async def test_a_request_that_finds_nobody_spoils_no_other(wrap: Callable[[Backend], Backend]) -> None:
     class Flaky(ScriptedBackend):
         async def chat(self, requests: Sequence[ChatRequest]) -> list[ChatResult]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections import deque
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 
 from popi.backends.base import Backend, ChatRequest, ChatResult, FailureKind, ScoreRequest, ScoreResult
 from popi.backends.ledger import Ledger, Price, Spent
 from popi.backends.together import held
-from popi.backends.wrappers.base import OneByOne, Request, Result
+from popi.backends.wrappers.base import Request, Result, Wrapper
 from popi.errors import BackendError
 
 TURN_TOKENS = 16
@@ -17,7 +18,7 @@ NEVER_BILLED: frozenset[FailureKind | None] = frozenset({"request", "rate_limit"
 """Failures of requests that no model has read."""
 
 
-class Cost(OneByOne):
+class Cost(Wrapper):
     """Enters every request into the accounts of a run, and refuses those that might pass its cap.
 
     What a request can cost at most is set aside before it is sent: no token is shorter than a byte, and no answer is
@@ -35,22 +36,13 @@ class Cost(OneByOne):
         super().__init__(inner)
         self._price, self._ledger, self._role = price, ledger, role
 
-    async def one(self, request: Request, ask: Callable[[], Awaitable[Result]], kind: type[Result]) -> Result:
-        """Sets money aside, asks, and enters what it came to."""
-        most = self._most(request)
-        if not await self._ledger.reserve(most):
-            return kind.failed(self._refusal(most), "budget", model=self.model)
-        spent = Spent(requests=1, unsure=most)
-        try:
-            result = await ask()
-            spent = self._of(result, most)
-            return result
-        except BackendError as error:
-            if error.failure in NEVER_BILLED:
-                spent = Spent(requests=1)
-            raise
-        finally:
-            self._ledger.settle(most, spent, role=self._role, user=request.user)
+    async def chat(self, requests: Sequence[ChatRequest]) -> list[ChatResult]:
+        """See :meth:`Backend.chat`."""
+        return await self._all(requests, self.inner.chat, ChatResult)
+
+    async def score(self, requests: Sequence[ScoreRequest]) -> list[ScoreResult]:
+        """See :meth:`Backend.score`."""
+        return await self._all(requests, self.inner.score, ScoreResult)
 
     async def stream(self, request: ChatRequest) -> AsyncIterator[str]:
         """Continues one conversation, piece by piece.
@@ -72,6 +64,46 @@ class Cost(OneByOne):
             raise
         finally:
             self._ledger.settle(most, spent, role=self._role, user=request.user)
+
+    async def _all(
+        self,
+        requests: Sequence[Request],
+        ask: Callable[[Sequence[Request]], Awaitable[list[Result]]],
+        kind: type[Result],
+    ) -> list[Result]:
+        """Sets money aside for as many as there is money for, asks for these together, and goes on with the rest."""
+        results: dict[int, Result] = {}
+        waiting = deque((place, self._most(request)) for place, request in enumerate(requests))
+        while waiting:
+            place, most = waiting.popleft()
+            if not await self._ledger.reserve(most):
+                results[place] = kind.failed(self._refusal(most), "budget", model=self.model)
+                continue
+            taken = {place: most}
+            while waiting and self._ledger.fits(waiting[0][1]):
+                place, most = waiting.popleft()
+                await self._ledger.reserve(most)
+                taken[place] = most
+            answers = await self._settled([(requests[place], most) for place, most in taken.items()], ask)
+            results |= zip(taken, answers, strict=True)
+        return [results[place] for place in range(len(requests))]
+
+    async def _settled(
+        self, reserved: Sequence[tuple[Request, float]], ask: Callable[[Sequence[Request]], Awaitable[list[Result]]]
+    ) -> list[Result]:
+        """Asks, and enters what each request came to."""
+        spent = [Spent(requests=1, unsure=most) for _, most in reserved]
+        try:
+            results = await ask([request for request, _ in reserved])
+            spent = [self._of(result, most) for result, (_, most) in zip(results, reserved, strict=True)]
+            return results
+        except BackendError as error:
+            if error.failure in NEVER_BILLED:
+                spent = [Spent(requests=1)] * len(reserved)
+            raise
+        finally:
+            for (request, most), account in zip(reserved, spent, strict=True):
+                self._ledger.settle(most, account, role=self._role, user=request.user)
 
     def _most(self, request: ChatRequest | ScoreRequest) -> float:
         read = sum(len(turn.content.encode(errors="replace")) + TURN_TOKENS for turn in request.messages)
