@@ -71,6 +71,7 @@ def main() -> None:
     arguments.add_argument("--port", type=int, default=8765, help="of the first of two servers")
     arguments.add_argument("--out", type=Path, required=True, help="folder of what is measured")
     given = arguments.parse_args()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the servers end too
     folder = Folder(given.out)
     if given.generators:
         results, spent = asyncio.run(measure(given.generators, given.users, given.seeds, given.judged, folder))
