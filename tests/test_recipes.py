@@ -89,3 +89,13 @@ def test_transfer_has_a_column_for_every_kind_of_backend(tmp_path):
     }
     assert "popi-mini-reader-phi-as-text (win rate)" in done.stdout
     assert done.stdout.count("of the oracle's gain") == 5
+
+
+def test_the_backends_benchmark_finds_equal_texts():
+    needs_vllm()
+    small = ["--users", "2", "--pairs", "8", "--requests", "4", "--repeats", "1"]
+    done = python("benchmarks/speed/backends.py", *small)
+    assert done.returncode == 0, done.stderr
+    lines = [line for line in done.stdout.splitlines() if line.startswith(("transformers", "vLLM"))]
+    assert len(lines) == 3 and all("2/2" in line for line in lines)
+    assert "more, %" in done.stdout

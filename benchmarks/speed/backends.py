@@ -1,0 +1,261 @@
+"""One model behind three backends, and what our layer adds to a request: transformers, vLLM in process, vLLM served.
+
+    python benchmarks/speed/backends.py
+
+The same requests go to each: summaries are written, greedily, of the signals of mini-world users, and both responses of
+their test pairs are scored under the true summaries, all at once. The server is reached by token ids, as the others
+are, and "tokens/s" counts those read and those written. All run on the CPU (vLLM's build for it), in float32, one after
+the other, and vLLM with the options by which popi runs it there, in the server too.
+
+Every round has users of its own, so that no prefix is kept from the one before; what requests of a round have in common
+each backend may compute once. The first round warms up, and the best of the others counts, of each side by itself.
+"alike" says how many texts of these rounds are those of transformers, "difference" how far a score is from its own, in
+nats a token, at most.
+
+Models have as many threads as torch has here (``OMP_NUM_THREADS``). In the executor that popi takes, "uni", vLLM's
+worker reads that variable and binds its threads to no cores: ``VLLM_CPU_OMP_THREADS_BIND`` is not looked at. vLLM also
+has threads that do not compute, here and in the server's process: pin the script to as many cores as there are threads
+(``taskset``), or they use others.
+
+Last, a request for one token goes to the server by messages, through our backend and through the ``openai`` client
+alone, in turn, and each first every other time; the same JSON is sent.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from openai import AsyncOpenAI
+
+from popi.backends.base import Backend, ChatRequest, ChatResult, ScoreRequest, ScoreResult
+from popi.backends.causal.chat_tokens import ChatTokens
+from popi.backends.causal.loading import load_tokenizer
+from popi.backends.openai import OpenAIBackend
+from popi.backends.transformers import TransformersBackend
+from popi.backends.vllm import VLLMBackend
+from popi.data.miniworld import generate
+from popi.models import find
+from popi.prompts import answer_messages, inference_messages
+from popi.render import render_signals
+
+MODEL, SPLIT, SUMMARY, TESTS, CACHE_GIB, WARM_UP = "popi-mini-base", "unseen-users", 256, 4, 2, 20
+LIKE_OURS = ["--dtype", "float32", "--enforce-eager", "--distributed-executor-backend", "uni"]
+ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1", "TORCHDYNAMO_DISABLE": "1"}
+
+Request = TypeVar("Request")
+Result = TypeVar("Result", ChatResult, ScoreResult)
+
+
+@dataclass(frozen=True)
+class Round:
+    """Requests for users of their own.
+
+    Attributes:
+        chats: For a summary of each user.
+        scores: For both responses of each pair.
+    """
+
+    chats: list[ChatRequest]
+    scores: list[ScoreRequest]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a backend did in the rounds that count: seconds and results of each."""
+
+    chats: list[tuple[float, list[ChatResult]]]
+    scores: list[tuple[float, list[ScoreResult]]]
+
+
+def main() -> None:
+    """Prints a line for each backend, and what the layer adds."""
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--model", default=MODEL)
+    options.add_argument("--users", type=int, default=64, help="whose summaries are written in a round")
+    options.add_argument("--pairs", type=int, default=512, help="that are scored in a round")
+    options.add_argument("--requests", type=int, default=300, help="through our backend, and as many without it")
+    options.add_argument("--repeats", type=int, default=3)
+    given = options.parse_args()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the server ends too
+    os.environ["OMP_NUM_THREADS"] = str(torch.get_num_threads())
+    tokens = ChatTokens(load_tokenizer(given.model), given.model)
+    rounds = [made(tokens, given.users, given.pairs, seed) for seed in range(given.repeats + 1)]
+    print(f"{given.model}, {torch.get_num_threads()} threads, the best of {given.repeats}")
+    print(f"                  {f'{given.users} summaries':56s}{given.pairs} pairs")
+    print("                    read  written  seconds  tokens/s  ratio  alike      seconds  pairs/s  ratio  difference")
+    first = asyncio.run(measure(TransformersBackend(given.model, device="cpu"), rounds))
+    show("transformers", first, first)
+    show("vLLM in process", asyncio.run(measure(VLLMBackend(given.model, cache_gib=CACHE_GIB), rounds)), first)
+    with served(given.model) as url:
+        known = OpenAIBackend(given.model, base_url=url, key=None, tokenizer=given.model)
+        show("vLLM served", asyncio.run(measure(known, rounds)), first)
+        show_layer(*asyncio.run(layer(given.model, url, given.requests)))
+
+
+def made(tokens: ChatTokens, users: int, pairs: int, seed: int) -> Round:
+    """The requests of a round."""
+
+    def count(text: str) -> int:
+        return len(tokens.encode([text])[0])
+
+    people = list(generate(split=SPLIT, users=max(users, -(-pairs // TESTS)), seed=seed, tests=TESTS))
+    read = [inference_messages(render_signals(example.user.signals, count).text) for example in people[:users]]
+    scores = [
+        ScoreRequest(answer_messages(pair.prompt, example.oracles["truth"]), response)
+        for example in people
+        for pair in example.tests
+        for response in (pair.chosen, pair.rejected)
+    ]
+    return Round([ChatRequest(messages, max_tokens=SUMMARY) for messages in read], scores[: 2 * pairs])
+
+
+async def measure(backend: Backend, rounds: Sequence[Round]) -> Measured:
+    """Has a backend do all rounds, and closes it."""
+    async with backend:
+        chats = await timed(backend.chat, [each.chats for each in rounds])
+        return Measured(chats, await timed(backend.score, [each.scores for each in rounds]))
+
+
+async def timed(
+    ask: Callable[[Sequence[Request]], Awaitable[list[Result]]], rounds: Sequence[Sequence[Request]]
+) -> list[tuple[float, list[Result]]]:
+    """Seconds and results of each round but the first."""
+    done = []
+    for requests in rounds:
+        began = time.perf_counter()
+        results = await ask(requests)
+        done.append((time.perf_counter() - began, results))
+        assert all(result.error is None for result in results), "a request failed"
+    return done[1:]
+
+
+def show(name: str, side: Measured, first: Measured) -> None:
+    """Prints the line of a backend beside the one that comes first."""
+    seconds, read, written = fastest(side)
+    speed, reference = ((each[1] + each[2]) / each[0] for each in (fastest(side), fastest(first)))
+    texts = list(zip(results(side.chats), results(first.chats), strict=True))
+    alike = sum(mine.text == other.text for mine, other in texts)
+    scored, slower = (min(seconds for seconds, _ in each.scores) for each in (side, first))
+    pairs = len(side.scores[0][1]) // 2
+    both = zip(results(side.scores), results(first.scores), strict=True)
+    difference = max(abs(mine.logprob - other.logprob) / other.tokens for mine, other in both)
+    print(
+        f"{name:16s}  {read:6d}   {written:6d}  {seconds:7.2f}  {speed:8.0f}  {speed / reference:5.2f}"
+        f"  {f'{alike}/{len(texts)}':9s}  {scored:7.2f}  {pairs / scored:7.1f}  {slower / scored:5.2f}"
+        f"  {difference:10.1e}",
+        flush=True,
+    )
+
+
+def fastest(side: Measured) -> tuple[float, int, int]:
+    """Seconds, tokens read and tokens written of the round with the most tokens a second."""
+    lines = [
+        (seconds, sum(each.prompt_tokens for each in texts), sum(each.completion_tokens for each in texts))
+        for seconds, texts in side.chats
+    ]
+    return max(lines, key=lambda line: (line[1] + line[2]) / line[0])
+
+
+def results(rounds: Sequence[tuple[float, Sequence[Result]]]) -> list[Result]:
+    """Those of all rounds."""
+    return [result for _, each in rounds for result in each]
+
+
+async def layer(model: str, url: str, requests: int) -> tuple[list[float], list[float]]:
+    """Seconds of each request through our backend, and of each by the client alone."""
+    example = next(iter(generate(split=SPLIT, users=1, seed=0)))
+    messages = answer_messages(example.tests[0].prompt, example.oracles["truth"])
+    request = ChatRequest(messages, max_tokens=1)
+    written: list[Any] = [{"role": turn.role, "content": turn.content} for turn in messages]
+    backend = OpenAIBackend(model, base_url=url, key=None)
+    client = AsyncOpenAI(api_key="none", base_url=url, max_retries=0, timeout=120.0)
+
+    async def ours() -> tuple[int, str]:
+        [result] = await backend.chat([request])
+        return result.completion_tokens, result.text
+
+    async def bare() -> tuple[int, str]:
+        answer = await client.chat.completions.create(
+            model=model, messages=written, max_tokens=1, temperature=0.0, top_p=1.0
+        )
+        return answer.usage.completion_tokens if answer.usage else 0, answer.choices[0].message.content or ""
+
+    seconds: dict[Callable[[], Awaitable[tuple[int, str]]], list[float]] = {ours: [], bare: []}
+    async with backend, client:
+        for turn in range(WARM_UP + requests):
+            answers = []
+            for ask in (ours, bare) if turn % 2 else (bare, ours):
+                began = time.perf_counter()
+                answers.append(await ask())
+                seconds[ask].append(time.perf_counter() - began)
+            assert answers[0] == answers[1] and answers[0][0] == 1, "both are answered alike, by a token"
+    return seconds[ours][WARM_UP:], seconds[bare][WARM_UP:]
+
+
+def show_layer(ours: list[float], bare: list[float]) -> None:
+    """Prints milliseconds of a request through our backend, of one without it, and how much more that is."""
+    print(f"\n{len(ours)} requests for a token, ms    ours     bare  more, ms  more, %")
+    for name, of in (("median", statistics.median), ("95th of 100", lambda each: statistics.quantiles(each, n=20)[18])):
+        mine, theirs = 1000 * of(ours), 1000 * of(bare)
+        print(f"{name:29s} {mine:8.2f} {theirs:8.2f}  {mine - theirs:8.2f}  {100 * (mine / theirs - 1):7.1f}")
+
+
+@contextmanager
+def served(model: str) -> Iterator[str]:
+    """Runs ``vllm serve`` on loopback and gives the base URL of its API."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", find(model), "--served-model-name", model]
+    command += ["--host", "127.0.0.1", "--port", str(port), "--kv-cache-memory-bytes", str(CACHE_GIB * 2**30)]
+    with tempfile.NamedTemporaryFile() as log:
+        process = subprocess.Popen(
+            [*command, *LIKE_OURS],
+            stdout=log,
+            stderr=log,
+            env={**os.environ, **ENVIRONMENT},
+            start_new_session=True,
+        )
+        try:
+            wait_until_ready(f"http://127.0.0.1:{port}/health", process, Path(log.name))
+            yield f"http://127.0.0.1:{port}/v1"
+        finally:
+            # The engine is a process of the same group, which may be there when the server is not.
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGTERM)
+                with suppress(subprocess.TimeoutExpired):
+                    process.wait(30)
+                os.killpg(process.pid, signal.SIGKILL)
+
+
+def wait_until_ready(url: str, process: subprocess.Popen[bytes], log: Path, *, seconds: float = 300) -> None:
+    """Asks until the server answers, or shows why it does not."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline and process.poll() is None:
+        try:
+            with urllib.request.urlopen(url, timeout=5):
+                return
+        except (urllib.error.URLError, OSError):
+            time.sleep(0.2)
+    sys.exit(f"the server did not start:\n{log.read_text(errors='replace')[-3000:]}")
+
+
+if __name__ == "__main__":
+    main()
