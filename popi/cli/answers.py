@@ -56,6 +56,7 @@ class Answer(BaseModel):
         prompt_tokens: Length of the rendered conversation.
         completion_tokens: Length of the answer.
         model: The model that served it.
+        route: By which of several backends, where there was a choice.
         asked: Fingerprint of user, prompt and summary.
         template_hash: ``prompts.template_hash()`` at the time.
     """
@@ -70,6 +71,7 @@ class Answer(BaseModel):
     prompt_tokens: int
     completion_tokens: int
     model: str
+    route: str = ""
     asked: str
     template_hash: str
 
@@ -189,6 +191,7 @@ async def _work(
                 prompt_tokens=result.prompt_tokens,
                 completion_tokens=result.completion_tokens,
                 model=result.model,
+                route=result.route,
                 asked=question.fingerprint(),
                 template_hash=template_hash(),
             )

@@ -115,6 +115,7 @@ def _answer(
                 "prompt_tokens": result.prompt_tokens,
                 "completion_tokens": result.completion_tokens,
                 "model": result.model,
+                "route": result.route,
             }
         )
     else:
