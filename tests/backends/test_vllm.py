@@ -183,7 +183,8 @@ def test_no_process_is_left_behind(tmp_path: Path, end: str) -> None:
     assert left
     if end == "kill":
         process.kill()
-    _, said = process.communicate("\n", timeout=60)
+    printed, said = process.communicate("\n", timeout=60)
+    assert printed == ""
     assert end == "kill" or (process.returncode == 0 and "Traceback" not in said)
     deadline = time.monotonic() + 30
     while any(Path(f"/proc/{pid}").exists() for pid in left) and time.monotonic() < deadline:
