@@ -43,6 +43,8 @@ class VLLMBackend(Backend):
     common in front is computed once, so n samples of a conversation are n requests for it, with a seed each. In float32
     greedy text and scores (to 1e-3 nats a token) are those of the transformers backend.
 
+    vLLM's process imports the main script again, so a script makes this behind ``if __name__ == "__main__":``.
+
     Args:
         model: The name of a shipped model, a folder, or a hub id.
         dtype: ``auto`` (float32 on a CPU, else as the model says), ``float32``, ``bfloat16`` or ``float16``.
