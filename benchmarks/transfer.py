@@ -196,11 +196,15 @@ def sign(results: Results, name: str, first: str, second: str) -> int:
 def served(model: str, name: str, port: int) -> Iterator[None]:
     """Runs ``vllm serve`` as long as it is needed."""
     words = ["--model", find(model), "--served-model-name", name, "--host", "127.0.0.1", "--port", str(port)]
-    words += ["--max-model-len", str(CONTEXT), "--dtype", "float32", "--enforce-eager", "--no-enable-log-requests"]
+    words += ["--max-model-len", str(CONTEXT), "--dtype", "float32", "--enforce-eager"]
+    words += ["--uvicorn-log-level", "warning"]
     environment = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1"}
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *words]
     process = subprocess.Popen(
-        command, env={**os.environ, **environment, "TORCHDYNAMO_DISABLE": "1"}, start_new_session=True
+        command,
+        env={**os.environ, **environment, "TORCHDYNAMO_DISABLE": "1"},
+        stdout=sys.stderr,
+        start_new_session=True,
     )
     try:
         while process.poll() is None:

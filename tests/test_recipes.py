@@ -89,6 +89,7 @@ def test_transfer_has_a_column_for_every_kind_of_backend(tmp_path):
     }
     assert "popi-mini-reader-phi-as-text (win rate)" in done.stdout
     assert done.stdout.count("of the oracle's gain") == 5
+    assert done.stdout.startswith("4 users, 1 samples; ")
 
 
 def test_the_backends_benchmark_finds_equal_texts():
