@@ -9,8 +9,8 @@ import subprocess
 import sys
 import threading
 import uuid
-from collections.abc import AsyncGenerator, Coroutine, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager
 from multiprocessing import active_children
 from typing import Any, TypeVar
 
@@ -79,6 +79,10 @@ class Engine:
 
     def __init__(self, name: str, arguments: Mapping[str, Any]) -> None:
         self._loop = asyncio.new_event_loop()
+        self._calls, self._idle, self._open = 0, asyncio.Event(), asyncio.Event()
+        self._idle.set()
+        self._open.set()
+        self._reloading = asyncio.Lock()
         self._thread = threading.Thread(target=self._loop.run_forever, name="popi-vllm", daemon=True)
         self._thread.start()
         try:
@@ -136,13 +140,33 @@ class Engine:
         finally:
             await outputs.aclose()
 
-    async def reload(self, folder: str) -> None:
-        """Takes other weights of the same model, when what is under way is done."""
-        await self._llm.pause_generation(mode="wait")
+    @asynccontextmanager
+    async def working(self) -> AsyncIterator[None]:
+        """Held by a call that is under way; within the engine's loop alone. No weights change under it."""
+        while not self._open.is_set():
+            await self._open.wait()
+        self._calls += 1
+        self._idle.clear()
         try:
-            await self._llm.collective_rpc("take_weights", args=(folder,))
+            yield
         finally:
-            await self._llm.resume_generation()
+            self._calls -= 1
+            if not self._calls:
+                self._idle.set()
+
+    async def reload(self, folder: str) -> None:
+        """Takes other weights of the same model: when calls that are under way are done, and before those that come."""
+        async with self._reloading:
+            self._open.clear()
+            try:
+                await self._idle.wait()
+                await self._llm.pause_generation(mode="wait")
+                try:
+                    await self._llm.collective_rpc("take_weights", args=(folder,))
+                finally:
+                    await self._llm.resume_generation()
+            finally:
+                self._open.set()
 
     def shut_down(self) -> None:
         """Ends the engine and its process. Again is harmless."""

@@ -175,7 +175,7 @@ class VLLMBackend(Backend):
 
     async def _chats(self, requests: Sequence[ChatRequest], emit: Emit | None = None) -> list[ChatResult]:
         prompts = self._admitted(requests, [min(request.max_tokens, 1) for request in requests])
-        async with self._turn or nullcontext():
+        async with self._engine.working(), self._turn or nullcontext():
             return await together(
                 self._chat(request, prompt, emit) for request, prompt in zip(requests, prompts, strict=True)
             )
@@ -185,7 +185,7 @@ class VLLMBackend(Backend):
         responses = [[*tokens, *self._tokens.end_of_turn] for tokens in texts]
         prompts = self._admitted(requests, [len(response) for response in responses])
         work = zip(prompts, responses, strict=True)
-        async with self._turn or nullcontext():
+        async with self._engine.working(), self._turn or nullcontext():
             if self._turn:
                 return [await self._score(prompt, response) for prompt, response in work]
             return await together(self._score(prompt, response) for prompt, response in work)
