@@ -86,6 +86,8 @@ def main() -> None:
     print_gains(results)
     print_orders(results)
     for name, account in spent.items():
+        if not account.requests:  # a model named without a file has no accounts
+            continue
         print(f"{name}: {account.requests:,} requests read {account.prompt_tokens:,} and wrote", end=" ")
         print(f"{account.completion_tokens:,} tokens, for {account.money:.4f}")
 
