@@ -90,17 +90,18 @@ def _checked(make: Callable[..., Any], given: Mapping[str, Any], *, skip: int) -
         ConfigError: If one is unknown, missing or of another type.
     """
     takes = list(inspect.signature(make, eval_str=True).parameters.values())[skip:]
-    named = [each for each in takes if each.kind in (each.POSITIONAL_OR_KEYWORD, each.KEYWORD_ONLY)]
-    for name in given:
-        if name not in [each.name for each in named] and not any(each.kind is each.VAR_KEYWORD for each in takes):
-            raise ConfigError("there is no such argument", field=name, fix=did_you_mean(name, [e.name for e in named]))
     fields: dict[str, Any] = {
         each.name: (
             Any if each.annotation is each.empty else each.annotation,
             ... if each.default is each.empty else each.default,
         )
-        for each in named
+        for each in takes
+        if each.kind in (each.POSITIONAL_OR_KEYWORD, each.KEYWORD_ONLY)
     }
+    takes_any = any(each.kind is each.VAR_KEYWORD for each in takes)
+    for name in given:
+        if name not in fields and not takes_any:
+            raise ConfigError("there is no such argument", field=name, fix=did_you_mean(name, fields))
     schema = create_model("Arguments", __config__=ConfigDict(extra="allow", arbitrary_types_allowed=True), **fields)
     try:
         checked = validate(schema, dict(given))

@@ -77,13 +77,13 @@ class Ledger:
             raise ConfigError(f"a budget of {cap} is less than nothing", field="budget")
         self.cap, self.refused = cap, 0
         self._accounts: dict[tuple[str, str], Spent] = {}
-        self._reserved, self._open = 0.0, 0
+        self._total, self._reserved, self._open = Spent(), 0.0, 0
         self._waiting: list[asyncio.Future[None]] = []
 
     @property
     def total(self) -> Spent:
         """Of the run."""
-        return sum(self._accounts.values(), Spent())
+        return self._total
 
     def by_role(self) -> dict[str, Spent]:
         """The accounts of the roles."""
@@ -119,6 +119,8 @@ class Ledger:
         self._reserved = self._reserved - most if self._open else 0.0
         account = (role, user)
         self._accounts[account] = self._accounts.get(account, Spent()) + spent
+        # Asked for before every request, of which there may be as many as users.
+        self._total += spent
         waiting, self._waiting = self._waiting, []
         for future in waiting:
             if not future.done():
@@ -128,8 +130,7 @@ class Ledger:
         """Whether there is so much now."""
         if self.cap is None:
             return True
-        total = self.total
-        return total.money + total.unsure + self._reserved + most <= self.cap
+        return self._total.money + self._total.unsure + self._reserved + most <= self.cap
 
     def _by(self, key: Callable[[str, str], str]) -> dict[str, Spent]:
         found: dict[str, Spent] = {}
