@@ -15,14 +15,10 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import os
 import signal
-import subprocess
 import sys
-import time
-import urllib.request
-from collections.abc import Iterator, Sequence
-from contextlib import AsyncExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, AsyncExitStack
 from itertools import combinations
 from pathlib import Path
 
@@ -38,6 +34,7 @@ from popi.evaluation.run import evaluate
 from popi.evaluation.samples import from_world
 from popi.evaluation.statistics import Estimate
 from popi.models import find
+from popi.testing import VLLMServer, vllm_server
 
 WRITER, UNTRAINED_WRITER = "popi-mini-writer", "popi-mini-base"
 SPLIT = "unseen-combinations"
@@ -90,6 +87,12 @@ def main() -> None:
             continue
         print(f"{name}: {account.requests:,} requests read {account.prompt_tokens:,} and wrote", end=" ")
         print(f"{account.completion_tokens:,} tokens, for {account.money:.4f}")
+
+
+def served(model: str, name: str, port: int) -> AbstractContextManager[VLLMServer]:
+    """Runs ``vllm serve`` as long as it is needed."""
+    options = ["--max-model-len", str(CONTEXT)]
+    return vllm_server(find(model), name=name, port=port, options=options, environment={"VLLM_CPU_KVCACHE_SPACE": "1"})
 
 
 def write_columns(out: Path, port: int) -> list[str]:
@@ -192,36 +195,6 @@ def sign(results: Results, name: str, first: str, second: str) -> int:
         worth(next(cell for cell in results.cells if (cell.row, cell.column) == (row, name))) for row in (first, second)
     )
     return (one.low > other.high) - (one.high < other.low)
-
-
-@contextmanager
-def served(model: str, name: str, port: int) -> Iterator[None]:
-    """Runs ``vllm serve`` as long as it is needed."""
-    words = ["--model", find(model), "--served-model-name", name, "--host", "127.0.0.1", "--port", str(port)]
-    words += ["--max-model-len", str(CONTEXT), "--dtype", "float32", "--enforce-eager"]
-    words += ["--uvicorn-log-level", "warning"]
-    environment = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1"}
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *words]
-    process = subprocess.Popen(
-        command,
-        env={**os.environ, **environment, "TORCHDYNAMO_DISABLE": "1"},
-        stdout=sys.stderr,
-        start_new_session=True,
-    )
-    try:
-        while process.poll() is None:
-            try:
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).close()
-                break
-            except OSError:
-                time.sleep(0.5)
-        else:
-            raise SystemExit(f"the server of {model} did not start")
-        yield
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGTERM)
-            process.wait()
 
 
 if __name__ == "__main__":

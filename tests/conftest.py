@@ -12,7 +12,7 @@ import pytest
 from hypothesis import settings
 
 from tests.clean import build_wheel, install
-from tests.servers import CONTEXT, KEY, SERVED, needs_vllm, vllm_server
+from tests.servers import CONTEXT, KEY, SERVED, mini_server, needs_vllm
 
 if TYPE_CHECKING:
     from popi.backends.vllm import VLLMBackend
@@ -41,13 +41,11 @@ def shared_data() -> Path:
 @pytest.fixture(scope="session")
 def vllm_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A real ``vllm serve`` for all tests that ask for one."""
-    from popi.models import find
-
     needs_vllm()
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(KEY, "secret")
-        with vllm_server(find(SERVED), SERVED, tmp_path_factory.mktemp("vllm") / "log") as url:
-            yield url
+        with mini_server(tmp_path_factory.mktemp("vllm") / "log") as server:
+            yield server.url
 
 
 @pytest.fixture(scope="session")

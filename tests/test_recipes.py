@@ -9,7 +9,8 @@ import pytest
 
 from popi.cli import main
 from popi.evaluation.results import Results
-from tests.servers import free_port, needs_vllm
+from popi.testing import free_port
+from tests.servers import needs_vllm
 
 pytestmark = pytest.mark.slow
 

@@ -27,18 +27,10 @@ import argparse
 import asyncio
 import os
 import signal
-import socket
 import statistics
-import subprocess
-import sys
-import tempfile
 import time
-import urllib.error
-import urllib.request
-from collections.abc import Awaitable, Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -54,10 +46,9 @@ from popi.data.miniworld import generate
 from popi.models import find
 from popi.prompts import answer_messages, inference_messages
 from popi.render import render_signals
+from popi.testing import vllm_server
 
 MODEL, SPLIT, SUMMARY, TESTS, CACHE_GIB, WARM_UP = "popi-mini-base", "unseen-users", 256, 4, 2, 20
-LIKE_OURS = ["--dtype", "float32", "--enforce-eager", "--distributed-executor-backend", "uni"]
-ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1", "TORCHDYNAMO_DISABLE": "1"}
 
 Request = TypeVar("Request")
 Result = TypeVar("Result", ChatResult, ScoreResult)
@@ -103,10 +94,11 @@ def main() -> None:
     first = asyncio.run(measure(TransformersBackend(given.model, device="cpu"), rounds))
     show("transformers", first, first)
     show("vLLM in process", asyncio.run(measure(VLLMBackend(given.model, cache_gib=CACHE_GIB), rounds)), first)
-    with served(given.model) as url:
-        known = OpenAIBackend(given.model, base_url=url, key=None, tokenizer=given.model)
+    cache = ["--kv-cache-memory-bytes", str(CACHE_GIB * 2**30)]
+    with vllm_server(find(given.model), name=given.model, options=cache) as server:
+        known = OpenAIBackend(given.model, base_url=server.url, key=None, tokenizer=given.model)
         show("vLLM served", asyncio.run(measure(known, rounds)), first)
-        show_layer(*asyncio.run(layer(given.model, url, given.requests)))
+        show_layer(*asyncio.run(layer(given.model, server.url, given.requests)))
 
 
 def made(tokens: ChatTokens, users: int, pairs: int, seed: int) -> Round:
@@ -215,46 +207,6 @@ def show_layer(ours: list[float], bare: list[float]) -> None:
     for name, of in (("median", statistics.median), ("95th of 100", lambda each: statistics.quantiles(each, n=20)[18])):
         mine, theirs = 1000 * of(ours), 1000 * of(bare)
         print(f"{name:29s} {mine:8.2f} {theirs:8.2f}  {mine - theirs:8.2f}  {100 * (mine / theirs - 1):7.1f}")
-
-
-@contextmanager
-def served(model: str) -> Iterator[str]:
-    """Runs ``vllm serve`` on loopback and gives the base URL of its API."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", find(model), "--served-model-name", model]
-    command += ["--host", "127.0.0.1", "--port", str(port), "--kv-cache-memory-bytes", str(CACHE_GIB * 2**30)]
-    with tempfile.NamedTemporaryFile() as log:
-        process = subprocess.Popen(
-            [*command, *LIKE_OURS],
-            stdout=log,
-            stderr=log,
-            env={**os.environ, **ENVIRONMENT},
-            start_new_session=True,
-        )
-        try:
-            wait_until_ready(f"http://127.0.0.1:{port}/health", process, Path(log.name))
-            yield f"http://127.0.0.1:{port}/v1"
-        finally:
-            # The engine is a process of the same group, which may be there when the server is not.
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGTERM)
-                with suppress(subprocess.TimeoutExpired):
-                    process.wait(30)
-                os.killpg(process.pid, signal.SIGKILL)
-
-
-def wait_until_ready(url: str, process: subprocess.Popen[bytes], log: Path, *, seconds: float = 300) -> None:
-    """Asks until the server answers, or shows why it does not."""
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline and process.poll() is None:
-        try:
-            with urllib.request.urlopen(url, timeout=5):
-                return
-        except (urllib.error.URLError, OSError):
-            time.sleep(0.2)
-    sys.exit(f"the server did not start:\n{log.read_text(errors='replace')[-3000:]}")
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-import subprocess
 import threading
 import time
 from collections import Counter
@@ -23,10 +22,10 @@ from popi.backends.ledger import Ledger, Price
 from popi.backends.openai import OpenAIBackend
 from popi.backends.wrappers import Breaker, Cost, Fallback, Limit, Retry, Route
 from popi.errors import BackendError
-from popi.models import find
 from popi.prompts import Message
+from popi.testing import VLLMServer, free_port
 from tests.faults import FAULTS, Fault, FaultyServer
-from tests.servers import KEY, SERVED, free_port, kill, vllm_process
+from tests.servers import KEY, SERVED, mini_server
 
 pytestmark = pytest.mark.slow
 
@@ -254,15 +253,14 @@ async def test_a_server_that_is_killed_under_load_is_replaced_at_once_and_taken_
 
     with ExitStack() as servers:
 
-        async def started(log: str) -> subprocess.Popen[bytes]:
-            server = vllm_process(find(SERVED), SERVED, tmp_path / log, port)
-            return await asyncio.to_thread(servers.enter_context, server)
+        async def started(log: str) -> VLLMServer:
+            return await asyncio.to_thread(servers.enter_context, mini_server(tmp_path / log, port=port))
 
-        process = await started("first")
+        server = await started("first")
         async with Fallback([api, local]) as both, loaded(both) as found:
             await until(lambda: len(found) >= 20)
             before = len(found)
-            kill(process)
+            server.kill()
             await until(lambda: said("local is out"))
             out = len(found)
             await until(lambda: len(found) >= out + 20)

@@ -15,7 +15,8 @@ from popi.backends.base import PASSING, ChatRequest, ScoreRequest
 from popi.backends.openai import OpenAIBackend
 from popi.errors import BackendError, ConfigError
 from popi.prompts import Message
-from tests.servers import KEY, SERVED, free_port
+from popi.testing import free_port
+from tests.servers import KEY, SERVED
 
 
 def ask(text: str = "How do I cook rice?", **options: object) -> ChatRequest:

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 import pytest
 
 from popi.backends.base import Backend
-from popi.testing import ScriptedBackend, tiny_model
-from tests.servers import KEY, SERVED, free_port
+from popi.testing import ScriptedBackend, free_port, tiny_model
+from tests.servers import KEY, SERVED
 
 if TYPE_CHECKING:
     from popi.backends.vllm import VLLMBackend
