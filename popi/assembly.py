@@ -13,7 +13,7 @@ from popi import registry
 from popi.backends.base import Backend
 from popi.backends.ledger import Ledger, Price
 from popi.backends.wrappers import Breaker, Cache, Cost, Fallback, Limit, Retry, Route
-from popi.config import ModelConfig, RoutesConfig, load_backend
+from popi.config import ModelConfig, RouteConfig, RoutesConfig, load_backend
 from popi.errors import ConfigError, InputError, ModelError, did_you_mean
 from popi.io import validate
 
@@ -43,18 +43,9 @@ def open_backend(model: str, *, role: str = "") -> tuple[Backend, Ledger]:
     ledger = Ledger(config.budget)
     opened = _Opening(file, ledger, role)
     if isinstance(config, RoutesConfig):
-        routes = [
-            Route(
-                name,
-                opened.model(route, f"routes.{name}."),
-                opened.made(Price, route.price or {}, f"routes.{name}.price"),
-                opened.made(Breaker, route.breaker, f"routes.{name}.breaker"),
-            )
-            for name, route in config.routes.items()
-        ]
-        found: Backend = Fallback(routes)
+        found: Backend = Fallback([opened.route(name, route) for name, route in config.routes.items()])
     else:
-        found = opened.model(config, "")
+        found = opened.model(config, opened.made(Price, config.price or {}, "price"))
     return (found if config.cache is None else Cache(found, config.cache)), ledger
 
 
@@ -64,9 +55,15 @@ class _Opening:
     def __init__(self, file: Path, ledger: Ledger, role: str) -> None:
         self._file, self._ledger, self._role = file, ledger, role
 
-    def model(self, config: ModelConfig, at: str) -> Backend:
-        """A model with what stands around it."""
+    def route(self, name: str, config: RouteConfig) -> Route:
+        """A model among others."""
+        at = f"routes.{name}."
         price = self.made(Price, config.price or {}, f"{at}price")
+        breaker = self.made(Breaker, config.breaker, f"{at}breaker")
+        return Route(name, self.model(config, price, at), price, breaker)
+
+    def model(self, config: ModelConfig, price: Price, at: str = "") -> Backend:
+        """A model with what stands around it."""
         kind = self.made(registry.backend, {}, f"{at}backend", config.backend)
         found: Backend = self.made(kind, config.options, f"{at}options", config.model)
         if config.limit is not None:

@@ -173,8 +173,12 @@ async def append_batches(
 
 
 @contextmanager
-def accounted(ledger: Ledger) -> Iterator[None]:
+def accounted(ledger: Ledger, model: str = "") -> Iterator[None]:
     """Tells what was spent, however the work ends.
+
+    Args:
+        ledger: The accounts.
+        model: Whose they are, where several are at work.
 
     Raises:
         PopiError: If the budget has stopped it.
@@ -185,7 +189,7 @@ def accounted(ledger: Ledger) -> Iterator[None]:
         if (spent := ledger.total).requests:
             unsure = f", and {spent.unsure:.4f} at most where no server told the tokens" if spent.unsure else ""
             note(
-                f"{spent.requests:,} requests read {spent.prompt_tokens:,} tokens and wrote "
+                f"{model and f'{model}: '}{spent.requests:,} requests read {spent.prompt_tokens:,} tokens and wrote "
                 f"{spent.completion_tokens:,}: {spent.money:.4f}{unsure}"
             )
     if ledger.refused:

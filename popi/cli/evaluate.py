@@ -42,7 +42,7 @@ def evaluate(
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of the first sample.")] = 0,
     seeds: Annotated[int, typer.Option(min=1, help="Samples of users, each with a seed of its own.")] = 1,
-    writer: Annotated[str, typer.Option(help="Name, path or hub id: writes the summaries.")] = "popi-mini-writer",
+    writer: Annotated[str, typer.Option(help="Name, path, hub id or YAML file: writes the summaries.")] = "popi-mini-writer",
     generator: Annotated[
         list[str] | None,
         typer.Option(help=f"Likewise: a column; may be repeated [default: {', '.join(GENERATORS)}]."),
@@ -111,22 +111,25 @@ def show(results: Results, *, as_json: bool) -> None:
 
 @asynccontextmanager
 async def opened(models: Iterable[str]) -> AsyncIterator[dict[str, Backend]]:
-    """Loads models, each once, and closes them in the end."""
-    from popi.cli.batches import load_backend
+    """Loads models, each once; in the end closes them, and tells what was spent on those that have accounts."""
+    from popi.cli.batches import accounted, load_backend
 
     async with AsyncExitStack() as stack:
-        yield {
-            name: await stack.enter_async_context(load_backend(name, "evaluation")[0]) for name in dict.fromkeys(models)
-        }
+        found = {}
+        for name in dict.fromkeys(models):
+            backend, ledger = load_backend(name, "evaluation")
+            stack.enter_context(accounted(ledger, name))
+            found[name] = await stack.enter_async_context(backend)
+        yield found
 
 
-def column(backend: Backend, reference: Backend | None = None) -> Column:
-    """A model as a generator under test, and what it was before it was trained."""
+def column(backend: Backend, reference: Backend | None = None, *, name: str = "") -> Column:
+    """A model as a generator under test, and what it was before it was trained; its name is the model's, or given."""
     from popi.evaluation.measure import Column
     from popi.registry import generator
 
     make = generator("prompted")
-    return Column(backend.model, make(backend), backend, None if reference is None else make(reference))
+    return Column(name or backend.model, make(backend), backend, None if reference is None else make(reference))
 
 
 def _samples(
@@ -205,7 +208,8 @@ async def _measure(
             return await evaluate(
                 samples,
                 rows=rows,
-                columns=[column(backends[name], before.get(name)) for name in columns],
+                # Not by the model's name: the backends of two files may have the same model.
+                columns=[column(backends[name], before.get(name), name=name) for name in columns],
                 writer=write(backends[writer]),
                 untrained=write(before[writer]) if writer in before else None,
                 folder=folder,

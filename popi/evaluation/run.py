@@ -72,7 +72,7 @@ async def evaluate(
         controls=table.controls(names),
         summaries=[table.summaries(row.name, world) for row in made if row.claims],
         left_out=left_out,
-        notes=_notes(cells, world, [writer.name, *names], _clusters(samples)),
+        notes=_notes(cells, world, [writer.name, *(column.backend.model for column in columns)], _clusters(samples)),
     )
 
 

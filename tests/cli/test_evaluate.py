@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -212,3 +213,40 @@ def test_a_terminal_gets_tables(
     out = capsys.readouterr().out
     assert "±" in out
     assert "The mini world is a miniature" in out
+
+
+def test_backends_files_are_columns_of_their_own_whose_costs_are_told(
+    evaluate: Callable[..., int],
+    backends: dict[str, ScriptedBackend],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    files = [tmp_path / "cheap.yaml", tmp_path / "dear.yaml"]
+    for file, price in zip(files, (1, 10), strict=True):
+        file.write_text(f"{{backend: scripted, model: m, price: {{prompt: {price}, completion: 0}}}}")
+    named = [word for file in files for word in ("--generator", str(file))]
+    assert evaluate(*named, "--rows", "empty-summary") == 0
+    captured = capsys.readouterr()
+    columns = [json.loads(line).get("column") for line in captured.out.splitlines()]
+    assert {*map(str, files)} < {*columns}
+    cheap, dear = (
+        re.search(rf"popi: {file}: (\d+) requests read (\S+) tokens and wrote \d+: (\S+)\n", captured.err)
+        for file in files
+    )
+    assert cheap and dear and cheap[1] == dear[1] and cheap[2] == dear[2]
+    assert 0 < 10 * float(cheap[3]) == pytest.approx(float(dear[3]), abs=0.001)
+    assert captured.err.count(" requests read ") == 2
+
+
+def test_a_budget_stops_an_evaluation_which_says_what_was_spent(
+    evaluate: Callable[..., int],
+    backends: dict[str, ScriptedBackend],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    file = tmp_path / "dear.yaml"
+    file.write_text("{backend: scripted, model: m, price: {prompt: 1000}, budget: 0.5}")
+    assert evaluate("--generator", str(file)) == 1
+    *_, told, last = capsys.readouterr().err.splitlines()
+    assert re.match(rf"popi: {file}: \d+ requests read .* tokens and wrote \d+: 0\.[0-4]", told)
+    assert "of the budget of 0.5 is spent" in last and "what is measured is kept in" in last
