@@ -28,7 +28,7 @@ def open_backend(model: str, *, role: str = "") -> tuple[Backend, Ledger]:
     Args:
         model: A model's name, path or hub id, which runs in this process by transformers; or a YAML file that describes
             a backend (:mod:`popi.config.backend`). What is asked passes the parts of such a file in this order: the
-            cache, the choice of a route, retries, the budget, limits, the model.
+            cache, the choice of a route, retries, limits, the budget, the model.
         role: Whose requests they are, in the accounts.
 
     Raises:
@@ -66,9 +66,9 @@ class _Opening:
         """A model with what stands around it."""
         kind = self.made(registry.backend, {}, f"{at}backend", config.backend)
         found: Backend = self.made(kind, config.options, f"{at}options", config.model)
+        found = Cost(found, price=price, ledger=self._ledger, role=self._role)
         if config.limit is not None:
             found = self.made(Limit, config.limit, f"{at}limit", found)
-        found = Cost(found, price=price, ledger=self._ledger, role=self._role)
         return found if config.retry is None else self.made(Retry, config.retry, f"{at}retry", found)
 
     def made(self, make: Callable[..., Part], given: Mapping[str, Any], at: str, *first: object) -> Part:

@@ -65,7 +65,7 @@ async def test_the_parts_of_a_file_stand_around_the_model_in_their_order(write: 
     while not isinstance(found, Named):
         kinds.append(type(found))
         found = found.inner  # type: ignore[attr-defined]
-    assert kinds == [Cache, Retry, Cost, Limit]
+    assert kinds == [Cache, Retry, Limit, Cost]
     assert backend.model == "one" and backend.capabilities.context_length == 50
     async with backend:
         for _ in range(2):

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 
+from popi.backends.deadline import waiting
 from popi.errors import ConfigError
 
 MILLION = 1_000_000
@@ -103,12 +104,14 @@ class Ledger:
             Whether there is so much. If so, :meth:`settle` has to be called for it, whatever becomes of it.
         """
         while not self.fits(most):
-            if not self._open:
+            # What is spent does not come back.
+            if not self._open or not self.fits(most - self._reserved):
                 self.refused += 1
                 return False
             others = asyncio.get_running_loop().create_future()
             self._waiting.append(others)
-            await others
+            with waiting():
+                await others
         self._reserved, self._open = self._reserved + most, self._open + 1
         return True
 

@@ -6,10 +6,12 @@ import asyncio
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import TypeVar
+from weakref import WeakKeyDictionary
 
 from openai import AsyncOpenAI
 
 from popi.backends.base import Backend, Capabilities, ChatRequest, ChatResult, ScoreRequest, ScoreResult
+from popi.backends.deadline import turn
 from popi.backends.remote.endpoints import ByMessages, ByTokenIds, Endpoint
 from popi.backends.remote.failures import Failed, failed
 from popi.backends.together import held, together
@@ -61,7 +63,9 @@ class OpenAIBackend(Backend):
         self._timeout, self._concurrency = timeout, concurrency
         self._endpoint = _endpoint(model, base_url, tokenizer, context_length)
         self.capabilities = Capabilities(stream=True, score=self._endpoint.scores, context_length=context_length)
-        self._open: tuple[asyncio.AbstractEventLoop, AsyncOpenAI, asyncio.Semaphore] | None = None
+        # Connections cannot be taken from one event loop into another.
+        self._open: WeakKeyDictionary[asyncio.AbstractEventLoop, tuple[AsyncOpenAI, asyncio.Semaphore]]
+        self._open = WeakKeyDictionary()
         self._closed = False
 
     async def chat(self, requests: Sequence[ChatRequest]) -> list[ChatResult]:
@@ -79,7 +83,7 @@ class OpenAIBackend(Backend):
             BackendError: If the answer cannot be had or breaks off.
         """
         client, gate = self._connected()
-        async with gate:
+        async with turn(gate):
             try:
                 async with held(self._endpoint.stream(client, request)) as pieces:
                     while True:
@@ -108,19 +112,20 @@ class OpenAIBackend(Backend):
     async def close(self) -> None:
         """Closes the connections."""
         self._closed = True
-        if self._open is not None and self._open[0] is asyncio.get_running_loop():
-            await self._open[1].close()
-        self._open = None
+        here = self._open.pop(asyncio.get_running_loop(), None)
+        self._open.clear()
+        if here is not None:
+            await here[0].close()
 
     def _connected(self) -> tuple[AsyncOpenAI, asyncio.Semaphore]:
-        """The client of the running event loop; connections cannot be taken into another one."""
+        """The client of the running event loop."""
         if self._closed:
             raise BackendError(f"{self.model}: the backend is closed")
         loop = asyncio.get_running_loop()
-        if self._open is None or self._open[0] is not loop:
+        if loop not in self._open:
             client = AsyncOpenAI(api_key=self._key, base_url=self._url, max_retries=0, timeout=self._timeout)
-            self._open = loop, client, asyncio.Semaphore(self._concurrency)
-        return self._open[1:]
+            self._open[loop] = client, asyncio.Semaphore(self._concurrency)
+        return self._open[loop]
 
     async def _each(
         self,
@@ -137,7 +142,7 @@ class OpenAIBackend(Backend):
         async def work() -> None:
             for place, request in waiting:
                 try:
-                    async with gate, asyncio.timeout(self._timeout):
+                    async with turn(gate), asyncio.timeout(self._timeout):
                         results[place] = await ask(client, request)
                 except BackendError:
                     raise

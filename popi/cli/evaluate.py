@@ -42,7 +42,9 @@ def evaluate(
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of the first sample.")] = 0,
     seeds: Annotated[int, typer.Option(min=1, help="Samples of users, each with a seed of its own.")] = 1,
-    writer: Annotated[str, typer.Option(help="Name, path, hub id or YAML file: writes the summaries.")] = "popi-mini-writer",
+    writer: Annotated[
+        str, typer.Option(help="Name, path, hub id or YAML file: writes the summaries.")
+    ] = "popi-mini-writer",
     generator: Annotated[
         list[str] | None,
         typer.Option(help=f"Likewise: a column; may be repeated [default: {', '.join(GENERATORS)}]."),

@@ -129,6 +129,17 @@ async def test_requests_wait_for_others_that_may_cost_less_than_was_set_aside() 
     assert ledger.total.money == pytest.approx(6 * 22 / 1e6)
 
 
+async def test_what_can_never_fit_does_not_wait_for_others() -> None:
+    ledger = Ledger(cap=2 * most(ask("rice")))
+    backend = Cost(ScriptedBackend(), price=PRICE, ledger=ledger)
+    stream = backend.stream(ask("rice"))
+    await anext(stream)
+    async with asyncio.timeout(5):
+        [refused] = await backend.chat([ask("rice", max_tokens=1000)])
+    assert refused.failure == "budget" and ledger.refused == 1
+    await stream.aclose()
+
+
 @given(
     cap=st.floats(0, 3e-3),
     words=st.lists(st.tuples(st.integers(1, 30), st.integers(1, 40), st.sampled_from(["", "server", "request"]))),

@@ -93,6 +93,28 @@ def test_one_limit_serves_one_event_loop_after_the_other() -> None:
         assert [result.error for result in asyncio.run(limited.chat([ask()] * 3))] == [None] * 3
 
 
+@pytest.mark.usefixtures("quick_minutes")
+def test_a_minute_is_one_for_all_event_loops() -> None:
+    limited = Limit(slow := Slow(), requests_per_minute=5)
+    for _ in range(8):
+        asyncio.run(limited.chat([ask()]))
+    # Five at once, and then one after every tenth of a second.
+    assert slow.came[7] - slow.came[0] >= 0.25
+
+
+@pytest.mark.usefixtures("quick_minutes")
+async def test_who_gives_up_gives_back() -> None:
+    limited = Limit(Slow(), requests_per_minute=5)
+    await limited.chat([ask()] * 5)
+    impatient = asyncio.create_task(limited.chat([ask()] * 50))
+    await asyncio.sleep(0.01)
+    impatient.cancel()
+    await asyncio.gather(impatient, return_exceptions=True)
+    began = time.monotonic()
+    await limited.chat([ask()])
+    assert time.monotonic() - began < 0.4
+
+
 @pytest.mark.parametrize("name", ["at_once", "requests_per_minute", "tokens_per_minute"])
 def test_a_limit_that_lets_nothing_through_is_refused(name: str) -> None:
     with pytest.raises(ConfigError, match=f"field {name}: a limit of 0 lets nothing through"):

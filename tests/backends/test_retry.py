@@ -10,7 +10,8 @@ from collections.abc import AsyncIterator, Sequence
 import pytest
 
 from popi.backends.base import PASSING, ChatRequest, ChatResult, ScoreRequest, ScoreResult
-from popi.backends.wrappers import Retry
+from popi.backends.ledger import Ledger, Price
+from popi.backends.wrappers import Cost, Limit, Retry, limit
 from popi.errors import BackendError, ConfigError
 from popi.prompts import Message
 from popi.testing import ScriptedBackend
@@ -98,6 +99,41 @@ async def test_an_answer_that_does_not_come_is_late_at_the_deadline() -> None:
     late, fine = await Retry(Silent(), deadline=0.2).chat([ask("silence"), ask("rice?")])
     assert (late.failure, late.error) == ("timeout", "no answer within 0.2 s")
     assert fine.error is None
+
+
+class Steady(ScriptedBackend):
+    """Answers after a twentieth of a second."""
+
+    async def chat(self, requests: Sequence[ChatRequest]) -> list[ChatResult]:
+        await asyncio.sleep(0.05)
+        return await super().chat(requests)
+
+
+@pytest.mark.parametrize("limits", [{"at_once": 1}, {"requests_per_minute": 2}, {}], ids=str)
+async def test_the_wait_for_a_turn_brings_no_deadline_nearer(
+    limits: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(limit, "MINUTE", 0.1)
+    # One at a time has money, too.
+    ledger = Ledger(cap=None if limits else 5.0)
+    paid = Cost(Steady(lambda _: ChatResult("Rice.", "stop", 1, 0)), price=Price(10_000, 10_000), ledger=ledger)
+    began = time.monotonic()
+    results = await Retry(Limit(paid, **limits), deadline=0.3).chat([ask("rice?")] * 12)
+    assert [result.error for result in results] == [None] * 12
+    assert time.monotonic() - began > 0.4
+    assert (ledger.total.requests, ledger.total.unsure) == (12, 0)
+
+
+async def test_the_clock_goes_on_when_the_turn_has_come() -> None:
+    class Stalled(Steady):
+        async def chat(self, requests: Sequence[ChatRequest]) -> list[ChatResult]:
+            await asyncio.sleep(60)
+            return await super().chat(requests)
+
+    began = time.monotonic()
+    results = await Retry(Limit(Stalled(), at_once=1), deadline=0.2).chat([ask("rice?")] * 3)
+    assert [result.failure for result in results] == ["timeout"] * 3
+    assert 0.6 <= time.monotonic() - began < 5
 
 
 async def test_one_that_fails_holds_up_no_other() -> None:

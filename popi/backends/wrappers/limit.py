@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import threading
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AsyncExitStack, asynccontextmanager
-
-from aiolimiter import AsyncLimiter
+from contextlib import asynccontextmanager, nullcontext
+from weakref import WeakKeyDictionary
 
 from popi.backends.base import Backend, ChatRequest, ScoreRequest
+from popi.backends.deadline import turn, waiting
 from popi.backends.together import held
 from popi.backends.wrappers.base import OneByOne, Request, Result
 from popi.errors import BackendError, ConfigError
@@ -49,15 +51,17 @@ class Limit(OneByOne):
         for name, limit in limits.items():
             if limit is not None and limit < 1:
                 raise ConfigError(f"a limit of {limit} lets nothing through", field=name)
-        self._at_once, self._requests, self._tokens = at_once, requests_per_minute, tokens_per_minute
-        self._open: tuple[asyncio.AbstractEventLoop, _Gates] | None = None
+        self._at_once, self._most_tokens = at_once, tokens_per_minute
+        self._requests = None if requests_per_minute is None else _Allowance(requests_per_minute)
+        self._tokens = None if tokens_per_minute is None else _Allowance(tokens_per_minute)
+        self._open: WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Semaphore] = WeakKeyDictionary()
 
     async def one(self, request: Request, ask: Callable[[], Awaitable[Result]], kind: type[Result]) -> Result:
         """Waits for a turn; a request for which no minute has room is refused."""
         size = self._size(request)
         if error := self._too_much(size):
             return kind.failed(error, "request", model=self.model)
-        async with self._gates().passed(size):
+        async with self._turn(size):
             return await ask()
 
     async def stream(self, request: ChatRequest) -> AsyncIterator[str]:
@@ -69,46 +73,61 @@ class Limit(OneByOne):
         size = self._size(request)
         if error := self._too_much(size):
             raise BackendError(f"{self.model}: {error}", failure="request")
-        async with self._gates().passed(size), held(self.inner.stream(request)) as pieces:
+        async with self._turn(size), held(self.inner.stream(request)) as pieces:
             async for piece in pieces:
                 yield piece
 
     def _size(self, request: ChatRequest | ScoreRequest) -> int:
         """In tokens; nothing is counted that nothing depends on."""
-        if self._tokens is None:
+        if self._most_tokens is None:
             return 0
         read = sum(self.count_tokens(message.content) for message in request.messages)
         return read + (request.max_tokens if isinstance(request, ChatRequest) else self.count_tokens(request.response))
 
     def _too_much(self, size: int) -> str | None:
-        if self._tokens is None or size <= self._tokens:
+        if self._most_tokens is None or size <= self._most_tokens:
             return None
-        return f"{size} tokens, its answer included, are more than the {self._tokens} of a minute"
-
-    def _gates(self) -> _Gates:
-        """Those of the running event loop: nobody waits in two."""
-        loop = asyncio.get_running_loop()
-        if self._open is None or self._open[0] is not loop:
-            self._open = loop, _Gates(self._at_once, self._requests, self._tokens)
-        return self._open[1]
-
-
-class _Gates:
-    """What a request passes on its way out."""
-
-    def __init__(self, at_once: int | None, requests: int | None, tokens: int | None) -> None:
-        self._at_once = asyncio.Semaphore(at_once) if at_once else None
-        self._requests = AsyncLimiter(requests, MINUTE) if requests else None
-        self._tokens = AsyncLimiter(tokens, MINUTE) if tokens else None
+        return f"{size} tokens, its answer included, are more than the {self._most_tokens} of a minute"
 
     @asynccontextmanager
-    async def passed(self, tokens: int) -> AsyncIterator[None]:
+    async def _turn(self, tokens: int) -> AsyncIterator[None]:
         """Waits for a turn, and holds a place as long as it lasts."""
-        async with AsyncExitStack() as places:
-            if self._at_once:
-                await places.enter_async_context(self._at_once)
-            if self._requests:
-                await self._requests.acquire()
-            if self._tokens:
-                await self._tokens.acquire(tokens)
+        async with turn(self._places()) if self._at_once else nullcontext():
+            with waiting():
+                if self._requests:
+                    await self._requests.take(1)
+                if self._tokens:
+                    await self._tokens.take(tokens)
             yield
+
+    def _places(self) -> asyncio.Semaphore:
+        """Those of the running event loop: nobody waits in two."""
+        assert self._at_once is not None
+        return self._open.setdefault(asyncio.get_running_loop(), asyncio.Semaphore(self._at_once))
+
+
+class _Allowance:
+    """What may be taken in a minute: all at once, and what was taken comes back evenly.
+
+    It is one for all event loops, in whatever threads, unlike a limiter of one loop.
+    """
+
+    def __init__(self, of_a_minute: int) -> None:
+        self._size, self._taken, self._at = of_a_minute, 0.0, time.monotonic()
+        self._lock = threading.Lock()
+
+    async def take(self, amount: float) -> None:
+        """Waits until so much is there, behind those who came before."""
+        if (missing := self._add(amount) - self._size) > 0:
+            try:
+                await asyncio.sleep(missing * MINUTE / self._size)
+            except asyncio.CancelledError:
+                self._add(-amount)
+                raise
+
+    def _add(self, amount: float) -> float:
+        with self._lock:
+            now = time.monotonic()
+            back = (now - self._at) * self._size / MINUTE
+            self._taken, self._at = max(0.0, max(0.0, self._taken - back) + amount), now
+            return self._taken

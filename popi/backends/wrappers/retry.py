@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import TypeVar
 
@@ -11,12 +10,11 @@ from tenacity import (
     RetryCallState,
     retry_if_exception,
     retry_if_result,
-    stop_after_attempt,
-    stop_before_delay,
     wait_random_exponential,
 )
 
 from popi.backends.base import PASSING, Backend, ChatRequest, ChatResult, ScoreResult
+from popi.backends.deadline import Clock, within
 from popi.backends.together import held
 from popi.backends.wrappers.base import OneByOne, Request, Result
 from popi.errors import BackendError, ConfigError
@@ -34,7 +32,8 @@ class Retry(OneByOne):
     Args:
         inner: The backend that is asked.
         attempts: How often at most.
-        deadline: Seconds until a request has its answer or its last failure, waits included.
+        deadline: Seconds until a request has its answer or its last failure, waits between attempts included; those for
+            its turn among other requests do not count.
         first: Seconds of the range of the first wait.
         longest: The most seconds of the range of a wait.
 
@@ -54,8 +53,8 @@ class Retry(OneByOne):
     async def one(self, request: Request, ask: Callable[[], Awaitable[Result]], kind: type[Result]) -> Result:
         """Asks until there is an answer, the failure is for good, or there is no time left."""
         try:
-            async with asyncio.timeout(self._deadline):
-                return await self._again(ask)
+            async with within(self._deadline) as clock:
+                return await self._again(ask, clock)
         except TimeoutError:
             return kind.failed(self._late(), "timeout", model=self.model)
 
@@ -71,8 +70,8 @@ class Retry(OneByOne):
             return pieces, await anext(pieces, None)
 
         try:
-            async with asyncio.timeout(self._deadline):
-                begun, piece = await self._again(begin)
+            async with within(self._deadline) as clock:
+                begun, piece = await self._again(begin, clock)
         except TimeoutError:
             raise BackendError(f"{self.model}: {self._late()}", failure="timeout") from None
         async with held(begun) as pieces:
@@ -80,10 +79,10 @@ class Retry(OneByOne):
                 yield piece
                 piece = await anext(pieces, None)
 
-    async def _again(self, ask: Callable[[], Awaitable[Anything]]) -> Anything:
+    async def _again(self, ask: Callable[[], Awaitable[Anything]], clock: Clock) -> Anything:
         """Asks until it succeeds, fails for good, or there is no time left; the last outcome counts."""
         retrying = AsyncRetrying(
-            stop=stop_after_attempt(self._attempts) | stop_before_delay(self._deadline),
+            stop=lambda state: state.attempt_number >= self._attempts or state.upcoming_sleep >= clock.left,
             wait=self._wait,
             retry=retry_if_result(_may_pass) | retry_if_exception(_may_pass),
             retry_error_callback=_last,
