@@ -13,12 +13,16 @@ from popi.prompts import Message
 
 FinishReason = Literal["stop", "length", "refused", "filtered", "error"]
 
-FailureKind = Literal["request", "rate_limit", "timeout", "unreachable", "server", "malformed", "budget"]
+FailureKind = Literal[
+    "request", "denied", "rate_limit", "timeout", "unreachable", "server", "malformed", "budget", "withheld"
+]
 """Why an item has failed.
 
-``request``: it cannot be served as it stands, by this model at least. ``rate_limit``: not now. ``timeout``: not in
-time. ``unreachable``: nobody answered, or the connection broke. ``server``: the server failed. ``malformed``: what came
-back is no answer. ``budget``: it might have cost more than may be spent, and was not sent.
+``request``: it cannot be served as it stands, by this model at least. ``denied``: nor can any other, for the key, the
+model or the account. ``rate_limit``: not now. ``timeout``: not in time. ``unreachable``: nobody answered, or the
+connection broke. ``server``: the server failed. ``malformed``: what came back is no answer. ``budget``: it might have
+cost more than may be spent, and was not sent. ``withheld``: a stream ended in a refusal or by a content filter; an
+answer that is no stream tells that by how it ended, and has not failed.
 """
 
 PASSING: frozenset[FailureKind] = frozenset({"rate_limit", "timeout", "unreachable", "server", "malformed"})

@@ -6,6 +6,7 @@ import asyncio
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import TypeVar
+from urllib.parse import urlsplit
 from weakref import WeakKeyDictionary
 
 from openai import AsyncOpenAI
@@ -13,12 +14,14 @@ from openai import AsyncOpenAI
 from popi.backends.base import Backend, Capabilities, ChatRequest, ChatResult, ScoreRequest, ScoreResult
 from popi.backends.deadline import turn
 from popi.backends.remote.endpoints import ByMessages, ByTokenIds, Endpoint
-from popi.backends.remote.failures import Failed, failed
-from popi.backends.together import held, together
+from popi.backends.remote.failures import failed
+from popi.backends.together import each, held
 from popi.errors import BackendError, ConfigError, MissingExtra
 
 Request = TypeVar("Request")
 Result = TypeVar("Result", ChatResult, ScoreResult)
+
+OPENAI = "https://api.openai.com/v1"
 
 
 class OpenAIBackend(Backend):
@@ -36,6 +39,10 @@ class OpenAIBackend(Backend):
         key: The name of the environment variable that holds the key; ``None`` for a server that wants none.
         tokenizer: The model's tokenizer: the name of a shipped model, a folder, or a hub id.
         context_length: The most tokens of a conversation and its answer, if that is known.
+        scores: Whether a server of an open model echoes log-probabilities, as vLLM's does. It matters where a tokenizer
+            is named.
+        sampling: Whether the model takes a temperature and a nucleus (``top_p``). Some that reason before they answer
+            refuse both, and sample as they like.
         timeout: Seconds for an answer, or for the next piece of a stream.
         concurrency: The most requests at once.
 
@@ -53,6 +60,8 @@ class OpenAIBackend(Backend):
         key: str | None = "OPENAI_API_KEY",
         tokenizer: str | None = None,
         context_length: int | None = None,
+        scores: bool = True,
+        sampling: bool = True,
         timeout: float = 120.0,
         concurrency: int = 64,
     ) -> None:
@@ -61,7 +70,11 @@ class OpenAIBackend(Backend):
         self.model = model
         self._url, self._key = base_url, _key(key)
         self._timeout, self._concurrency = timeout, concurrency
-        self._endpoint = _endpoint(model, base_url, tokenizer, context_length)
+        self._endpoint = (
+            _by_messages(model, base_url, sampling=sampling)
+            if tokenizer is None
+            else _by_token_ids(model, tokenizer, context_length, scores=scores)
+        )
         self.capabilities = Capabilities(stream=True, score=self._endpoint.scores, context_length=context_length)
         # Connections cannot be taken from one event loop into another.
         self._open: WeakKeyDictionary[asyncio.AbstractEventLoop, tuple[AsyncOpenAI, asyncio.Semaphore]]
@@ -135,48 +148,46 @@ class OpenAIBackend(Backend):
     ) -> list[Result]:
         """Asks for each request, so many at once; those that fail are data, unless all of them would."""
         client, gate = self._connected()
-        results: dict[int, Result] = {}
-        waiting = iter(enumerate(requests))
-        failures: list[Failed] = []
 
-        async def work() -> None:
-            for place, request in waiting:
-                try:
-                    async with turn(gate), asyncio.timeout(self._timeout):
-                        results[place] = await ask(client, request)
-                except BackendError:
-                    raise
-                except Exception as error:
-                    failure = failed(error, self._timeout)
-                    if failure.whole:
-                        raise failure.raised(self.model) from error
-                    failures.append(failure)
-                    results[place] = kind.failed(
-                        failure.error, failure.kind, model=self.model, retry_after=failure.retry_after
-                    )
+        async def one(request: Request) -> Result:
+            try:
+                async with turn(gate), asyncio.timeout(self._timeout):
+                    return await ask(client, request)
+            except BackendError:
+                raise
+            except Exception as error:
+                failure = failed(error, self._timeout)
+                if failure.whole or failure.kind == "unreachable":
+                    raise failure.raised(self.model) from error
+                return kind.failed(failure.error, failure.kind, model=self.model, retry_after=failure.retry_after)
 
-        await together(work() for _ in range(min(self._concurrency, len(requests))))
-        if failures and len(failures) == len(requests) and {failure.kind for failure in failures} == {"unreachable"}:
-            raise failures[0].raised(self.model)
-        return [results[place] for place in range(len(requests))]
+        return await each(requests, one, kind, model=self.model, at_once=self._concurrency)
 
 
 def _key(name: str | None) -> str:
     if name is None:
         return "none"
-    value = os.environ.get(name)
-    if not value:
+    if value := os.environ.get(name):
+        return value
+    if name.isidentifier() and name.isupper():
         raise ConfigError(f"the environment variable {name} holds no key", fix=f"export {name}, or name another one")
-    return value
+    # It may be the key itself, which belongs into no log.
+    raise ConfigError(
+        "there is no environment variable of this name", field="key", fix="give the name of one, not the key itself"
+    )
 
 
-def _endpoint(model: str, base_url: str | None, tokenizer: str | None, context_length: int | None) -> Endpoint:
-    if tokenizer is None:
-        # OpenAI's newer models know the one name, most other servers the other.
-        return ByMessages(model, limit="max_completion_tokens" if base_url is None else "max_tokens")
+def _by_messages(model: str, base_url: str | None, *, sampling: bool) -> Endpoint:
+    host = urlsplit(base_url or os.environ.get("OPENAI_BASE_URL") or OPENAI).hostname
+    # OpenAI's newer models know the one name, most other servers the other.
+    limit = "max_completion_tokens" if host == urlsplit(OPENAI).hostname else "max_tokens"
+    return ByMessages(model, limit=limit, sampling=sampling)
+
+
+def _by_token_ids(model: str, tokenizer: str, context_length: int | None, *, scores: bool) -> Endpoint:
     try:
         from popi.backends.causal.chat_tokens import ChatTokens
         from popi.backends.causal.loading import load_tokenizer
     except ModuleNotFoundError as error:
         raise MissingExtra(error.name or "transformers", "local") from error
-    return ByTokenIds(model, ChatTokens(load_tokenizer(tokenizer), tokenizer), context=context_length)
+    return ByTokenIds(model, ChatTokens(load_tokenizer(tokenizer), tokenizer), context=context_length, scores=scores)

@@ -13,6 +13,7 @@ from popi.backends.base import ChatRequest, ChatResult, ScoreRequest
 from popi.backends.ledger import Ledger, Price, Spent
 from popi.backends.wrappers import Cost
 from popi.errors import BackendError, ConfigError
+from popi.io import writable
 from popi.prompts import Message
 from popi.testing import ScriptedBackend
 
@@ -29,7 +30,7 @@ def failing(kind: str) -> ScriptedBackend:
 
 def most(request: ChatRequest) -> float:
     """What a request of one ASCII turn can cost at most."""
-    return PRICE.of(len(request.messages[0].content) + 16, request.max_tokens)
+    return PRICE.of(64 + 16 + len(request.messages[0].content), request.max_tokens)
 
 
 async def test_tokens_and_money_by_role_and_user() -> None:
@@ -104,15 +105,34 @@ async def test_a_stream_counts_as_the_most_that_it_could_cost() -> None:
     assert ledger.total.unsure == pytest.approx(2 * most(request))
 
 
+async def test_a_batch_that_is_broken_off_may_have_cost_all_that_it_could() -> None:
+    class Denying(ScriptedBackend):
+        async def chat(self, requests: Sequence[ChatRequest]) -> list[ChatResult]:
+            raise BackendError("no such key", failure="denied")
+
+    for requests, unsure in ([ask("rice")], 0.0), ([ask("rice")] * 2, 2 * most(ask("rice"))):
+        ledger = Ledger()
+        with pytest.raises(BackendError, match="no such key"):
+            await Cost(Denying(), price=PRICE, ledger=ledger).chat(requests)
+        assert ledger.total == Spent(len(requests), unsure=pytest.approx(unsure))
+
+
+async def test_what_is_sent_in_place_of_half_a_character_counts() -> None:
+    ledger, request = Ledger(), ask("\ud800" * 100)
+    [result] = await Cost(failing("server"), price=PRICE, ledger=ledger).chat([request])
+    assert result.failure == "server"
+    assert ledger.total.unsure == pytest.approx(PRICE.of(64 + 16 + len(writable("\ud800" * 100).encode()), 10))
+
+
 async def test_what_might_pass_the_cap_is_not_sent() -> None:
     inner, request = ScriptedBackend(), ask("rice")
     ledger = Ledger(cap=1.5 * most(request))
     backend = Cost(inner, price=PRICE, ledger=ledger)
-    fine, refused = [(await backend.chat([ask("rice", max_tokens=length)]))[0] for length in (10, 20)]
+    fine, refused = [(await backend.chat([ask("rice", max_tokens=length)]))[0] for length in (10, 40)]
     assert fine.error is None and refused.failure == "budget" and len(inner.chats) == 1
-    assert refused.error == "not sent: it might cost 0.000240, and 0.000022 of the budget of 0.00021 is spent"
+    assert refused.error == "not sent: it might cost 0.000568, and 0.000022 of the budget of 0.000402 is spent"
     with pytest.raises(BackendError, match="not sent: it might cost") as caught:
-        await anext(backend.stream(ask("rice", max_tokens=20)))
+        await anext(backend.stream(ask("rice", max_tokens=40)))
     assert caught.value.failure == "budget"
 
 
@@ -124,7 +144,7 @@ async def test_requests_wait_for_others_that_may_cost_less_than_was_set_aside() 
 
     ledger = Ledger(cap=2 * most(ask("rice")))
     results = await Cost(Slow(), price=PRICE, ledger=ledger).chat([ask("rice")] * 6)
-    # Each sets 140 millionths aside and costs 22.
+    # Each sets 268 millionths aside and costs 22.
     assert [result.error for result in results] == [None] * 6
     assert ledger.total.money == pytest.approx(6 * 22 / 1e6)
 

@@ -89,7 +89,7 @@ async def test_a_wrong_key_and_an_unknown_model_concern_every_request(
         async with refused:
             with pytest.raises(BackendError, match=says) as caught:
                 await refused.chat([ask(), ask()])
-            assert caught.value.failure == "request"
+            assert caught.value.failure == "denied"
 
 
 @pytest.mark.slow
@@ -157,6 +157,12 @@ FAILURES = [
     (http("200 OK", "<html>hello</html>", Content_Type="text/html"), "malformed", None, "<html>hello"),
     (http("200 OK", '{"choices": []}'), "malformed", None, "what came back is no answer"),
     (http("200 OK", "[1, 2]"), "malformed", None, "what came back is no answer"),
+    (http("200 OK", '{"choices": [{}]}'), "malformed", None, "choices.0.message: Input should be"),
+    (http("200 OK", '{"choices": {"message": 1}}'), "malformed", None, "choices: Input should be a valid list"),
+    (http("200 OK", completion(content=["Ri", "ce"])), "malformed", None, "choices.0.message.content: Input should be"),
+    (http("200 OK", completion()[:-1] + ', "usage": {"prompt_tokens": -1}}'), "malformed", None, "usage.prompt_tokens"),
+    (http("200 OK").replace(b"Length: 0", b"Length: 6") + '{"饭'.encode()[:-1] + b'"}', "malformed", None, "no answer"),
+    (http("200 OK", completion(finish_reason="abort")), "server", None, "the server broke the answer off: abort"),
     (None, "timeout", None, "no answer within 0.3 s"),
 ]
 
@@ -171,7 +177,8 @@ async def test_a_failure_is_data_of_a_kind(reply: bytes | None, kind: str, later
         assert says in str(result.error) and "\n" not in str(result.error)
         with pytest.raises(BackendError) as caught:
             [piece async for piece in box.stream(ask())]
-        assert kind == "malformed" or caught.value.failure == kind
+        # A body of an answer that is whole is a stream without an end.
+        assert caught.value.failure == (kind if reply is None or b" 200 " not in reply else "malformed")
 
 
 @pytest.mark.usefixtures("key")
@@ -217,9 +224,26 @@ async def test_how_an_answer_ended_is_data(message: dict, reason: str, text: str
         assert (result.error or "").startswith(error or "") and (result.error is None) == (error is None)
 
 
-def streamed(*deltas: str, end: str | None = "stop") -> bytes:
+@pytest.mark.usefixtures("key")
+@pytest.mark.parametrize(
+    ("usage", "counted"),
+    [
+        ({}, (0, 0)),
+        ({"prompt_tokens": 7}, (7, 0)),
+        ({"prompt_tokens": 7, "completion_tokens": None}, (7, 0)),
+        (None, (0, 0)),
+    ],
+)
+async def test_a_server_may_count_no_tokens(usage: dict | None, counted: tuple[int, int]) -> None:
+    body = json.dumps({**json.loads(completion()), "usage": usage})
+    async with answering(http("200 OK", body)) as url, backend(url) as box:
+        [result] = await box.chat([ask()])
+        assert (result.text, result.prompt_tokens, result.completion_tokens) == ("Rice.", *counted)
+
+
+def streamed(*deltas: str, end: str | None = "stop", **more: str) -> bytes:
     chunk = {"id": "1", "object": "chat.completion.chunk", "created": 0, "model": "m"}
-    choices = [{"index": 0, "delta": {"content": delta}, "finish_reason": None} for delta in deltas]
+    choices = [{"index": 0, "delta": {"content": delta, **more}, "finish_reason": None} for delta in deltas]
     choices += [{"index": 0, "delta": {}, "finish_reason": end}] if end else []
     lines = [f"data: {json.dumps({**chunk, 'choices': [choice]})}\n\n" for choice in choices]
     return http("200 OK", "".join([*lines, "data: [DONE]\n\n"]), Content_Type="text/event-stream")
@@ -227,27 +251,68 @@ def streamed(*deltas: str, end: str | None = "stop") -> bytes:
 
 @pytest.mark.usefixtures("key")
 @pytest.mark.parametrize(
-    ("reply", "says"),
+    ("reply", "says", "kind"),
     [
-        (streamed("Ri", "ce", end=None), "the stream broke off"),
-        (streamed("Ri", "ce")[:-60], "cannot be reached"),
-        (streamed("Ri", "ce", end="content_filter"), "the server withheld the answer"),
+        (streamed("Ri", "ce", end=None), "the stream broke off", "malformed"),
+        (streamed("Ri", "ce")[:-60], "cannot be reached", "unreachable"),
+        (streamed("Ri", "ce", end="error"), "the server broke the answer off", "server"),
+        (streamed("Ri", "ce", end="content_filter"), "the server withheld the answer", "withheld"),
+        (streamed("Ri", "ce", refusal="No. "), "the model refuses: No. No.", "withheld"),
     ],
-    ids=["no end", "reset", "filtered"],
+    ids=["no end", "reset", "error", "filtered", "refused"],
 )
-async def test_a_stream_that_breaks_off_says_so_after_its_pieces(reply: bytes, says: str) -> None:
+async def test_a_stream_that_breaks_off_says_so_after_its_pieces(reply: bytes, says: str, kind: str) -> None:
     async with answering(reply) as url, backend(url) as box:
         pieces = []
-        with pytest.raises(BackendError, match=says):
+        with pytest.raises(BackendError, match=says) as caught:
             async for piece in box.stream(ask()):
                 pieces.append(piece)
-        assert pieces == ["Ri", "ce"]
+        assert pieces == ["Ri", "ce"] and caught.value.failure == kind
 
 
 def test_without_a_key_the_variable_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(KEY, raising=False)
     with pytest.raises(ConfigError, match=f"the environment variable {KEY} holds no key; export {KEY}"):
         OpenAIBackend("m", key=KEY)
+
+
+@pytest.mark.parametrize("key", ["sk-proj-secret", "0123secret", "secretOfMine"])
+def test_a_key_in_place_of_its_name_is_not_repeated(key: str) -> None:
+    with pytest.raises(ConfigError, match="field key: there is no environment variable of this name") as caught:
+        OpenAIBackend("m", key=key)
+    assert "secret" not in str(caught.value)
+
+
+@pytest.mark.usefixtures("key")
+@pytest.mark.parametrize(
+    ("options", "sent", "not_sent"),
+    [
+        ({"sampling": False}, {"max_tokens"}, {"temperature", "top_p"}),
+        ({}, {"max_tokens", "temperature", "top_p"}, {"max_completion_tokens"}),
+        ({"base_url": "https://api.openai.com/v1/"}, {"max_completion_tokens"}, {"max_tokens"}),
+        ({"base_url": None}, {"max_completion_tokens"}, {"max_tokens"}),
+    ],
+    ids=str,
+)
+def test_what_is_sent_depends_on_the_server(options: dict, sent: set, not_sent: set, monkeypatch) -> None:
+    monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
+    box = OpenAIBackend("m", key=KEY, **{"base_url": "http://127.0.0.1/v1", **options})
+    arguments = box._endpoint._arguments(ask())  # type: ignore[attr-defined]
+    assert sent <= arguments.keys() and not not_sent & arguments.keys()
+
+
+@pytest.mark.usefixtures("key")
+async def test_a_server_that_echoes_no_log_probabilities_is_told_apart() -> None:
+    score = ScoreRequest([Message("user", "hello")], "yes")
+    silent = json.dumps({"id": "1", "object": "text_completion", "created": 0, "model": "m", "choices": [{"text": ""}]})
+    async with answering(http("200 OK", silent)) as url, backend(url, tokenizer=SERVED) as known:
+        with pytest.raises(BackendError, match="say so: scores: false") as caught:
+            await known.score([score] * 3)
+        assert caught.value.failure == "denied"
+        async with backend(url, tokenizer=SERVED, scores=False) as box:
+            assert not box.capabilities.score
+            with pytest.raises(BackendError, match="said to echo no log-probabilities"):
+                await box.score([score])
 
 
 @pytest.mark.parametrize("options", [{"timeout": 0}, {"concurrency": 0}])

@@ -8,11 +8,9 @@ from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING, Any
 
 from openai import AsyncOpenAI, AsyncStream
-from openai.types import Completion
-from openai.types.chat import ChatCompletion, ChatCompletionChunk
 
 from popi.backends.base import ChatRequest, ChatResult, FinishReason, ScoreRequest, ScoreResult
-from popi.backends.remote.failures import Malformed
+from popi.backends.remote.wire import BrokenOff, ChatAnswer, Chunk, Malformed, TextAnswer, read
 from popi.backends.together import held
 from popi.errors import BackendError
 from popi.io import writable
@@ -20,8 +18,19 @@ from popi.io import writable
 if TYPE_CHECKING:
     from popi.backends.causal.chat_tokens import ChatTokens, Rendered
 
-FINISHED: dict[str | None, FinishReason] = {"length": "length", "content_filter": "filtered"}
-"""The other reasons all mean that the model has ended its answer."""
+BROKEN_OFF = {"abort", "error", "cancelled", "insufficient_system_resource"}
+"""Reasons for which servers end an answer before the model does."""
+
+
+def _finish(reason: str | None) -> FinishReason:
+    """Why an answer ended; servers have many words for a model that has ended it.
+
+    Raises:
+        BrokenOff: If it was not the model, nor the length, nor a filter.
+    """
+    if reason in BROKEN_OFF:
+        raise BrokenOff(f"the server broke the answer off: {reason}")
+    return {"length": "length", "content_filter": "filtered"}.get(reason or "", "stop")  # type: ignore[return-value]
 
 
 class Endpoint(ABC):
@@ -56,20 +65,20 @@ class ByMessages(Endpoint):
     Args:
         model: The server's name of the model.
         limit: What the server calls the most new tokens.
+        sampling: Whether the model takes a temperature and a nucleus.
     """
 
-    def __init__(self, model: str, *, limit: str) -> None:
-        self._model, self._limit = model, limit
+    def __init__(self, model: str, *, limit: str, sampling: bool) -> None:
+        self._model, self._limit, self._takes_sampling = model, limit, sampling
 
     async def chat(self, client: AsyncOpenAI, request: ChatRequest) -> ChatResult:
         """Continues a conversation."""
-        answer = _whole(await client.chat.completions.create(**self._arguments(request)), ChatCompletion)
+        answer = read(ChatAnswer, await client.chat.completions.create(**self._arguments(request)))
         choice = answer.choices[0]
-        text, refusal = choice.message.content or "", getattr(choice.message, "refusal", None)
-        reason = "refused" if refusal else FINISHED.get(choice.finish_reason, "stop")
-        why = {"refused": f"the model refuses: {refusal}", "filtered": WITHHELD}.get(reason)
-        read, written = (answer.usage.prompt_tokens, answer.usage.completion_tokens) if answer.usage else (0, 0)
-        return ChatResult(text, reason, read, written, self._model, why)
+        text, refusal = choice.message.content or "", choice.message.refusal
+        reason = "refused" if refusal else _finish(choice.finish_reason)
+        why = {"refused": REFUSED.format(refusal), "filtered": WITHHELD}.get(reason)
+        return ChatResult(text, reason, answer.read, answer.written, self._model, why)
 
     async def stream(self, client: AsyncOpenAI, request: ChatRequest) -> AsyncIterator[str]:
         """Continues a conversation, piece by piece."""
@@ -97,27 +106,21 @@ class ByMessages(Endpoint):
             "model": self._model,
             "messages": [{"role": turn.role, "content": writable(turn.content)} for turn in request.messages],
             self._limit: request.max_tokens,
-            **_sampling(request),
+            **_sampling(request, sampling=self._takes_sampling),
         }
 
 
+REFUSED = "the model refuses: {}"
 WITHHELD = "the server withheld the answer, or the rest of it, by its content filter"
 
 
-def _sampling(request: ChatRequest) -> dict[str, Any]:
-    arguments: dict[str, Any] = {"temperature": request.temperature, "top_p": request.top_p}
+def _sampling(request: ChatRequest, *, sampling: bool = True) -> dict[str, Any]:
+    arguments: dict[str, Any] = {"temperature": request.temperature, "top_p": request.top_p} if sampling else {}
     if request.seed is not None:
         arguments["seed"] = request.seed
     if request.stop:
         arguments["stop"] = list(request.stop)
     return arguments
-
-
-def _whole(answer: Any, kind: type) -> Any:
-    """The SDK gives what it cannot parse as it is, and fields that are missing as ``None``."""
-    if not isinstance(answer, kind) or not getattr(answer, "choices", None):
-        raise Malformed(str(answer))
-    return answer
 
 
 class ByTokenIds(Endpoint):
@@ -129,12 +132,11 @@ class ByTokenIds(Endpoint):
         model: The server's name of the model.
         tokens: The model's tokenizer.
         context: The most tokens that the server holds for a request, if that is known.
+        scores: Whether the server echoes log-probabilities.
     """
 
-    scores = True
-
-    def __init__(self, model: str, tokens: ChatTokens, *, context: int | None) -> None:
-        self._model, self._tokens, self._context = model, tokens, context
+    def __init__(self, model: str, tokens: ChatTokens, *, context: int | None, scores: bool) -> None:
+        self._model, self._tokens, self._context, self.scores = model, tokens, context, scores
 
     async def chat(self, client: AsyncOpenAI, request: ChatRequest) -> ChatResult:
         """Continues a conversation."""
@@ -142,11 +144,10 @@ class ByTokenIds(Endpoint):
         length = len(prompt.tokens)
         if prompt.error is not None:
             return ChatResult.failed(prompt.error, "request", model=self._model, prompt_tokens=length)
-        answer = _whole(await client.completions.create(**self._arguments(request, prompt.tokens)), Completion)
-        choice, usage = answer.choices[0], answer.usage
-        reason = FINISHED.get(choice.finish_reason, "stop")
-        written = usage.completion_tokens if usage else self.count_tokens(choice.text)
-        return ChatResult(choice.text, reason, length, written, self._model, WITHHELD if reason == "filtered" else None)
+        answer = read(TextAnswer, await client.completions.create(**self._arguments(request, prompt.tokens)))
+        text, reason = answer.choices[0].text or "", _finish(answer.choices[0].finish_reason)
+        written = answer.written or self.count_tokens(text)
+        return ChatResult(text, reason, length, written, self._model, WITHHELD if reason == "filtered" else None)
 
     async def stream(self, client: AsyncOpenAI, request: ChatRequest) -> AsyncIterator[str]:
         """Continues a conversation, piece by piece."""
@@ -162,6 +163,8 @@ class ByTokenIds(Endpoint):
 
     async def score(self, client: AsyncOpenAI, request: ScoreRequest) -> ScoreResult:
         """Scores a response: the prompt with it is echoed, and nothing is added."""
+        if not self.scores:
+            raise BackendError(f"{self._model}: this server was said to echo no log-probabilities", failure="denied")
         response = [*self._tokens.encode([request.response])[0], *self._tokens.end_of_turn]
         prompt = self._prompt(request, len(response))
         length = len(prompt.tokens)
@@ -170,11 +173,17 @@ class ByTokenIds(Endpoint):
         answer = await client.completions.create(
             model=self._model, prompt=[*prompt.tokens, *response], max_tokens=0, echo=True, logprobs=0, temperature=0
         )
-        found = _whole(answer, Completion).choices[0].logprobs
-        logprobs = found.token_logprobs if found is not None else None
-        if logprobs is None or len(logprobs) < length + len(response):
-            raise Malformed("the server does not echo the log-probabilities of the prompt")
-        return ScoreResult(sum(logprobs[length : length + len(response)]), len(response), length, self._model)
+        found = read(TextAnswer, answer).choices[0].logprobs
+        if found is None or not found.token_logprobs:
+            raise BackendError(
+                f"{self._model}: the server does not echo the log-probabilities of the prompt; say so: scores: false",
+                failure="denied",
+            )
+        logprobs = found.token_logprobs[length : length + len(response)]
+        known = [logprob for logprob in logprobs if logprob is not None]
+        if len(known) < len(response):
+            raise Malformed("log-probabilities of the response are missing")
+        return ScoreResult(sum(known), len(response), length, self._model)
 
     def count_tokens(self, text: str) -> int:
         """The length of a bare text, without special tokens."""
@@ -206,20 +215,19 @@ async def _pieces(model: str, chunks: AsyncStream[Any]) -> AsyncIterator[str]:
     Chunks have no numbers. Where the server counts tokens as it goes, one that says again what the last one said and
     brings no new token has come twice; elsewhere that goes unnoticed.
     """
-    reason, last = None, (0, "")
+    reason, last, refusal = None, (0, ""), ""
     async with chunks:
-        async for chunk in chunks:
-            if not isinstance(chunk, ChatCompletionChunk | Completion):
-                raise Malformed(str(chunk))
+        async for sent in chunks:
+            chunk = read(Chunk, sent)
             if not chunk.choices:
                 continue
-            reason = chunk.choices[0].finish_reason or reason
-            text = chunk.choices[0].text if isinstance(chunk, Completion) else chunk.choices[0].delta.content
-            told = (chunk.usage.completion_tokens if chunk.usage else 0, text or "")
-            if text and (told != last or not chunk.usage):
-                yield text
+            piece = chunk.choices[0]
+            reason, refusal = piece.finish_reason or reason, refusal + piece.refusal
+            told = (chunk.written, piece.content)
+            if piece.content and (told != last or not chunk.usage):
+                yield piece.content
             last = told
     if reason is None:
         raise Malformed("the stream broke off")
-    if reason == "content_filter":
-        raise BackendError(f"{model}: {WITHHELD}")
+    if _finish(reason) == "filtered" or refusal:
+        raise BackendError(f"{model}: {REFUSED.format(refusal) if refusal else WITHHELD}", failure="withheld")

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 
 import openai
-from pydantic import ValidationError
 
 from popi.backends.base import FailureKind
+from popi.backends.remote.wire import BrokenOff, Malformed
 from popi.errors import BackendError, one_line
 
 LONGEST = 300
@@ -42,10 +42,6 @@ class Failed:
         return BackendError(f"{model}: {self.error}", failure=self.kind, retry_after=self.retry_after)
 
 
-class Malformed(Exception):
-    """What came back is no answer."""
-
-
 def failed(error: Exception, seconds: float) -> Failed:
     """Reads an exception of the SDK, of a parser or of a deadline.
 
@@ -61,11 +57,14 @@ def failed(error: Exception, seconds: float) -> Failed:
             return Failed("timeout", f"no answer within {seconds:g} s")
         case openai.APIStatusError():
             return _of_status(error)
-        case openai.APIResponseValidationError() | json.JSONDecodeError() | ValidationError() | Malformed():
+        # A body may end within a character.
+        case openai.APIResponseValidationError() | json.JSONDecodeError() | UnicodeDecodeError() | Malformed():
             return Failed("malformed", f"what came back is no answer: {_short(str(error))}")
         case openai.APIConnectionError():
             cause = error.__cause__ or error
             return Failed("unreachable", f"the server cannot be reached: {_short(str(cause) or type(cause).__name__)}")
+        case BrokenOff():
+            return Failed("server", str(error))
         case openai.APIError():
             return Failed("server", _short(error.message))
         case _:
@@ -76,7 +75,7 @@ def _of_status(error: openai.APIStatusError) -> Failed:
     status, message = error.status_code, _short(f"{error.status_code}: {_said(error)}")
     later = retry_after(error.response.headers)
     if status in OF_THE_BACKEND or error.code == "insufficient_quota":
-        return Failed("request", message, whole=True)
+        return Failed("denied", message, whole=True)
     if status == 429:
         return Failed("rate_limit", message, later)
     if status == 408:

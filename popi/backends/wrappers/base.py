@@ -5,19 +5,10 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from functools import partial
-from typing import TypeVar, cast
+from typing import TypeVar
 
-from popi.backends.base import (
-    PASSING,
-    Backend,
-    ChatRequest,
-    ChatResult,
-    FailureKind,
-    ScoreRequest,
-    ScoreResult,
-)
-from popi.backends.together import held, together
-from popi.errors import BackendError
+from popi.backends.base import Backend, ChatRequest, ChatResult, ScoreRequest, ScoreResult
+from popi.backends.together import each, held
 
 Request = TypeVar("Request", ChatRequest, ScoreRequest)
 Result = TypeVar("Result", ChatResult, ScoreResult)
@@ -74,25 +65,10 @@ class OneByOne(Wrapper):
         ask: Callable[[Sequence[Request]], Awaitable[list[Result]]],
         kind: type[Result],
     ) -> list[Result]:
-        """Has each request answered; one that finds the backend gone is data, unless all of them do."""
-
-        async def outcome(request: Request) -> Result | BackendError:
-            try:
-                return await self.one(request, partial(_alone, ask, request), kind)
-            except BackendError as error:
-                if error.failure not in PASSING:
-                    raise
-                return error
-
-        outcomes = await together(outcome(request) for request in requests)
-        errors = [each for each in outcomes if isinstance(each, BackendError)]
-        if errors and len(errors) == len(outcomes):
-            raise errors[0]
-        return [self._lost(each, kind) if isinstance(each, BackendError) else each for each in outcomes]
-
-    def _lost(self, error: BackendError, kind: type[Result]) -> Result:
-        failure = cast("FailureKind", error.failure)
-        return kind.failed(str(error), failure, model=self.model, retry_after=error.retry_after)
+        """Has each request answered, all at once."""
+        return await each(
+            requests, lambda request: self.one(request, partial(_alone, ask, request), kind), kind, model=self.model
+        )
 
     @abstractmethod
     async def one(self, request: Request, ask: Callable[[], Awaitable[Result]], kind: type[Result]) -> Result:

@@ -10,11 +10,12 @@ from popi.backends.ledger import Ledger, Price, Spent
 from popi.backends.together import held
 from popi.backends.wrappers.base import Request, Result, Wrapper
 from popi.errors import BackendError
+from popi.io import writable
 
-TURN_TOKENS = 16
-"""The most tokens that a chat template adds to a turn, by judgement."""
+TURN_TOKENS, FRAME_TOKENS = 16, 64
+"""The most tokens that a chat template adds to a turn, and to a conversation, by judgement."""
 
-NEVER_BILLED: frozenset[FailureKind | None] = frozenset({"request", "rate_limit", "budget"})
+NEVER_BILLED: frozenset[FailureKind | None] = frozenset({"request", "denied", "rate_limit", "budget"})
 """Failures of requests that no model has read."""
 
 
@@ -98,18 +99,19 @@ class Cost(Wrapper):
             spent = [self._of(result, most) for result, (_, most) in zip(results, reserved, strict=True)]
             return results
         except BackendError as error:
-            if error.failure in NEVER_BILLED:
-                spent = [Spent(requests=1)] * len(reserved)
+            # Of several some may have been read until then.
+            if error.failure in NEVER_BILLED and len(reserved) == 1:
+                spent = [Spent(requests=1)]
             raise
         finally:
             for (request, most), account in zip(reserved, spent, strict=True):
                 self._ledger.settle(most, account, role=self._role, user=request.user)
 
     def _most(self, request: ChatRequest | ScoreRequest) -> float:
-        read = sum(len(turn.content.encode(errors="replace")) + TURN_TOKENS for turn in request.messages)
+        read = FRAME_TOKENS + sum(_bytes(turn.content) + TURN_TOKENS for turn in request.messages)
         if isinstance(request, ChatRequest):
             return self._price.of(read, request.max_tokens)
-        return self._price.of(read + len(request.response.encode(errors="replace")) + TURN_TOKENS, 1)
+        return self._price.of(read + _bytes(request.response) + TURN_TOKENS, 1)
 
     def _of(self, result: ChatResult | ScoreResult, most: float) -> Spent:
         if result.failure is not None:
@@ -128,3 +130,7 @@ class Cost(Wrapper):
             f"not sent: it might cost {most:.6f}, and {total.money + total.unsure:.6f} of the budget of "
             f"{self._ledger.cap:g} is spent"
         )
+
+
+def _bytes(text: str) -> int:
+    return len(writable(text).encode())

@@ -16,7 +16,7 @@ from popi.errors import BackendError, ConfigError
 
 log = logging.getLogger(__name__)
 
-OF_THE_REQUEST: frozenset[FailureKind] = frozenset({"request", "rate_limit", "budget"})
+OF_THE_REQUEST: frozenset[FailureKind] = frozenset({"request", "rate_limit", "budget", "withheld"})
 """Failures that say nothing of the health of a backend."""
 
 
