@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import math
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 
 import pytest
 
@@ -179,10 +180,65 @@ def test_a_breaker_of_nothing_is_refused(numbers: dict[str, int]) -> None:
         Breaker(**numbers)
 
 
+def opened(clock: Clock) -> Breaker:
+    """One that a failure has opened, of which a probe is due."""
+    breaker = Breaker(failures=1, rest=10, clock=clock)
+    breaker.failed(breaker.admit(1))
+    clock.now += 11
+    return breaker
+
+
 def test_a_probe_that_was_given_up_makes_room_for_another() -> None:
+    breaker = opened(Clock())
+    probe = breaker.admit(3)
+    assert (probe.count, breaker.admit(3).count) == (1, 0)
+    breaker.abandoned(probe)
+    assert breaker.admit(3).count == 1
+
+
+def test_what_was_sent_before_it_opened_tells_an_open_breaker_nothing() -> None:
     breaker = Breaker(failures=1, rest=10, clock=(clock := Clock()))
-    breaker.failed()
+    early = breaker.admit(4)
+    breaker.failed(early)
+    clock.now = 9
+    breaker.failed(early)
+    breaker.succeeded(early)
     clock.now = 11
-    assert (breaker.admit(3), breaker.admit(3)) == (1, 0)
-    breaker.abandoned()
-    assert breaker.admit(3) == 1
+    probe = breaker.admit(3)
+    assert probe.count == 1 and not breaker.closed
+    breaker.abandoned(early)
+    breaker.failed(early)
+    assert breaker.admit(3).count == 0
+    breaker.succeeded(probe)
+    assert breaker.closed
+
+
+async def test_a_probe_that_hangs_holds_up_no_other_request() -> None:
+    class Hanging(ScriptedBackend):
+        async def chat(self, requests: Sequence[ChatRequest]) -> list[ChatResult]:
+            await hangs.wait()
+            return await super().chat(requests)
+
+    hangs = asyncio.Event()
+    clock = Clock()
+    both = Fallback([Route("local", Hanging(), breaker=opened(clock)), Route("api", api := ScriptedBackend())])
+    call = asyncio.create_task(both.chat([ask(f"{n}") for n in range(5)]))
+    async with asyncio.timeout(5):
+        while len(api.chats) < 4:
+            await asyncio.sleep(0.01)
+    assert not call.done()
+    hangs.set()
+    assert [result.route for result in await call] == ["local", "api", "api", "api", "api"]
+
+
+async def test_a_stream_that_was_withheld_is_an_answer() -> None:
+    class Withholding(ScriptedBackend):
+        async def stream(self, request: ChatRequest) -> AsyncIterator[str]:
+            raise BackendError("the model refuses: no", failure="withheld")
+            yield ""
+
+    route = Route("local", Withholding(), breaker=Breaker(failures=1))
+    both = Fallback([route, Route("api", api := ScriptedBackend())])
+    with pytest.raises(BackendError, match="the model refuses: no"):
+        await anext(both.stream(ask()))
+    assert route.breaker.closed and not api.chats

@@ -4,8 +4,22 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from popi.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True)
+class Admission:
+    """What a breaker has let through; told again with the outcome of each request.
+
+    Attributes:
+        count: How many requests may go.
+        probe: Whether the one of them is a probe.
+    """
+
+    count: int
+    probe: bool = False
 
 
 class Breaker:
@@ -34,24 +48,32 @@ class Breaker:
         """Whether all requests go through."""
         return self._failed < self._limit
 
-    def admit(self, wanted: int) -> int:
-        """How many of so many requests may go: all, none, or one, whose outcome has to be told."""
+    def admit(self, wanted: int) -> Admission:
+        """Lets so many requests through: all, none, or one as a probe."""
         if self.closed:
-            return wanted
+            return Admission(wanted)
         if self._probing or self._clock() < self._until:
-            return 0
+            return Admission(0)
         self._probing = wanted > 0
-        return min(wanted, 1)
+        return Admission(min(wanted, 1), probe=self._probing)
 
-    def succeeded(self) -> None:
+    def succeeded(self, admission: Admission) -> None:
         """A request was served: the backend is up."""
-        self._failed, self._probing = 0, False
+        if self._counts(admission):
+            self._failed = 0
 
-    def failed(self) -> None:
+    def failed(self, admission: Admission) -> None:
         """A request was not."""
-        self._failed, self._probing = self._failed + 1, False
-        self._until = self._clock() + self._rest
+        if self._counts(admission):
+            self._failed += 1
+            self._until = self._clock() + self._rest
 
-    def abandoned(self) -> None:
-        """A request was given up before anything was known."""
-        self._probing = False
+    def abandoned(self, admission: Admission) -> None:
+        """A request tells nothing: it was given up, or failed for a reason of its own."""
+        self._counts(admission)
+
+    def _counts(self, admission: Admission) -> bool:
+        """Whether an outcome is news: while this is open the probe's alone, and no straggler's from before."""
+        if admission.probe:
+            self._probing = False
+        return admission.probe or self.closed

@@ -9,9 +9,9 @@ from dataclasses import dataclass, field, replace
 
 from popi.backends.base import Backend, Capabilities, ChatRequest, ChatResult, FailureKind, ScoreRequest, ScoreResult
 from popi.backends.ledger import MILLION, Price
-from popi.backends.together import held
+from popi.backends.together import held, together
 from popi.backends.wrappers.base import Request, Result
-from popi.backends.wrappers.breaker import Breaker
+from popi.backends.wrappers.breaker import Admission, Breaker
 from popi.errors import BackendError, ConfigError
 
 log = logging.getLogger(__name__)
@@ -95,20 +95,21 @@ class Fallback(Backend):
         """
         reasons: list[str] = []
         for route in self._routes:
-            if not route.backend.capabilities.stream or not route.breaker.admit(1):
+            if not route.backend.capabilities.stream or not (admission := route.breaker.admit(1)).count:
                 continue
             begun = False
             try:
-                with _watched(route):
+                with _watched(route, admission):
                     async with held(route.backend.stream(request)) as pieces:
                         async for piece in pieces:
                             begun = True
                             yield piece
-                _note(route, None, "")
+                _note(route, admission, None, "")
                 return
             except BackendError as error:
-                _note(route, error.failure or "server", str(error), whole=error.failure not in OF_THE_REQUEST)
-                if begun:
+                _note(route, admission, error.failure or "server", str(error))
+                # What was withheld is the answer of this backend.
+                if begun or error.failure == "withheld":
                     raise
                 reasons.append(f"{route.name}: {error}")
         raise self._nobody(reasons)
@@ -132,21 +133,34 @@ class Fallback(Backend):
     ) -> list[Result]:
         results: dict[int, Result] = {}
         reasons: list[str] = []
-        for route in routes:
-            waiting = [n for n in range(len(requests)) if n not in results or results[n].failure is not None]
-            sent = waiting[: route.breaker.admit(len(waiting))]
-            if not sent:
-                continue
+
+        async def serve(places: Sequence[int], routes: Sequence[Route]) -> None:
+            if not places or not routes:
+                return
+            first, *others = routes
+            admission = first.breaker.admit(len(places))
+            # While one of them probes a backend the rest is served elsewhere.
+            await together(
+                [by(first, admission, places[: admission.count], others), serve(places[admission.count :], others)]
+            )
+
+        async def by(route: Route, admission: Admission, places: Sequence[int], others: Sequence[Route]) -> None:
+            if not places:
+                return
             try:
-                with _watched(route):
-                    answers = await ask(route.backend, [requests[n] for n in sent])
+                with _watched(route, admission):
+                    answers = await ask(route.backend, [requests[place] for place in places])
             except BackendError as error:
-                _note(route, error.failure or "server", str(error), whole=True)
+                _note(route, admission, error.failure or "server", str(error), whole=True)
                 reasons.append(f"{route.name}: {error}")
-                continue
-            for n, answer in zip(sent, answers, strict=True):
-                _note(route, answer.failure, answer.error or "")
-                results[n] = replace(answer, route=route.name)
+                await serve(places, others)
+                return
+            for place, answer in zip(places, answers, strict=True):
+                _note(route, admission, answer.failure, answer.error or "")
+                results[place] = replace(answer, route=route.name)
+            await serve([place for place in places if results[place].failure is not None], others)
+
+        await serve(range(len(requests)), routes)
         if requests and not results:
             raise self._nobody(reasons)
         lost = kind.failed("no backend is up", "unreachable", model=self.model)
@@ -157,26 +171,28 @@ class Fallback(Backend):
 
 
 @contextmanager
-def _watched(route: Route) -> Iterator[None]:
+def _watched(route: Route, admission: Admission) -> Iterator[None]:
     """Gives a probe free that nobody waits for any more."""
     try:
         yield
     except BackendError:
         raise
     except BaseException:
-        route.breaker.abandoned()
+        route.breaker.abandoned(admission)
         raise
 
 
-def _note(route: Route, failure: FailureKind | str | None, why: str, *, whole: bool = False) -> None:
+def _note(
+    route: Route, admission: Admission, failure: FailureKind | str | None, why: str, *, whole: bool = False
+) -> None:
     """Tells a route's breaker, and the log if that changes anything."""
     breaker, was = route.breaker, route.breaker.closed
     if failure is None:
-        breaker.succeeded()
+        breaker.succeeded(admission)
     elif failure in OF_THE_REQUEST and not whole:
-        breaker.abandoned()
+        breaker.abandoned(admission)
     else:
-        breaker.failed()
+        breaker.failed(admission)
     if was and not breaker.closed:
         log.warning("%s is out, and others serve: %s", route.name, why)
     elif breaker.closed and not was:
