@@ -17,7 +17,7 @@ import argparse
 import asyncio
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, AsyncExitStack
 from itertools import combinations
 from pathlib import Path
@@ -25,7 +25,9 @@ from pathlib import Path
 from popi import registry
 from popi.assembly import open_backend
 from popi.backends.ledger import Spent
-from popi.cli.evaluate import column
+from popi.cli.batches import identity
+from popi.cli.evaluate import column, run_config
+from popi.config import load_backend
 from popi.evaluation.folder import Folder
 from popi.evaluation.report import markdown
 from popi.evaluation.results import Cell, Results
@@ -71,11 +73,12 @@ def main() -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the servers end too
     folder = Folder(given.out)
     if given.generators:
-        results, spent = asyncio.run(measure(given.generators, given.users, given.seeds, given.judged, folder))
+        columns = {identity(name): name for name in given.generators}
+        results, spent = asyncio.run(measure(columns, given.users, given.seeds, given.judged, folder))
     else:
         with served(SERVED, SERVED, given.port), served(BLACK_BOX, f"{BLACK_BOX}-as-text", given.port + 1):
-            files = write_columns(given.out, given.port)
-            results, spent = asyncio.run(measure(files, given.users, given.seeds, given.judged, folder))
+            columns = write_columns(given.out, given.port)
+            results, spent = asyncio.run(measure(columns, given.users, given.seeds, given.judged, folder))
     folder.write("results.json", results.model_dump_json(indent=2) + "\n")
     folder.write("results.md", markdown(results, figure=False))
     print(f"{results.users} users, {given.seeds} samples; {results.notes[0]}\n")
@@ -95,27 +98,33 @@ def served(model: str, name: str, port: int) -> AbstractContextManager[VLLMServe
     return vllm_server(find(model), name=name, port=port, options=options, environment={"VLLM_CPU_KVCACHE_SPACE": "1"})
 
 
-def write_columns(out: Path, port: int) -> list[str]:
-    """Leaves a backend's file for each column."""
+def write_columns(out: Path, port: int) -> dict[str, str]:
+    """Leaves a backend's file for each column, and names the columns by their models, each of which is another."""
     folder = out / "columns"
     folder.mkdir(parents=True, exist_ok=True)
     values = {"port": port, "next_port": port + 1, "served": SERVED, "black_box": BLACK_BOX, "context": CONTEXT}
+    files = {}
     for name, text in COLUMNS.items():
-        (folder / f"{name}.yaml").write_text(text.format(**values) + "\n", encoding="utf-8")
-    return [str(folder / f"{name}.yaml") for name in COLUMNS]
+        (file := folder / f"{name}.yaml").write_text(text.format(**values) + "\n", encoding="utf-8")
+        files[load_backend(file).model] = str(file)
+    return files
 
 
 async def measure(
-    generators: Sequence[str], users: int, seeds: int, judged: int, folder: Folder
+    generators: Mapping[str, str], users: int, seeds: int, judged: int, folder: Folder
 ) -> tuple[Results, dict[str, Spent]]:
     """The table, and what each generator has read and written for it in this run."""
+    samples = from_world("miniworld", split=SPLIT, users=users, seeds=range(seeds))
+    rows = choose(ROWS, trained=True)
+    source = {"world": "miniworld", "split": SPLIT, "users_of_a_sample": users}
+    made_from = {WRITER: UNTRAINED_WRITER}
+    config = folder.open(run_config(source, samples, rows, [*generators.values()], WRITER, made_from, judged=judged))
     async with AsyncExitStack() as stack:
-        opened = [open_backend(name, role="transfer") for name in generators]
+        opened = {name: open_backend(model, role="transfer") for name, model in generators.items()}
         writers = [open_backend(name)[0] for name in (WRITER, UNTRAINED_WRITER)]
-        for backend in (*writers, *(backend for backend, _ in opened)):
+        for backend in (*writers, *(backend for backend, _ in opened.values())):
             await stack.enter_async_context(backend)
         write = registry.inference("llm")
-        samples = from_world("miniworld", split=SPLIT, users=users, seeds=range(seeds))
         total = users * seeds * len(ROWS) * len(generators)
         done = 0
 
@@ -126,16 +135,16 @@ async def measure(
 
         results = await evaluate(
             samples,
-            rows=choose(ROWS, trained=True),
-            columns=[column(backend) for backend, _ in opened],
+            rows=rows,
+            columns=[column(backend, name=name) for name, (backend, _) in opened.items()],
             writer=write(writers[0]),
             untrained=write(writers[1]),
             folder=folder,
             judged=judged,
-            settings={"world": "miniworld", "split": SPLIT, "users_of_a_sample": users, "judged": judged},
+            settings={**config.settings, "seeds": config.seeds},
             advance=advance,
         )
-        return results, {backend.model: ledger.total for backend, ledger in opened}
+        return results, {name: ledger.total for name, (_, ledger) in opened.items()}
 
 
 def worth(cell: Cell) -> Estimate:
@@ -168,12 +177,10 @@ def print_gains(results: Results) -> None:
     print()
     for name in dict.fromkeys(cell.column for cell in results.cells):
         cells = {cell.row: cell for cell in results.cells if cell.column == name}
-        bare, before, after, best = (
-            worth(cells[row]).value for row in ("no-context", "untrained-summary", "popi-summary", "evidence-oracle")
-        )
-        paired = cells["popi-summary"].differences.get("untrained-summary")
-        more = told(paired, "+") if paired else f"{100 * (after - before):+.1f} (win rate)"
-        print(f"{name}: trained minus untrained {more}; {(after - bare) / (best - bare):.0%} of the oracle's gain")
+        bare, after, best = (worth(cells[row]).value for row in ("no-context", "popi-summary", "evidence-oracle"))
+        more = told(cells["popi-summary"].differences["untrained-summary"], "+")
+        share = f"{(after - bare) / (best - bare):.0%}" if best > bare else "none"
+        print(f"{name}: trained minus untrained {more}; {share} of the oracle's gain")
 
 
 def print_orders(results: Results) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+import json
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,10 +17,14 @@ from popi.backends.wrappers import Breaker, Cache, Cost, Fallback, Limit, Retry,
 from popi.config import ModelConfig, RouteConfig, RoutesConfig, load_backend
 from popi.errors import ConfigError, InputError, ModelError, did_you_mean
 from popi.io import validate
+from popi.models import find, shipped
 
 Part = TypeVar("Part")
 
 FILES = ".yaml", ".yml"
+
+HOW = {"timeout", "concurrency", "key", "cache_gib"}
+"""Options of backends that change no answer."""
 
 
 def open_backend(model: str, *, role: str = "") -> tuple[Backend, Ledger]:
@@ -47,6 +52,33 @@ def open_backend(model: str, *, role: str = "") -> tuple[Backend, Ledger]:
     else:
         found = opened.model(config, opened.made(Price, config.price or {}, "price"))
     return (found if config.cache is None else Cache(found, config.cache)), ledger
+
+
+def answers_rest_on(file: Path) -> tuple[str, list[Path]]:
+    """What of a backend's file its answers depend on, and the folders of models that it names.
+
+    How the model is asked, by whom, how often and at what price is no part of it.
+
+    Raises:
+        ConfigError: If the file describes no backend.
+    """
+    config = load_backend(file)
+    models = list(config.routes.values()) if isinstance(config, RoutesConfig) else [config]
+    asked = [
+        [model.backend, model.model, {name: model.options[name] for name in sorted(model.options.keys() - HOW)}]
+        for model in models
+    ]
+    named = sorted({*_texts(asked)})
+    folders = [Path(find(name)) for name in named if name in shipped() or Path(name).expanduser().is_dir()]
+    return json.dumps(asked), folders
+
+
+def _texts(value: object) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping | list):
+        for each in value.values() if isinstance(value, Mapping) else value:
+            yield from _texts(each)
 
 
 class _Opening:

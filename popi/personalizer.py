@@ -12,6 +12,7 @@ from weakref import WeakValueDictionary
 from popi import registry
 from popi.assembly import open_backend
 from popi.backends.base import Backend
+from popi.backends.ledger import Ledger, Spent
 from popi.errors import BackendError
 from popi.prompts import template_hash
 from popi.roles import Conditioned, ConditionedGenerator, PreferenceInference
@@ -37,6 +38,7 @@ class Personalizer:
         inference: Writes the summaries.
         generator: Answers under them.
         backends: Closed together with this.
+        ledgers: Accounts of what they cost.
     """
 
     def __init__(
@@ -45,10 +47,11 @@ class Personalizer:
         generator: ConditionedGenerator,
         *,
         backends: Sequence[Backend] = (),
+        ledgers: Sequence[Ledger] = (),
     ) -> None:
         self._inference = inference
         self._generator = generator
-        self._backends = backends
+        self._backends, self._ledgers = backends, ledgers
         self._signals: dict[str, UserSignals] = {}
         self._inferred: dict[str, tuple[tuple[str, ...], PreferenceSummary]] = {}
         self._edited: dict[str, PreferenceSummary] = {}
@@ -70,12 +73,13 @@ class Personalizer:
             ModelError: If a model cannot be found or used.
             MissingExtra: If what runs it is not installed.
         """
-        writer, _ = open_backend(model)
-        reader = writer if generator is None else open_backend(generator)[0]
+        opened = [open_backend(name) for name in dict.fromkeys((model, generator or model))]
+        (writer, _), (reader, _) = opened[0], opened[-1]
         return cls(
             registry.inference("llm")(writer),
             registry.generator("prompted")(reader),
-            backends=(writer, reader),
+            backends=[backend for backend, _ in opened],
+            ledgers=[ledger for _, ledger in opened],
         )
 
     def observe(self, user_id: str, *signals: Signal) -> None:
@@ -142,6 +146,13 @@ class Personalizer:
         summary = await self.infer(user_id)
         async for piece in self._generator.stream(Conditioned(prompt, summary)):
             yield piece
+
+    def spent(self, user_id: str | None = None) -> Spent:
+        """What was spent so far on a user, or on all, where a backend's file keeps the accounts."""
+        accounts = [
+            ledger.total if user_id is None else ledger.by_user().get(user_id, Spent()) for ledger in self._ledgers
+        ]
+        return sum(accounts, Spent())
 
     def infer_sync(self, user_id: str) -> PreferenceSummary:
         """:meth:`infer` for code that is not asynchronous, from any thread."""

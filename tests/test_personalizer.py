@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
@@ -177,3 +178,26 @@ async def test_an_edit_holds_for_those_who_wait(personalizer: Personalizer, back
     assert edited.text == "- mine"
     assert (await personalizer.infer("ann")).text == "- mine"
     assert later.text in ("- mine", "- Said 2 things")
+
+
+def test_what_was_spent_is_told_by_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[ScriptedBackend] = []
+
+    def make(model: str) -> ScriptedBackend:
+        made.append(ScriptedBackend(script, model=model))
+        return made[-1]
+
+    monkeypatch.setattr(registry, "backend", lambda name: make)
+    file = tmp_path / "api.yaml"
+    file.write_text("{backend: scripted, model: m, price: {completion: 1000000}}")
+    personalizer = Personalizer.load(str(file), generator=str(file))
+    assert len(made) == 1
+    for name in ("ann", "bob"):
+        personalizer.observe(name, SHORT)
+        personalizer.infer_sync(name)
+    personalizer.respond_sync("ann", "hello?")
+    # "- Said 1 things [1]", a coin a word.
+    assert personalizer.spent("bob").money == 5
+    assert personalizer.spent().requests == 3 and personalizer.spent("eve").requests == 0
+    assert personalizer.spent().money == personalizer.spent("ann").money + personalizer.spent("bob").money
+    asyncio.run(personalizer.close())

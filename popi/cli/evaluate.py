@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -76,7 +77,7 @@ def evaluate(
     chosen = table.choose([name.strip() for name in rows.split(",") if name.strip()], trained=writer in made_from)
     samples, source = _samples(data, world, split, users, list(range(seed, seed + seeds)))
     folder = Folder(out)
-    config = folder.open(_config(source, samples, chosen, columns, writer, made_from))
+    config = folder.open(run_config(source, samples, chosen, columns, writer, made_from))
     start = time.monotonic()
     with telling(f"what is measured is kept in {out}, and the same command goes on"):
         try:
@@ -156,17 +157,19 @@ def _samples(
     return made, {**source, "users_of_a_sample": len(made[0].examples)}
 
 
-def _config(
+def run_config(
     source: dict[str, object],
     samples: Sequence[Sample],
     rows: Sequence[Row],
     columns: Sequence[str],
     writer: str,
     made_from: Mapping[str, str],
+    *,
+    judged: int = JUDGED,
 ) -> RunConfig:
+    """What the figures of a folder rest on."""
     from popi.cli.batches import versions
-    from popi.evaluation.folder import RunConfig, fingerprint
-    from popi.models import find
+    from popi.evaluation.folder import RunConfig
     from popi.prompts import template_hash
     from popi.registry import load
 
@@ -175,19 +178,32 @@ def _config(
         settings={
             **source,
             "writer": writer,
-            "judged": JUDGED,
+            "judged": judged,
             # Margins subtract scores, which have to be of one precision.
             "dtype": load("popi.backends.causal.loading:default_dtype")(),
             "template_hash": template_hash(),
             "popi": found["popi"],
         },
-        models={name: fingerprint(Path(find(name))) for name in (writer, *columns, *made_from.values())},
+        models={name: _fingerprint(name) for name in (writer, *columns, *made_from.values())},
         rows=[row.name for row in rows],
         columns=list(columns),
         seeds=[sample.seed for sample in samples],
         versions=found,
         started=datetime.now(UTC).isoformat(timespec="seconds"),
     )
+
+
+def _fingerprint(model: str) -> str | None:
+    """Of the files of a model, or of a backend's file as far as answers depend on it: on what it names."""
+    from popi.assembly import FILES, answers_rest_on
+    from popi.evaluation.folder import fingerprint
+    from popi.models import find
+
+    if not model.endswith(FILES):
+        return fingerprint(Path(find(model)))
+    what, models = answers_rest_on(Path(model))
+    parts = [what, *(fingerprint(folder) for folder in models)]
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 
 async def _measure(

@@ -23,7 +23,8 @@ class Cell(_Figures):
         accuracy: Preference accuracy: share of test pairs with h > 0, a tie counting one half; ``None``, as all that
             rests on margins, where the backend gives no log-probabilities.
         by_seed: The accuracy in each sample.
-        differences: The accuracy minus that of each reference row, on the same pairs.
+        differences: The accuracy minus that of each reference row, on the same pairs; where there is none, the win rate
+            minus theirs, for the same users.
         win_rate: Of its answers against its own answers to the bare prompt, a tie counting one half.
         judged: Number of answers behind the win rate.
         context_tokens: Mean length of what it was told, by its tokenizer.

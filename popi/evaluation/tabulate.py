@@ -104,8 +104,6 @@ class Tabulator:
     def _cell(self, row: str, column: str, references: Sequence[str]) -> Cell:
         measured = [user.cells[row, column] for user in self._users]
         hits = self._hits(row, column)
-        judged = np.array([found.won is not None for found in measured])
-        won = np.array([found.won or 0.0 for found in measured])
         lengths = [found.context_tokens for found in measured]
         scores = self._scores(column)
         return Cell(
@@ -114,16 +112,30 @@ class Tabulator:
             accuracy=self._accuracy(hits) if scores else None,
             by_seed=self._by_seed(hits) if scores else {},
             differences={
-                name: self._accuracy(hits - self._hits(name, column)) for name in (references if scores else ())
+                name: difference
+                for name in references
+                if (difference := self._difference(row, name, column, scores=scores)) is not None
             },
-            win_rate=self._bootstrap.ratio(won, judged),
-            judged=int(judged.sum()),
+            win_rate=self._win_rate(row, column),
+            judged=sum(found.won is not None for found in measured),
             context_tokens=float(np.mean(lengths)),
             context_quantiles=quantiles(lengths),
             accuracy_quantiles=quantiles(hits / self._pairs) if scores else [],
             pairs=int(self._pairs.sum()) if scores else 0,
             unscored=sum(margin is None for found in measured for margin in found.margins),
         )
+
+    def _difference(self, row: str, reference: str, column: str, *, scores: bool) -> Estimate | None:
+        if scores:
+            return self._accuracy(self._hits(row, column) - self._hits(reference, column))
+        return self._win_rate(row, column, minus=reference)
+
+    def _win_rate(self, row: str, column: str, *, minus: str | None = None) -> Estimate | None:
+        """Of the users whose answer was judged, or how much more than under another row."""
+        judged = self._each(lambda user: user.cells[row, column].won is not None)
+        won = self._each(lambda user: user.cells[row, column].won or 0.0)
+        other = 0.0 if minus is None else self._each(lambda user: user.cells[minus, column].won or 0.0)
+        return self._bootstrap.ratio(won - other, judged)
 
     def _control(self, name: str, column: str | None, hits: Floats) -> Control:
         return Control(name=name, column=column, accuracy=self._accuracy(hits), by_seed=self._by_seed(hits))

@@ -250,3 +250,30 @@ def test_a_budget_stops_an_evaluation_which_says_what_was_spent(
     *_, told, last = capsys.readouterr().err.splitlines()
     assert re.match(rf"popi: {file}: \d+ requests read .* tokens and wrote \d+: 0\.[0-4]", told)
     assert "of the budget of 0.5 is spent" in last and "what is measured is kept in" in last
+
+
+def test_a_backends_file_may_change_in_how_the_model_is_asked_and_not_in_what_it_is(
+    evaluate: Callable[..., int],
+    backends: dict[str, ScriptedBackend],
+    models: dict[str, str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def measured(**more: object) -> int:
+        described = {"backend": "scripted", "model": models["reader"], **more}
+        file.write_text(json.dumps(described))
+        return evaluate("--generator", str(file), "--rows", "empty-summary")
+
+    file = tmp_path / "reader.yaml"
+    assert measured() == 0
+    asked = len(backends[models["reader"]].scored)
+    assert asked
+    assert measured(retry={"attempts": 2}, budget=3, price={"prompt": 1}, limit={"at_once": 2}) == 0
+    assert not backends[models["reader"]].scored
+    capsys.readouterr()
+    Path(models["reader"], "model.safetensors").write_text("trained anew")
+    assert evaluate("--generator", str(file), "--rows", "empty-summary") == 2
+    assert "other files of the model" in capsys.readouterr().err
+    Path(models["reader"], "model.safetensors").write_text("reader")
+    assert measured(model="another") == 2
+    assert f"other files of the model {file}" in capsys.readouterr().err

@@ -65,6 +65,18 @@ def test_differences_are_paired_and_told_from_the_references_that_are_there() ->
     assert (difference.low, difference.value, difference.high) == (0.5, 0.5, 0.5)
 
 
+def test_where_there_is_text_alone_win_rates_are_compared() -> None:
+    users = [user(str(place), {"told": (), "other": ()}, won=1.0) for place in range(4)]
+    for place, each in enumerate(users):
+        each.example = FOUR[0].example.model_copy(update={"user": UserSignals(user_id=str(place))})
+        won = 0.5 if place < 3 else None
+        each.cells["other", "model"] = Measured(user_id=str(place), margins=(), context_tokens=0, won=won)
+        each.cells["told", "model"] = Measured(user_id=str(place), margins=(), context_tokens=0, won=won and 1.0)
+    told, other = Tabulator(users).cells(["told", "other"], ["model"], ["other"])
+    assert (told.accuracy, told.judged, told.win_rate.value, other.win_rate.value) == (None, 3, 1.0, 0.5)
+    assert (told.differences["other"].low, told.differences["other"].value) == (0.5, 0.5)
+
+
 def test_a_win_rate_without_a_judge_is_left_open() -> None:
     [cell] = Tabulator([user("ann", {"told": (1.0,)})]).cells(["told"], ["model"], [])
     assert (cell.win_rate, cell.judged) == (None, 0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import sqlite3
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import asdict, replace
@@ -13,7 +14,9 @@ from typing import Any
 from popi.backends.base import Backend, ChatRequest, ChatResult, ScoreRequest, ScoreResult
 from popi.backends.together import held
 from popi.backends.wrappers.base import Request, Result, Wrapper
-from popi.errors import InputError
+from popi.errors import BackendError, InputError
+
+log = logging.getLogger(__name__)
 
 
 class Cache(Wrapper):
@@ -31,6 +34,8 @@ class Cache(Wrapper):
         hits: How many requests were answered from the file.
         misses: How many were passed on.
 
+    A file that can be written no more, because the disk is full, costs no answer: they are given and not kept.
+
     Raises:
         InputError: If the file is something else, or cannot be made.
     """
@@ -38,6 +43,7 @@ class Cache(Wrapper):
     def __init__(self, inner: Backend, file: Path) -> None:
         super().__init__(inner)
         self.hits = self.misses = 0
+        self._file, self._keeps = file, True
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
             # Each statement is its own transaction: what was answered is kept whatever comes next.
@@ -51,7 +57,7 @@ class Cache(Wrapper):
         """Continues each conversation.
 
         Raises:
-            BackendError: If the backend as a whole cannot serve what is not there.
+            BackendError: If the file cannot be read, or the backend as a whole cannot serve what is not there.
         """
         return await self._each(requests, self.inner.chat, ChatResult)
 
@@ -113,11 +119,20 @@ class Cache(Wrapper):
         return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
 
     def _known(self, key: str) -> dict[str, Any] | None:
-        row = self._kept.execute("SELECT result FROM results WHERE key = ?", (key,)).fetchone()
+        try:
+            row = self._kept.execute("SELECT result FROM results WHERE key = ?", (key,)).fetchone()
+        except sqlite3.Error as error:
+            raise BackendError(f"{self.model}: the cache {self._file} cannot be read: {error}") from error
         known: dict[str, Any] | None = json.loads(row[0]) if row else None
         return known
 
     def _keep(self, key: str | None, result: ChatResult | ScoreResult) -> None:
-        if key is not None and result.error is None:
-            kept = json.dumps(asdict(result))
-            self._kept.execute("INSERT OR REPLACE INTO results VALUES (?, ?)", (key, kept))
+        if key is None or result.error is not None:
+            return
+        try:
+            self._kept.execute("INSERT OR REPLACE INTO results VALUES (?, ?)", (key, json.dumps(asdict(result))))
+            self._keeps = True
+        except sqlite3.Error as error:
+            if self._keeps:
+                log.warning("%s keeps no more answers: %s", self._file, error)
+            self._keeps = False
