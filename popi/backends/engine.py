@@ -9,9 +9,11 @@ import subprocess
 import sys
 import threading
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Iterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Iterable, Iterator, Mapping
+from concurrent.futures import wait
 from contextlib import asynccontextmanager, contextmanager
 from multiprocessing import active_children
+from multiprocessing.process import BaseProcess
 from typing import Any, TypeVar
 
 from popi.backends import engine_worker
@@ -82,18 +84,27 @@ class Engine:
         self._calls, self._idle, self._open = 0, asyncio.Event(), asyncio.Event()
         self._idle.set()
         self._open.set()
-        self._reloading = asyncio.Lock()
+        self._reloading, self._half_loaded = asyncio.Lock(), ""
+        self.closing = False
         self._thread = threading.Thread(target=self._loop.run_forever, name="popi-vllm", daemon=True)
         self._thread.start()
+        before = set(active_children())
+        guards: dict[BaseProcess, subprocess.Popen[bytes]] = {}
+        starting = asyncio.run_coroutine_threadsafe(_started(arguments), self._loop)
         try:
-            before = set(active_children())
-            self._llm = asyncio.run_coroutine_threadsafe(_started(arguments), self._loop).result()
+            # Loading takes long, and this process may be killed meanwhile.
+            while not wait([starting], timeout=0.05).done:
+                for process in set(active_children()) - before - guards.keys():
+                    guards[process] = _guarded(process.pid)
+            self._llm = starting.result()
         # A broken model, an unknown option, no memory: vLLM and its processes raise whatever they like.
         except Exception as error:
             self._end_loop()
+            _dismissed(guards.values())
             raise ModelError(f"vLLM cannot run {name!r}: {error}", fix="mend its options, or see above") from error
-        self._processes = set(active_children()) - before
-        self._guards = [_guarded(process.pid) for process in self._processes]
+        for process in set(active_children()) - before - guards.keys():
+            guards[process] = _guarded(process.pid)
+        self._guards = guards
         atexit.register(self.shut_down)
 
     @property
@@ -142,9 +153,15 @@ class Engine:
 
     @asynccontextmanager
     async def working(self) -> AsyncIterator[None]:
-        """Held by a call that is under way; within the engine's loop alone. No weights change under it."""
+        """Held by a call that is under way; within the engine's loop alone. No weights change under it.
+
+        Raises:
+            BackendError: If other weights could not be loaded, and those from before are lost.
+        """
         while not self._open.is_set():
             await self._open.wait()
+        if self._half_loaded:
+            raise BackendError(self._half_loaded, failure="unreachable")
         self._calls += 1
         self._idle.clear()
         try:
@@ -155,32 +172,43 @@ class Engine:
                 self._idle.set()
 
     async def reload(self, folder: str) -> None:
-        """Takes other weights of the same model: when calls that are under way are done, and before those that come."""
+        """Takes other weights of the same model: when calls that are under way are done, and before those that come.
+
+        Raises:
+            ModelError: If it cannot take them; it serves nobody then, until it has taken others.
+            BackendError: If the engine is dead.
+        """
         async with self._reloading:
             self._open.clear()
             try:
                 await self._idle.wait()
                 await self._llm.pause_generation(mode="wait")
+                self._half_loaded = f"no weights were loaded from {folder}, and those from before are lost"
                 try:
                     await self._llm.collective_rpc("take_weights", args=(folder,))
+                    self._half_loaded = ""
                 finally:
                     await self._llm.resume_generation()
+            except EngineDeadError as error:
+                raise BackendError(f"the engine is dead: {error.__cause__ or error}", failure="unreachable") from error
+            # What goes wrong in the engine's process comes as a bare exception.
+            except Exception as error:
+                raise ModelError(f"the engine cannot take the weights of {folder}: {error}") from error
             finally:
                 self._open.set()
 
     def shut_down(self) -> None:
         """Ends the engine and its process. Again is harmless."""
         atexit.unregister(self.shut_down)
+        self.closing = True
         if not self.closed:
             # While the engine lives: vLLM's reader of answers would take its end for a death, and say so.
             asyncio.run_coroutine_threadsafe(_all_cancelled(), self._loop).result()
             self._llm.shutdown(timeout=SECONDS_TO_END)
             self._end_loop()
-            for process in self._processes:
+            for process in self._guards:
                 process.join()
-            for guard in self._guards:
-                guard.kill()
-                guard.wait()
+            _dismissed(self._guards.values())
             # Its finalizer cannot run when Python itself is ending.
             del self._llm
 
@@ -205,6 +233,12 @@ def _guarded(process: int | None) -> subprocess.Popen[bytes]:
     """Has a process killed when this one ends, even by a signal that cannot be caught."""
     command = [sys.executable, "-I", "-S", "-c", GUARD, str(process)]
     return subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
+
+
+def _dismissed(guards: Iterable[subprocess.Popen[bytes]]) -> None:
+    for guard in guards:
+        guard.kill()
+        guard.wait()
 
 
 async def _all_cancelled() -> None:

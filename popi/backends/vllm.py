@@ -110,7 +110,8 @@ class VLLMBackend(Backend):
             folder: Holds them as safetensors.
 
         Raises:
-            ModelError: If there are none, or the engine cannot take them.
+            ModelError: If there are none, or the engine cannot take them; it serves nobody then, until it has taken
+                others.
             BackendError: If the backend is closed.
         """
         if not any(folder.glob("*.safetensors")):
@@ -165,11 +166,11 @@ class VLLMBackend(Backend):
         try:
             return await self._engine.run(work)
         except BackendError as error:
-            why = "the backend is closed" if self._closed else error
+            why = "the backend is closed" if self._closed or self._engine.closing else error
             raise BackendError(f"{self.model}: {why}", failure=error.failure) from error
         except asyncio.CancelledError:
             caller = asyncio.current_task()
-            if self._closed and caller is not None and not caller.cancelling():
+            if self._engine.closing and caller is not None and not caller.cancelling():
                 raise BackendError(f"{self.model}: the backend is closed") from None
             raise
 
@@ -221,14 +222,16 @@ class VLLMBackend(Backend):
             logprob_token_ids=response[-1:],
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
-        async with aclosing(
-            self._engine.generate([*prompt.tokens, *response[:-1]], sampling, self._adapter)
-        ) as outputs:
-            [output] = [output async for output in outputs]
-        read, next_ones = output.prompt_logprobs, output.outputs[0].logprobs
-        assert isinstance(read, FlatLogprobs) and next_ones is not None
+        read = [*prompt.tokens, *response[:-1]]
+        try:
+            async with aclosing(self._engine.generate(read, sampling, self._adapter)) as outputs:
+                [output] = [output async for output in outputs]
+        except VLLMClientError as error:
+            return ScoreResult.failed(str(error), "request", model=self.model, prompt_tokens=length)
+        of_prompt, next_ones = output.prompt_logprobs, output.outputs[0].logprobs
+        assert isinstance(of_prompt, FlatLogprobs) and next_ones is not None
         last = next_ones[0][response[-1]].logprob
-        return ScoreResult(sum(read.logprobs[length - 1 :]) + last, len(response), length, self.model)
+        return ScoreResult(sum(of_prompt.logprobs[length - 1 :]) + last, len(response), length, self.model)
 
     def _sampling(self, request: ChatRequest, prompt: int, *, whole: bool) -> SamplingParams:
         context = self.capabilities.context_length
