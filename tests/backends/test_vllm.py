@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from multiprocessing import active_children
 from pathlib import Path
 
@@ -119,13 +121,32 @@ async def test_other_weights_show_at_once(tmp_path: Path, tied: bool) -> None:
     async with VLLMBackend(str(before), context_length=256, cache_gib=0.25) as backend:
         await assert_alike(backend, TransformersBackend(str(before)))
         # What is under way is finished under the old weights; what the cache holds of them is forgotten.
+        old = (await backend.chat([ask(max_tokens=100)]))[0].text
         under_way = asyncio.create_task(backend.chat([ask(max_tokens=100)] * 4))
         await asyncio.sleep(0.05)
         await backend.update_weights(after)
-        assert len({result.text for result in await under_way}) == 1
+        assert {result.text for result in await under_way} == {old}
+        assert (await backend.chat([ask(max_tokens=100)]))[0].text != old
         await assert_alike(backend, TransformersBackend(str(after)))
         with pytest.raises(ModelError, match="holds no weights"):
             await backend.update_weights(tmp_path)
+
+
+async def test_weights_that_do_not_fit_are_an_error_until_others_do(tmp_path: Path) -> None:
+    needs_vllm()
+    from popi.backends.vllm import VLLMBackend
+
+    before = saved(tmp_path / "before", seed=1, tied=True)
+    (strange := tmp_path / "strange").mkdir()
+    (strange / "model.safetensors").write_bytes(b"no weights at all")
+    async with VLLMBackend(str(before), context_length=256, cache_gib=0.25) as backend:
+        with pytest.raises(ModelError, match=f"cannot take the weights of {strange}"):
+            await backend.update_weights(strange)
+        with pytest.raises(BackendError, match="those from before are lost") as caught:
+            await backend.chat([ask()])
+        assert caught.value.failure == "unreachable"
+        await backend.update_weights(before)
+        await assert_alike(backend, TransformersBackend(str(before)))
 
 
 async def test_an_engine_that_dies_is_a_dead_backend(tmp_path: Path) -> None:
@@ -152,10 +173,14 @@ async def test_closing_drops_what_waits(tmp_path: Path) -> None:
     before = set(active_children())
     backend = VLLMBackend(SERVED, context_length=256, cache_gib=0.25)
     waiting = asyncio.create_task(backend.chat([ask(max_tokens=200)] * 200))
+    elsewhere = asyncio.create_task(
+        copy.copy(backend).chat([ask(max_tokens=200)] * 200)
+    )  # as through an adapter's view
     await asyncio.sleep(0.1)
     await backend.close()
-    with pytest.raises(BackendError, match="the backend is closed"):
-        await asyncio.wait_for(waiting, timeout=10)
+    for call in (waiting, elsewhere):
+        with pytest.raises(BackendError, match="the backend is closed"):
+            await asyncio.wait_for(call, timeout=10)
     assert set(active_children()) <= before
 
 
@@ -167,6 +192,23 @@ if __name__ == "__main__":
     print("ready", flush=True)
     sys.stdin.readline()
 """
+
+
+def test_no_process_is_left_behind_when_this_one_is_killed_while_it_loads(tmp_path: Path) -> None:
+    needs_vllm()
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    process = subprocess.Popen([sys.executable, script], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    deadline = time.monotonic() + 120
+    while not (left := [pid for pid in children(process.pid) if b"spawn_main" in command_of(pid)]):
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.05)
+    time.sleep(1)
+    process.kill()
+    assert process.communicate()[0] == b""  # it had not said that it is ready
+    while any(Path(f"/proc/{pid}").exists() for pid in left) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert [pid for pid in left if Path(f"/proc/{pid}").exists()] == []
 
 
 @pytest.mark.parametrize("end", ["exit", "kill"])
@@ -214,7 +256,13 @@ def children(parent: int) -> list[int]:
     """The processes that run the engines of a process."""
     told = Path(f"/proc/{parent}/task").glob("*/children")
     found = [int(pid) for file in told for pid in file.read_text().split()]
-    return [pid for pid in found if b"resource_tracker" not in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    return [pid for pid in found if b"resource_tracker" not in command_of(pid)]
+
+
+def command_of(process: int) -> bytes:
+    with suppress(OSError):
+        return Path(f"/proc/{process}/cmdline").read_bytes()
+    return b""
 
 
 async def test_a_thousand_at_once(with_adapters: Backend) -> None:
