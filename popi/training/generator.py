@@ -68,7 +68,7 @@ class GeneratorTrainer(Saves):
         read = self._scorer.tokens
         margins = torch.cat([found for _, found in self._scorer.passes(items)])
         loss = self._objective(margins, self._beta).mean()
-        check_finite(loss.item(), self.state.global_step)
+        check_finite("the loss", loss.item(), self.state.global_step)
         figures = {**margin_figures(margins, loss.item()), "tokens/update": float(self._scorer.tokens - read)}
         for name, value in figures.items():
             self._seen.setdefault(name, []).append(value)
@@ -109,9 +109,17 @@ class GeneratorUpdate:
         self._schedule = get_cosine_schedule_with_warmup(self._optimizer, warmup, steps)
         self._clip = clip
 
-    def __call__(self) -> float:
-        """Follows the gradient that was collected, and returns its norm."""
+    def __call__(self, step: int) -> float:
+        """Follows the gradient that was collected, and returns its norm.
+
+        Args:
+            step: Steps of the phase before it.
+
+        Raises:
+            PopiError: If the norm is no number; the weights are as they were.
+        """
         norm = float(torch.nn.utils.clip_grad_norm_(self._parameters, self._clip))
+        check_finite("the norm of the generator's gradient", norm, step)
         self._optimizer.step()
         self._schedule.step()
         self._optimizer.zero_grad(set_to_none=True)
@@ -138,18 +146,19 @@ def margin_figures(margins: Tensor, loss: float) -> dict[str, float]:
     return {"margin": found.mean().item(), "accuracy": accuracy(found), "generator_loss": loss}
 
 
-def check_finite(loss: float, step: int) -> None:
-    """Stops a run whose loss is no number.
+def check_finite(what: str, value: float, step: int) -> None:
+    """Stops a run in which something is no number.
 
     Args:
-        loss: Of a step.
+        what: What was measured: a loss, the norm of a gradient, a margin.
+        value: Its value.
         step: Steps of the phase before it.
 
     Raises:
-        PopiError: If it is not.
+        PopiError: If it is none.
     """
-    if not math.isfinite(loss):
-        raise diverged("the loss", loss, step)
+    if not math.isfinite(value):
+        raise diverged(what, value, step)
 
 
 def diverged(what: str, value: float, step: int) -> PopiError:

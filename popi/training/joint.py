@@ -273,8 +273,8 @@ class _Run:
     def _watch(self, phase: Phase) -> Watch:
         return Watch(phase, look=self._look, every=self._recipe.evaluate_every, log=self._log)
 
-    def _look(self) -> Look:
-        return asyncio.run(look(self._inference(), self._scorer, self._people.held_out, self._reference))
+    def _look(self, step: int) -> Look:
+        return asyncio.run(look(self._inference(), self._scorer, self._people.held_out, self._reference, step=step))
 
     def _log(self, measured: dict[str, Any], seen: Look | None) -> None:
         if seen is not None:

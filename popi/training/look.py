@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from popi.data.example import PersonalizationExample
+from popi.errors import BackendError
 from popi.roles import PreferenceInference
 from popi.summary import PreferenceSummary
+from popi.training.generator import check_finite, diverged
 from popi.training.objective import accuracy
 from popi.training.scoring import Judged, PairScorer, Reference
 
@@ -42,6 +45,7 @@ async def look(
     users: Sequence[PersonalizationExample],
     reference: Reference,
     *,
+    step: int,
     samples: int = 4,
 ) -> Look:
     """Infers summaries of users who are not learned from, and scores their pairs under them.
@@ -51,17 +55,28 @@ async def look(
         scorer: Scores with the generator.
         users: The users.
         reference: Of their pairs.
+        step: Steps of the phase before it.
         samples: How many summaries are kept.
+
+    Raises:
+        PopiError: If a logit of the writer or a margin is no number.
     """
     told: Sequence[PreferenceSummary | None] = [None] * len(users)
     if inference is not None:
-        told = await inference.infer([example.user for example in users])
+        try:
+            told = await inference.infer([example.user for example in users])
+        except BackendError as error:
+            # A backend makes one error of all that its model raises; this one is the training's.
+            if isinstance(error.__cause__, ArithmeticError):
+                raise diverged("a logit of the writer", math.nan, step) from error
+            raise
     items = [
         Judged(None if summary is None else summary.text, pair, reference[pair])
         for example, summary in zip(users, told, strict=True)
         for pair in example.tests
     ]
     margins = scorer.margins(items)
+    check_finite("the mean margin of held-out users", float(margins.mean()), step)
     summaries = [summary for summary in told if summary is not None]
     return Look(
         accuracy=accuracy(margins),

@@ -62,7 +62,7 @@ class PairReward:
         """Rewards each summary, in nats, and tells of the pairs that judged them.
 
         Raises:
-            PopiError: If a loss is no number.
+            PopiError: If a loss or the norm of a gradient is no number.
         """
         judges = [self._judges(user, step) for user in users]
         items = [
@@ -74,11 +74,11 @@ class PairReward:
         learns = self._update is not None or self._keep_gradient
         margins = self._score(items, _lessons(users, judges) if learns else [])
         loss = self._loss(margins, self._beta).mean().item()
-        check_finite(loss, step)
+        check_finite("the loss", loss, step)
         figures = margin_figures(margins, loss)
         figures["tokens/scoring"] = float(self._scorer.tokens - read)
         if self._update is not None:
-            figures["generator_grad_norm"] = self._update()
+            figures["generator_grad_norm"] = self._update(step)
         by_summary = self._loss(margins, self._reward_beta).split([len(pairs) for pairs in judges])
         earned = [
             rewards(part, torch.tensor(float(length)), self._price).item()

@@ -7,6 +7,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from popi.training.generator import check_finite
 from popi.training.look import Look
 from popi.training.schedule import Phase
 
@@ -16,7 +17,7 @@ class Watch(TrainerCallback):
 
     Args:
         phase: The phase.
-        look: Looks at held-out users.
+        look: Looks at held-out users after so many steps of the phase.
         every: Steps between two looks; the end of the phase is one too.
         log: Takes what was measured in a step, and what a look has seen.
     """
@@ -25,21 +26,26 @@ class Watch(TrainerCallback):
         self,
         phase: Phase,
         *,
-        look: Callable[[], Look],
+        look: Callable[[int], Look],
         every: int,
         log: Callable[[dict[str, Any], Look | None], None],
     ) -> None:
         self._phase, self._look, self._every, self._log = phase, look, every, log
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any) -> None:
-        """Called by the trainer after each step, and once at its end."""
+        """Called by the trainer after each step, before it is kept in a checkpoint, and once at the end.
+
+        Raises:
+            PopiError: If the norm of the gradient, or what a look finds, is no number.
+        """
         logs: dict[str, Any] = given["logs"]
         if "train_runtime" in logs:
             return
+        check_finite("the norm of the gradient", logs["grad_norm"], state.global_step - 1)
         step = self._phase.first + state.global_step
         measured: dict[str, Any] = {"step": step, "phase": self._phase.name, **logs}
         found = None
         if step % self._every == 0 or state.global_step == self._phase.steps:
-            found = self._look()
+            found = self._look(state.global_step)
             measured["held_out"] = found.figures()
         self._log(measured, found)

@@ -6,8 +6,9 @@ from transformers import TrainingArguments
 
 from popi.backends.causal.chat_tokens import ChatTokens
 from popi.data.example import TestPair
+from popi.errors import PopiError
 from popi.testing import tiny_model
-from popi.training.generator import GeneratorTrainer
+from popi.training.generator import GeneratorTrainer, GeneratorUpdate
 from popi.training.scoring import Judged, PairScorer
 
 ITEMS = [
@@ -54,3 +55,15 @@ def test_the_pairs_of_a_step_teach_the_same_in_one_batch_and_in_several(tmp_path
     assert (whole - parts).abs().max() < 1e-6
     for name in ("margin", "accuracy", "generator_loss", "tokens/update"):
         assert logged_in_parts[name] == pytest.approx(logged[name], abs=1e-5)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_gradient_that_is_no_number_is_not_followed(value):
+    model, _ = tiny_model()
+    update = GeneratorUpdate(model, learning_rate=0.1, steps=2, warmup=0, clip=1.0)
+    for parameter in model.parameters():
+        parameter.grad = torch.full_like(parameter, value)
+    with pytest.raises(PopiError, match=r"the norm of the generator's gradient became (nan|inf) after 4 steps; lower"):
+        update(4)
+    untouched = tiny_model()[0].state_dict()
+    assert all(torch.equal(weight, untouched[name]) for name, weight in model.state_dict().items())

@@ -248,9 +248,17 @@ def test_a_loss_that_is_no_number_stops_the_run(recipe, models, tmp_path, monkey
         train(recipe(), tmp_path / "run")
 
 
-def test_a_writer_that_diverges_stops_the_run(recipe, tmp_path):
+@pytest.mark.parametrize("every", [1, 9])
+def test_a_writer_that_diverges_stops_the_run(recipe, tmp_path, every):
     with pytest.raises(PopiError, match=r"a logit of the writer became nan after \d steps; lower the learning rate"):
-        train(recipe(**{"writer.learning_rate": 1e30, "evaluate_every": 9}), tmp_path / "run")
+        train(recipe(**{"writer.learning_rate": 1e30, "evaluate_every": every}), tmp_path / "run")
+
+
+def test_a_generator_that_diverges_in_the_last_step_is_not_saved(recipe, tmp_path):
+    changes = {"train": "generator", "generator.learning_rate": 1e30, "steps": 1, "warmup": 0}
+    with pytest.raises(PopiError, match=r"the mean margin of held-out users became nan after 1 steps; lower the"):
+        train(recipe(**changes), tmp_path / "run")
+    assert not (tmp_path / "run" / "generator").exists()
 
 
 @pytest.mark.parametrize("room", [2_000, 200_000])

@@ -1,0 +1,35 @@
+"""What follows a trainer."""
+
+import pytest
+from transformers import TrainerControl, TrainerState
+
+from popi.errors import PopiError
+from popi.training.schedule import Phase
+from popi.training.watch import Watch
+
+PHASE = Phase("2-generator", "generator", first=5, steps=3)
+
+
+@pytest.fixture
+def follow():
+    """Tells a watch of a step; the steps of the run that were logged, each with whether there was a look."""
+    logged = []
+    watch = Watch(
+        PHASE,
+        look=lambda step: pytest.fail(f"a look after {step} steps"),
+        every=100,
+        log=lambda measured, seen: logged.append((measured["step"], seen is not None)),
+    )
+
+    def told(step, **logs):
+        watch.on_log(None, TrainerState(global_step=step), TrainerControl(), logs=logs)
+        return logged
+
+    return told
+
+
+def test_a_gradient_that_is_no_number_stops_the_run_before_it_is_logged(follow):
+    assert follow(1, grad_norm=0.5) == [(6, False)]
+    with pytest.raises(PopiError, match="the norm of the gradient became inf after 1 steps; lower the learning rate"):
+        follow(2, grad_norm=float("inf"))
+    assert follow(3, train_runtime=1.0) == [(6, False)]
