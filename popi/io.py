@@ -18,6 +18,9 @@ from popi.errors import InputError, PopiError
 
 Model = TypeVar("Model", bound=BaseModel)
 
+UNFINISHED = ".popi-*.part"
+"""Names what is being written, and what a killed process leaves of it."""
+
 
 def read_jsonl(path: Path, model: type[Model]) -> Iterator[tuple[int, Model]]:
     """Reads one object a line, with its line number, in constant memory. Empty lines are passed over.
@@ -162,7 +165,7 @@ def replacing(path: Path, *, binary: bool = False) -> Iterator[IO[Any]]:
     if path.exists() and not path.is_file():
         raise InputError("is no regular file", file=path, fix="name one, or a new one")
     target = Path(os.path.realpath(path))
-    temporary = target.with_name(f".popi-{secrets.token_hex(6)}.part")
+    temporary = target.with_name(UNFINISHED.replace("*", secrets.token_hex(6)))
     # Half a surrogate pair has no UTF-8; escaped, it is what JSON writes for it.
     form: dict[str, Any] = {} if binary else {"encoding": "utf-8", "errors": "backslashreplace", "newline": "\n"}
     ours = True

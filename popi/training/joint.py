@@ -110,17 +110,20 @@ class _Run:
         done = max((place for place, phase in enumerate(phases) if self._weights_of(phase).exists()), default=-1)
         if done >= 0:
             self._pair.restore(load_state(self._weights_of(phases[done])))
-        for phase in phases[done + 1 :]:
+            self._forget_before(phases[: done + 1])
+        for place, phase in enumerate(phases[done + 1 :], start=done + 1):
             self._train(phase)
             save_state(self._weights_of(phase), self._pair.weights())
-            for left in (self._folder.path / PHASES).iterdir():
-                if left.name != phase.name:
-                    shutil.rmtree(left)
-            for checkpoint in self._weights_of(phase).parent.glob("checkpoint-*"):
-                shutil.rmtree(checkpoint)
+            self._forget_before(phases[: place + 1])
         for role in self._recipe.results():
             if not (self._folder.path / role).exists():
                 self._folder.save(role, partial(self._save, role, source))
+
+    def _forget_before(self, done: Sequence[Phase]) -> None:
+        """Removes all of the finished phases but the weights of the last."""
+        *earlier, last = (self._weights_of(phase).parent for phase in done)
+        for left in (*earlier, *last.glob("checkpoint-*")):
+            shutil.rmtree(left, ignore_errors=True)
 
     def _weights_of(self, phase: Phase) -> Path:
         return self._folder.path / PHASES / phase.name / "weights.pt"

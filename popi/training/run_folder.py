@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 
 from popi import __version__
 from popi.errors import InputError, PopiError
-from popi.io import lock, read_json, replacing, write_text
+from popi.io import UNFINISHED, lock, read_json, replacing, write_text
 from popi.prompts import template_hash
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ class RunFolder:
 
     @classmethod
     def open(cls, path: Path, recipe: BaseModel, *, libraries: Sequence[str] = LIBRARIES) -> Self:
-        """Makes the folder, or opens it again for the same recipe.
+        """Makes the folder, or opens it again for the same recipe, without what a killed run had half written.
 
         Args:
             path: The folder.
@@ -85,13 +85,15 @@ class RunFolder:
             (path / LOCK).unlink(missing_ok=True)
             folder._leave()
             raise
+        folder._sweep()
         return folder
 
     def _compare(self, wanted: dict[str, Any]) -> None:
         file = self.path / CONFIG
         if not file.exists():
-            if other := next((found.name for found in sorted(self.path.iterdir()) if found.name != LOCK), None):
-                raise InputError(f"holds no run, but {other}", file=self.path, fix="choose another folder")
+            others = [found.name for found in self.path.iterdir() if found.name != LOCK and not found.match(UNFINISHED)]
+            if others:
+                raise InputError(f"holds no run, but {min(others)}", file=self.path, fix="choose another folder")
             return
         known = read_json(file)
         if not isinstance(known, dict):
@@ -104,6 +106,13 @@ class RunFolder:
                     fix="choose another folder, or remove this one",
                 )
         self.config = known
+
+    def _sweep(self) -> None:
+        for left in list(self.path.rglob(UNFINISHED)):
+            if left.is_dir():
+                shutil.rmtree(left)
+            else:
+                left.unlink()
 
     def begin(self, facts: dict[str, Any]) -> None:
         """Writes the configuration, once what it names is known to be usable; a resumed run compares it.
@@ -185,7 +194,11 @@ class RunFolder:
         Raises:
             PopiError: If the disk is full.
         """
-        with writing(self.path / name), tempfile.TemporaryDirectory(dir=self.path, prefix=f".{name}.") as hidden:
+        before, _, behind = UNFINISHED.partition("*")
+        with (
+            writing(self.path / name),
+            tempfile.TemporaryDirectory(dir=self.path, prefix=before, suffix=behind) as hidden,
+        ):
             temporary = Path(hidden) / name
             temporary.mkdir(mode=0o755)
             write(str(temporary))

@@ -200,11 +200,13 @@ def test_a_resumed_run_ends_with_the_weights_of_a_straight_one(recipe, models, t
         return [{key: line.get(key) for key in ("step", "phase", "reward", "margin", "held_out")} for line in lines]
 
     assert figures("straight") == figures("resumed")
-    # A finished run is left as it is.
+    # A finished run is left as it is, and freed of what a run that was killed when it had ended may leave.
+    (again.parent / "checkpoint-1").mkdir()
     models_of = [tmp_path / "resumed" / role / "model.safetensors" for role in straight]
     written = [model.stat().st_mtime_ns for model in models_of]
     assert train(resolved, tmp_path / "resumed", stop_at(1)).keys() == straight.keys()
     assert [model.stat().st_mtime_ns for model in models_of] == written
+    assert list(again.parent.iterdir()) == [again]
 
 
 def test_a_run_resumed_in_a_later_round_of_its_users_meets_them_in_the_same_order(recipe, tmp_path):

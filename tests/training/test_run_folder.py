@@ -1,0 +1,61 @@
+"""The folder of a run: what is ours in it is kept, mended or swept away, and nothing else is touched."""
+
+from pathlib import Path
+
+import pytest
+from pydantic import BaseModel
+
+from popi.errors import InputError
+from popi.io import UNFINISHED
+from popi.training.run_folder import RunFolder
+
+PART = ".popi-0123456789ab.part"
+
+
+class Recipe(BaseModel):
+    steps: int = 1
+
+
+def opened(path):
+    return RunFolder.open(path, Recipe(), libraries=())
+
+
+def names(path):
+    return sorted(str(found.relative_to(path)) for found in path.rglob("*"))
+
+
+def test_a_run_that_was_killed_before_it_had_begun_begins(tmp_path):
+    (tmp_path / ".lock").touch()
+    (tmp_path / PART).write_text('{"recipe": {"st')
+    with opened(tmp_path) as folder:
+        folder.begin({})
+    assert names(tmp_path) == [".lock", "config.json"]
+
+
+def test_what_a_killed_run_has_half_written_is_swept_away(tmp_path):
+    with opened(tmp_path) as folder:
+        folder.begin({})
+        folder.log({"step": 1})
+        folder.save("writer", lambda hidden: (Path(hidden) / "config.json").write_text("{}"))
+    whole = names(tmp_path)
+    (tmp_path / "samples").mkdir()
+    (tmp_path / "samples" / PART).touch()
+    (tmp_path / PART).mkdir()
+    (tmp_path / PART / "writer").mkdir()
+    with opened(tmp_path):
+        assert names(tmp_path) == sorted([*whole, "samples"])
+
+
+def test_a_model_that_is_being_written_has_the_name_of_what_is_swept_away(tmp_path):
+    written = []
+    with opened(tmp_path) as folder:
+        folder.save("writer", written.append)
+    assert Path(written[0]).parent.match(UNFINISHED) and Path(written[0]).parent.parent == tmp_path
+
+
+def test_beside_anything_else_nothing_is_swept_away(tmp_path):
+    (tmp_path / "thesis.txt").write_text("years of work")
+    (tmp_path / PART).touch()
+    with pytest.raises(InputError, match=r"holds no run, but thesis\.txt; choose another folder"):
+        opened(tmp_path)
+    assert names(tmp_path) == [PART, "thesis.txt"]
