@@ -23,6 +23,7 @@ from transformers import (
 from popi import registry
 from popi.backends.causal.loading import quiet
 from popi.config import JointRecipe
+from popi.data.example import PersonalizationExample
 from popi.errors import ConfigError, MissingExtra, PopiError
 from popi.io import write_text
 from popi.roles import PreferenceInference
@@ -95,8 +96,15 @@ class _Run:
             over=recipe.generator.over,
         )
         self._scorer = self._pair.scorer
-        if recipe.train != "generator":
-            self._scorer.check(people.train, longest=recipe.writer.max_tokens)
+        self._check_room()
+
+    def _check_room(self) -> None:
+        """Refuses a pair that is too long now, and not at the first look or in the middle of the run."""
+        everybody = (*self._people.train, *self._people.held_out)
+        if self._recipe.generator.context == "summary":
+            self._scorer.check(everybody, [""] * len(everybody), longest=self._recipe.writer.max_tokens)
+        else:
+            self._scorer.check(everybody, self._told(everybody, self._inference()))
 
     def all(self, source: str) -> None:
         """Every phase that is not done, and the models in the end."""
@@ -248,7 +256,9 @@ class _Run:
         count = phase.steps * recipe.users_per_step * recipe.writer.samples
         seed = seed_of(recipe.seed, "items", phase.name)
         rng, order = np.random.default_rng(seed), in_turn(len(users), count, seed=seed)
-        told = self._told(sorted(set(order)), phase)
+        places = sorted(set(order))
+        inference = self._inference(temperature=recipe.writer.temperature, purpose=phase.name)
+        told = dict(zip(places, self._told([users[place] for place in places], inference), strict=True))
         items = []
         for place in order:
             pairs = users[place].tests
@@ -256,13 +266,13 @@ class _Run:
             items.append(Judged(told[place], pair, self._reference[pair]))
         return items
 
-    def _told(self, places: Sequence[int], phase: Phase) -> dict[int, str | None]:
+    def _told(
+        self, users: Sequence[PersonalizationExample], inference: PreferenceInference | None
+    ) -> Sequence[str | None]:
         """What the generator is told of users: one sampled summary of each, their raw signals, or nothing."""
-        inference = self._inference(temperature=self._recipe.writer.temperature, purpose=phase.name)
         if inference is None:
-            return dict.fromkeys(places)
-        summaries = asyncio.run(inference.infer([self._people.train[place].user for place in places]))
-        return {place: summary.text for place, summary in zip(places, summaries, strict=True)}
+            return [None] * len(users)
+        return [summary.text for summary in asyncio.run(inference.infer([example.user for example in users]))]
 
     def _inference(self, *, temperature: float = 0.0, purpose: str = "look") -> PreferenceInference | None:
         recipe = self._recipe

@@ -71,27 +71,29 @@ class PairScorer:
         self._context: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         self.over, self.tokens = over, 0
 
-    def check(self, users: Sequence[PersonalizationExample], *, longest: int) -> None:
-        """Refuses users with a pair that would not fit the model's context under a long summary.
+    def check(self, users: Sequence[PersonalizationExample], told: Sequence[str | None], *, longest: int = 0) -> None:
+        """Refuses users with a pair that would not fit the model's context under what the generator is told.
 
         Args:
             users: The users.
-            longest: The most tokens of a summary.
+            told: What it is told of each; empty where a summary, of which only the frame is known, is still to come.
+            longest: The most tokens of a summary that is still to come.
 
         Raises:
             InputError: If there is one.
         """
         room = math.inf if self._context is None else self._context - longest
-        for user in users:
-            # An empty summary, so that only its own tokens are still to come.
-            encoded = self._encode([Judged("", pair, 0.0) for pair in user.tests], within=math.inf)
+        beside = f"with a summary of {longest}" if longest else "with what the generator is told"
+        shorter = "lower writer.max_tokens, " if longest else ""
+        for user, context in zip(users, told, strict=True):
+            encoded = self._encode([Judged(context, pair, 0.0) for pair in user.tests], within=math.inf)
             for place, answer in enumerate(encoded):
                 length = len(answer.prompt) + len(answer.response)
                 if length > room:
                     raise InputError(
                         f"user {user.user.user_id!r}: {_named(user.tests[place // 2])} takes {length} tokens, "
-                        f"which with a summary of {longest} do not fit the context of {self._context}",
-                        fix="leave the pair out, lower writer.max_tokens, or take a model with a longer context",
+                        f"which {beside} do not fit the context of {self._context}",
+                        fix=f"leave the pair out, {shorter}or take a model with a longer context",
                     )
 
     def passes(self, items: Sequence[Judged]) -> Iterator[tuple[list[int], Tensor]]:

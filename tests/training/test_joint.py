@@ -16,10 +16,11 @@ import yaml
 from popi.config import load
 from popi.data.example import PersonalizationExample, TestPair
 from popi.errors import ConfigError, InputError, PopiError
-from popi.io import write_jsonl
+from popi.io import read_jsonl, write_jsonl
 from popi.signals import PreferencePair, Statement, UserSignals
 from popi.testing import tiny_model
 from popi.training.run_folder import RunFolder, load_state
+from popi.training.users import gather
 
 pytestmark = pytest.mark.slow
 
@@ -275,6 +276,36 @@ def test_where_a_file_has_no_room_the_run_says_so_and_goes_on_later(recipe, tmp_
     assert "Traceback" not in full.stderr
     subprocess.run(command, check=True, capture_output=True, timeout=300)
     assert (tmp_path / "run" / "generator" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "answers"),
+    [
+        ({}, 2040),
+        ({"train": "generator"}, 2040),
+        ({"train": "generator", "generator.context": "none"}, 2048),
+        ({"train": "generator", "generator.context": "raw-signals"}, 2030),
+    ],
+    ids=str,
+)
+def test_a_pair_of_a_held_out_user_that_is_too_long_is_known_before_the_first_step(
+    recipe, people, tmp_path, changes, answers
+):
+    resolved = recipe(**changes, **{"data.file": str(tmp_path / "users.jsonl")})
+    (tmp_path / "users.jsonl").write_text(people.read_text())
+    held_out = gather(resolved.data, held_out=resolved.evaluate_users, seed=resolved.seed).held_out[0]
+    made = [example for _, example in read_jsonl(people, PersonalizationExample)]
+    long = TestPair(prompt="?", chosen="7" * answers, rejected="No.")
+    write_jsonl(
+        tmp_path / "users.jsonl",
+        [
+            example.model_copy(update={"tests": (*example.tests[1:], long)}) if example == held_out else example
+            for example in made
+        ],
+    )
+    with pytest.raises(InputError, match=f"user '{held_out.user.user_id}': the pair of the prompt '.' takes"):
+        train(resolved, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_folder_of_another_recipe_is_refused(recipe, tmp_path):

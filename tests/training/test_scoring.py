@@ -76,16 +76,29 @@ def test_pairs_without_room_for_a_long_summary_are_known_beforehand(tiny):
     model, tokens, _ = tiny
     scorer = PairScorer(model, tokens)
     users = [PersonalizationExample(user=UserSignals(user_id="Ada"), tests=tuple(PAIRS))]
-    scorer.check(users, longest=1000)
+    scorer.check(users, [""], longest=1000)
     with pytest.raises(InputError, match=r"user 'Ada': the pair of the prompt 'How do I 3\?' takes \d+ tokens, which"):
         # What the longest of them leaves, and one more.
-        scorer.check(users, longest=2048 - longest_pair(tokens) + 1)
-    scorer.check(users, longest=2048 - longest_pair(tokens))
+        scorer.check(users, [""], longest=2048 - longest_pair(tokens, "") + 1)
+    scorer.check(users, [""], longest=2048 - longest_pair(tokens, ""))
 
 
-def longest_pair(tokens):
-    """The tokens of the longest pair under an empty summary."""
-    [prompt] = tokens.render([answer_messages(PAIRS[-1].prompt, "")])
+@pytest.mark.parametrize("context", [None, "I like tea."])
+def test_pairs_without_room_for_what_is_known_to_be_told_are_known_beforehand(tiny, context):
+    model, tokens, _ = tiny
+    users = [PersonalizationExample(user=UserSignals(user_id="Ada"), tests=tuple(PAIRS))]
+    model.config.max_position_embeddings = longest_pair(tokens, context)
+    PairScorer(model, tokens).check(users, [context])
+    model.config.max_position_embeddings -= 1
+    with pytest.raises(
+        InputError, match=r"'How do I 3\?' takes \d+ tokens, which with what the generator is told do not"
+    ):
+        PairScorer(model, tokens).check(users, [context])
+
+
+def longest_pair(tokens, context):
+    """The tokens of the longest pair under a context."""
+    [prompt] = tokens.render([answer_messages(PAIRS[-1].prompt, context)])
     return len(prompt.tokens) + len(tokens.encode([PAIRS[-1].rejected])[0]) + len(tokens.end_of_turn)
 
 
