@@ -86,6 +86,30 @@ JOINT = {
 }
 
 
+@pytest.mark.parametrize(
+    ("changes", "steps", "rollouts"),
+    [
+        ({}, 7, 7 * 2 * 3),
+        ({"train": "writer"}, 7, 42),
+        # The generator is told of each of its users once a round.
+        ({"schedule": "sequential"}, 14, 42 + 10),
+        ({"schedule": "alternating"}, 14, 42 + 10 + 10),
+        ({"schedule": "alternating", "data.users": 20}, 14, 42 + 20 + 18),
+        ({"train": "generator"}, 7, 10),
+        ({"train": "generator", "data.users": 100}, 7, 42),
+        ({"train": "generator", "generator.context": "none"}, 7, 0),
+        ({"train": "generator", "generator.context": "raw-signals"}, 7, 0),
+    ],
+    ids=str,
+)
+def test_a_joint_recipe_counts_every_rollout(tmp_path, changes, steps, rollouts):
+    file = tmp_path / "recipe.yaml"
+    small = {"data.users": 10, "steps": 7, "users_per_step": 2, "writer.samples": 3, "writer.max_tokens": 5}
+    file.write_text(json.dumps(JOINT))
+    cost = load(file, small | changes).cost()
+    assert cost == {"steps": steps, "rollouts": rollouts, "rollout_tokens_at_most": 5 * rollouts}
+
+
 def test_the_defaults_of_a_joint_recipe_are_those_of_popi_as_released(tmp_path):
     file = tmp_path / "recipe.yaml"
     file.write_text(json.dumps(JOINT))

@@ -146,12 +146,22 @@ class JointRecipe(Section):
             raise ValueError("a round has at least one step")
         return self
 
+    def steps_of_rounds(self) -> list[int]:
+        """How many steps each round has, of the writer and of the generator."""
+        rounds = self.rounds if self.train == "both" and self.schedule == "alternating" else 1
+        return [self.steps // rounds + (place < self.steps % rounds) for place in range(rounds)]
+
     def cost(self) -> dict[str, int]:
-        """How many steps it takes, and how many rollouts of at most how many tokens."""
-        updates = 2 if self.train == "both" and self.schedule != "interleaved" else 1
-        rollouts = 0 if self.train == "generator" else self.steps * self.users_per_step * self.writer.samples
+        """How many steps it takes, and at most how many rollouts of how many tokens."""
+        apart = self.train == "both" and self.schedule != "interleaved"
+        together = self.users_per_step * self.writer.samples
+        rollouts = 0 if self.train == "generator" else self.steps * together
+        if self.generator.context == "summary" and (apart or self.train == "generator"):
+            # A generator that learns apart is told of each user once a round.
+            items = [steps * together for steps in self.steps_of_rounds()]
+            rollouts += sum(min(count, self.data.users or count) for count in items)
         tokens = rollouts * self.writer.max_tokens
-        return {"steps": self.steps * updates, "rollouts": rollouts, "rollout_tokens_at_most": tokens}
+        return {"steps": self.steps * (1 + apart), "rollouts": rollouts, "rollout_tokens_at_most": tokens}
 
     def results(self) -> tuple[str, ...]:
         """The models in its run folder."""

@@ -20,15 +20,13 @@ from transformers import (
     TrainingArguments,
 )
 
-from popi import registry
 from popi.backends.causal.loading import quiet
 from popi.config import JointRecipe
-from popi.data.example import PersonalizationExample
 from popi.errors import ConfigError, MissingExtra, PopiError
 from popi.io import write_text
-from popi.roles import PreferenceInference
 from popi.training.card import joint_card
 from popi.training.checkpoints import BESIDE, Beside, last_complete
+from popi.training.contexts import Contexts
 from popi.training.curves import draw_curves
 from popi.training.generator import GeneratorTrainer, GeneratorUpdate
 from popi.training.look import Look, look
@@ -96,15 +94,10 @@ class _Run:
             over=recipe.generator.over,
         )
         self._scorer = self._pair.scorer
-        self._check_room()
-
-    def _check_room(self) -> None:
-        """Refuses a pair that is too long now, and not at the first look or in the middle of the run."""
-        everybody = (*self._people.train, *self._people.held_out)
-        if self._recipe.generator.context == "summary":
-            self._scorer.check(everybody, [""] * len(everybody), longest=self._recipe.writer.max_tokens)
-        else:
-            self._scorer.check(everybody, self._told(everybody, self._inference()))
+        self._contexts = Contexts(
+            recipe.generator.context, self._pair, max_tokens=recipe.writer.max_tokens, seed=recipe.seed
+        )
+        self._contexts.check((*people.train, *people.held_out))
 
     def all(self, source: str) -> None:
         """Every phase that is not done, and the models in the end."""
@@ -114,7 +107,11 @@ class _Run:
             fingerprint=fingerprint(self._pair.generator),
             file=self._folder.path / REFERENCE,
         )
-        phases = phases_of(self._recipe)
+        phases = phases_of(
+            self._recipe.train,
+            interleaved=self._recipe.schedule == "interleaved",
+            rounds=self._recipe.steps_of_rounds(),
+        )
         done = max((place for place, phase in enumerate(phases) if self._weights_of(phase).exists()), default=-1)
         if done >= 0:
             self._pair.restore(load_state(self._weights_of(phases[done])))
@@ -203,12 +200,13 @@ class _Run:
             order=order,
             earn=earn,
             batch_tokens=recipe.batch_tokens,
-            callbacks=[self._watch(phase), Beside(lambda: {} if update is None else update.state())],
+            callbacks=[self._watch(phase, {}), Beside(lambda: {} if update is None else update.state())],
         )
         return trainer, update
 
     def _generator_trainer(self, phase: Phase, folder: Path) -> tuple[GeneratorTrainer, None]:
         recipe, generator = self._recipe, self._recipe.generator
+        items, spent = self._items(phase)
         trainer = GeneratorTrainer(
             self._pair.generator,
             TrainingArguments(
@@ -219,10 +217,10 @@ class _Run:
                 max_grad_norm=generator.clip,
             ),
             scorer=self._scorer,
-            items=self._items(phase),
+            items=items,
             loss=generator.loss,
             beta=generator.beta,
-            callbacks=[self._watch(phase), Beside(dict)],
+            callbacks=[self._watch(phase, spent), Beside(dict)],
         )
         return trainer, None
 
@@ -247,8 +245,8 @@ class _Run:
             "gradient_checkpointing": False,
         }
 
-    def _items(self, phase: Phase) -> list[Judged]:
-        """The pairs of a generator's phase under fixed contexts: one of each user in turn.
+    def _items(self, phase: Phase) -> tuple[list[Judged], dict[str, float]]:
+        """The pairs of a generator's phase under fixed contexts, one of each user in turn, and what the contexts took.
 
         As many as beside the writer, which learns from a pair under each of its summaries.
         """
@@ -257,37 +255,23 @@ class _Run:
         seed = seed_of(recipe.seed, "items", phase.name)
         rng, order = np.random.default_rng(seed), in_turn(len(users), count, seed=seed)
         places = sorted(set(order))
-        inference = self._inference(temperature=recipe.writer.temperature, purpose=phase.name)
-        told = dict(zip(places, self._told([users[place] for place in places], inference), strict=True))
+        contexts, spent = self._contexts.sampled(
+            [users[place] for place in places], temperature=recipe.writer.temperature, purpose=phase.name
+        )
+        told = dict(zip(places, contexts, strict=True))
         items = []
         for place in order:
             pairs = users[place].tests
             pair = pairs[int(rng.integers(len(pairs)))]
             items.append(Judged(told[place], pair, self._reference[pair]))
-        return items
+        return items, spent
 
-    def _told(
-        self, users: Sequence[PersonalizationExample], inference: PreferenceInference | None
-    ) -> Sequence[str | None]:
-        """What the generator is told of users: one sampled summary of each, their raw signals, or nothing."""
-        if inference is None:
-            return [None] * len(users)
-        return [summary.text for summary in asyncio.run(inference.infer([example.user for example in users]))]
-
-    def _inference(self, *, temperature: float = 0.0, purpose: str = "look") -> PreferenceInference | None:
-        recipe = self._recipe
-        if recipe.generator.context == "none":
-            return None
-        if recipe.generator.context == "raw-signals":
-            return registry.make_inference("raw", self._pair.generator_backend)
-        options = {"max_tokens": recipe.writer.max_tokens, "temperature": temperature}
-        return registry.make_inference("llm", self._pair.writer_backend, **options, seed=seed_of(recipe.seed, purpose))
-
-    def _watch(self, phase: Phase) -> Watch:
-        return Watch(phase, look=self._look, every=self._recipe.evaluate_every, log=self._log)
+    def _watch(self, phase: Phase, before: dict[str, float]) -> Watch:
+        return Watch(phase, look=self._look, every=self._recipe.evaluate_every, log=self._log, before=before)
 
     def _look(self, step: int) -> Look:
-        return asyncio.run(look(self._inference(), self._scorer, self._people.held_out, self._reference, step=step))
+        inference = self._contexts.inference()
+        return asyncio.run(look(inference, self._scorer, self._people.held_out, self._reference, step=step))
 
     def _log(self, measured: dict[str, Any], seen: Look | None) -> None:
         if seen is not None:

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
-
-import numpy as np
-
-from popi.config import JointRecipe
 
 Kind = Literal["writer", "generator", "both"]
 
@@ -29,19 +26,19 @@ class Phase:
     steps: int
 
 
-def phases_of(recipe: JointRecipe) -> list[Phase]:
-    """The phases of a recipe's schedule, in order."""
-    kinds: list[Kind]
-    if recipe.train != "both":
-        kinds, steps = [recipe.train], [recipe.steps]
-    elif recipe.schedule == "interleaved":
-        kinds, steps = ["both"], [recipe.steps]
-    else:
-        rounds = recipe.rounds if recipe.schedule == "alternating" else 1
-        shares = [recipe.steps // rounds + (place < recipe.steps % rounds) for place in range(rounds)]
-        kinds, steps = ["writer", "generator"] * rounds, [share for share in shares for _ in range(2)]
-    first = np.cumsum([0, *steps]).tolist()
-    return [
-        Phase(f"{place}-{kind}", kind, start, count)
-        for place, (kind, start, count) in enumerate(zip(kinds, first, steps, strict=False), start=1)
-    ]
+def phases_of(train: Kind, *, interleaved: bool, rounds: Sequence[int]) -> list[Phase]:
+    """The phases of a schedule, in order.
+
+    Args:
+        train: Which roles learn.
+        interleaved: Whether both learn in the same steps, rather than the generator after the writer in each round.
+        rounds: Steps of each round.
+    """
+    kinds: Sequence[Kind] = ("writer", "generator") if train == "both" and not interleaved else (train,)
+    phases: list[Phase] = []
+    first = 0
+    for steps in rounds:
+        for kind in kinds:
+            phases.append(Phase(f"{len(phases) + 1}-{kind}", kind, first, steps))
+            first += steps
+    return phases

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -20,6 +20,7 @@ class Watch(TrainerCallback):
         look: Looks at held-out users after so many steps of the phase.
         every: Steps between two looks; the end of the phase is one too.
         log: Takes what was measured in a step, and what a look has seen.
+        before: What was spent before the first step, which is told with it.
     """
 
     def __init__(
@@ -29,8 +30,10 @@ class Watch(TrainerCallback):
         look: Callable[[int], Look],
         every: int,
         log: Callable[[dict[str, Any], Look | None], None],
+        before: Mapping[str, float],
     ) -> None:
         self._phase, self._look, self._every, self._log = phase, look, every, log
+        self._before = before
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any) -> None:
         """Called by the trainer after each step, before it is kept in a checkpoint, and once at the end.
@@ -44,6 +47,8 @@ class Watch(TrainerCallback):
         check_finite("the norm of the gradient", logs["grad_norm"], state.global_step - 1)
         step = self._phase.first + state.global_step
         measured: dict[str, Any] = {"step": step, "phase": self._phase.name, **logs}
+        if state.global_step == 1:
+            measured |= self._before
         found = None
         if step % self._every == 0 or state.global_step == self._phase.steps:
             found = self._look(state.global_step)

@@ -141,6 +141,12 @@ def test_every_weight_of_both_roles_moves(recipe, models, tmp_path, changes):
         assert {"margin", "accuracy", *(f"{what}/{part}" for what in ("seconds", "tokens") for part in parts)} <= set(
             line
         )
+    # The summaries that a generator learns under are sampled before its first step.
+    sampled = [line["step"] for line in lines if line.get("tokens/rollout")]
+    alone = {"sequential": [1, 2, 3, 4], "alternating": [1, 2, 3, 5, 6, 7], "interleaved": [1, 2, 3]}
+    assert sampled == alone[resolved.schedule]
+    spent = sum(line.get("tokens/rollout", 0) for line in lines)
+    assert 0 < spent <= resolved.cost()["rollout_tokens_at_most"]
     for role in trained:
         card = (tmp_path / "run" / role / "README.md").read_text()
         assert f"# tiny-{role}" in card and "| command | `popi train a test` |" in card

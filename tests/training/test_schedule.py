@@ -35,5 +35,6 @@ def recipe(**changes):
     ],
 )
 def test_the_phases_of_a_schedule(changes, phases):
-    found = phases_of(recipe(**changes))
+    made = recipe(**changes)
+    found = phases_of(made.train, interleaved=made.schedule == "interleaved", rounds=made.steps_of_rounds())
     assert [(phase.name, phase.kind, phase.first, phase.steps) for phase in found] == phases
