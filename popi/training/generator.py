@@ -30,6 +30,7 @@ class GeneratorTrainer(Saves):
         items: The pairs under their contexts.
         loss: The objective.
         beta: Its temperature.
+        first: Steps of the run before its own.
         callbacks: Of transformers.
     """
 
@@ -42,8 +43,10 @@ class GeneratorTrainer(Saves):
         items: Sequence[Judged],
         loss: Loss,
         beta: float,
+        first: int = 0,
         callbacks: Sequence[Any] = (),
     ) -> None:
+        self._first = first
         self._scorer, self._objective, self._beta = scorer, LOSSES[loss], beta
         self._seen: dict[str, list[float]] = {}
         super().__init__(
@@ -68,7 +71,7 @@ class GeneratorTrainer(Saves):
         read = self._scorer.tokens
         margins = torch.cat([found for _, found in self._scorer.passes(items)])
         loss = self._objective(margins, self._beta).mean()
-        check_finite("the loss", loss.item(), self.state.global_step)
+        check_finite("the loss", loss.item(), self._first + self.state.global_step)
         figures = {**margin_figures(margins, loss.item()), "tokens/update": float(self._scorer.tokens - read)}
         for name, value in figures.items():
             self._seen.setdefault(name, []).append(value)
@@ -113,7 +116,7 @@ class GeneratorUpdate:
         """Follows the gradient that was collected, and returns its norm.
 
         Args:
-            step: Steps of the phase before it.
+            step: Steps of the run before it.
 
         Raises:
             PopiError: If the norm is no number; the weights are as they were.
@@ -152,7 +155,7 @@ def check_finite(what: str, value: float, step: int) -> None:
     Args:
         what: What was measured: a loss, the norm of a gradient, a margin.
         value: Its value.
-        step: Steps of the phase before it.
+        step: Steps of the run before it.
 
     Raises:
         PopiError: If it is none.
@@ -162,5 +165,5 @@ def check_finite(what: str, value: float, step: int) -> None:
 
 
 def diverged(what: str, value: float, step: int) -> PopiError:
-    """The error of a run that cannot go on: ``what`` became ``value`` after so many steps of its phase."""
+    """The error of a run that cannot go on: ``what`` became ``value`` after so many steps."""
     return PopiError(f"{what} became {value} after {step} steps; lower the learning rate and start anew")

@@ -200,6 +200,7 @@ class _Run:
             order=order,
             earn=earn,
             batch_tokens=recipe.batch_tokens,
+            first=phase.first,
             callbacks=[self._watch(phase, {}), Beside(lambda: {} if update is None else update.state())],
         )
         return trainer, update
@@ -220,6 +221,7 @@ class _Run:
             items=items,
             loss=generator.loss,
             beta=generator.beta,
+            first=phase.first,
             callbacks=[self._watch(phase, spent), Beside(dict)],
         )
         return trainer, None

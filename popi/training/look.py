@@ -55,7 +55,7 @@ async def look(
         scorer: Scores with the generator.
         users: The users.
         reference: Of their pairs.
-        step: Steps of the phase before it.
+        step: Steps of the run before it.
         samples: How many summaries are kept.
 
     Raises:

@@ -17,7 +17,7 @@ class Watch(TrainerCallback):
 
     Args:
         phase: The phase.
-        look: Looks at held-out users after so many steps of the phase.
+        look: Looks at held-out users after so many steps of the run.
         every: Steps between two looks; the end of the phase is one too.
         log: Takes what was measured in a step, and what a look has seen.
         before: What was spent before the first step, which is told with it.
@@ -44,13 +44,13 @@ class Watch(TrainerCallback):
         logs: dict[str, Any] = given["logs"]
         if "train_runtime" in logs:
             return
-        check_finite("the norm of the gradient", logs["grad_norm"], state.global_step - 1)
         step = self._phase.first + state.global_step
+        check_finite("the norm of the gradient", logs["grad_norm"], step - 1)
         measured: dict[str, Any] = {"step": step, "phase": self._phase.name, **logs}
         if state.global_step == 1:
             measured |= self._before
         found = None
         if step % self._every == 0 or state.global_step == self._phase.steps:
-            found = self._look(state.global_step)
+            found = self._look(step)
             measured["held_out"] = found.figures()
         self._log(measured, found)

@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 TRAINED = Provenance(author=Author.INFERRED)
 
 Earn = Callable[[list[int], list[PreferenceSummary], list[int], int], tuple[list[float], dict[str, float]]]
-"""Users by their places, a summary of each, the tokens of its text and the number of the step, to rewards in nats, and
-to what else was measured."""
+"""Users by their places, a summary of each, the tokens of its text and how many steps the run has done, to rewards in
+nats, and to what else was measured."""
 
 
 class WriterTrainer(Saves, GRPOTrainer):
@@ -48,6 +48,7 @@ class WriterTrainer(Saves, GRPOTrainer):
         conversations: What the writer reads of each user.
         order: Places of the users, step after step.
         earn: Rewards summaries.
+        first: Steps of the run before its own; what is drawn at random goes by the steps of the run.
         batch_tokens: The most tokens of one forward pass.
         callbacks: Of transformers.
     """
@@ -62,10 +63,12 @@ class WriterTrainer(Saves, GRPOTrainer):
         order: Sequence[int],
         earn: Earn,
         batch_tokens: int,
+        first: int = 0,
         callbacks: Sequence[Any] = (),
     ) -> None:
         from datasets import Dataset
 
+        self._first = first
         self._chat = ChatTokens(tokenizer, str(model.config.name_or_path))
         self._share = has_plain_cache(model)
         self._batch_tokens = batch_tokens
@@ -88,6 +91,11 @@ class WriterTrainer(Saves, GRPOTrainer):
                 rollout_func=_roll_out,  # type: ignore[arg-type]
             )
 
+    @property
+    def _steps_done(self) -> int:
+        """Steps of the run so far."""
+        return self._first + self.state.global_step
+
     def roll_out(self, prompts: Sequence[Sequence[dict[str, str]]]) -> dict[str, Any]:
         """Samples one summary for each prompt; the same step samples the same, whatever went before.
 
@@ -106,7 +114,7 @@ class WriterTrainer(Saves, GRPOTrainer):
                 limit=self._max_tokens,
                 temperature=self.temperature,
                 top_p=self.top_p,
-                seed=seed_of(self.args.seed, "rollout", self.state.global_step, place),
+                seed=seed_of(self.args.seed, "rollout", self._steps_done, place),
             )
             for place, prompt in enumerate(rendered)
         ]
@@ -122,7 +130,7 @@ class WriterTrainer(Saves, GRPOTrainer):
                     check=lambda: None,
                 )
         except ArithmeticError as error:
-            raise diverged("a logit of the writer", math.nan, self.state.global_step) from error
+            raise diverged("a logit of the writer", math.nan, self._steps_done) from error
         self._log_metric("seconds/rollout", time.perf_counter() - began)
         self._log_metric("tokens/rollout", float(sum(map(len, sampled))))
         return {"prompt_ids": [prompt.tokens for prompt in rendered], "completion_ids": sampled, "logprobs": None}
@@ -132,7 +140,7 @@ class WriterTrainer(Saves, GRPOTrainer):
         summaries = [self.read(ids) for ids in completion_ids]
         # Citations are for the user to check, and not for the generator to read: they cost nothing.
         tokens = list(map(len, self._chat.encode([summary.text for summary in summaries])))
-        rewards, figures = self._earn(user, summaries, tokens, self.state.global_step)
+        rewards, figures = self._earn(user, summaries, tokens, self._steps_done)
         for name, value in figures.items():
             self._log_metric(name, value)
         silent = sum(summary.status == "not_enough_evidence" for summary in summaries)

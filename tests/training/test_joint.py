@@ -330,6 +330,21 @@ def test_other_signals_are_other_data(recipe, people, tmp_path):
         train(resolved, tmp_path / "run")
 
 
+def test_no_two_phases_draw_the_same(recipe, tmp_path, monkeypatch):
+    drawn = []
+
+    def seed_of(*parts):
+        drawn.append(parts)
+        return 0
+
+    monkeypatch.setattr("popi.training.writer.seed_of", seed_of)
+    monkeypatch.setattr("popi.training.reward.seed_of", seed_of)
+    train(recipe(schedule="alternating", steps=2), tmp_path / "run")
+    rollouts = [parts for parts in drawn if "rollout" in parts]
+    assert len(rollouts) == len(set(rollouts)) == 2 * 2 * 3
+    assert {parts[2] for parts in drawn} == {0, 2}
+
+
 def test_a_folder_of_something_else_is_left_as_it_is(recipe, tmp_path):
     thesis = tmp_path / "mine" / "writer" / "thesis.txt"
     thesis.parent.mkdir(parents=True)

@@ -93,7 +93,19 @@ def test_a_step_samples_the_same_again_and_another_step_other_summaries(trainer)
     assert trainer.roll_out(prompts)["completion_ids"] == first
     assert len(set(map(tuple, first))) > 1
     trainer.state.global_step = 1
-    assert trainer.roll_out(prompts)["completion_ids"] != first
+    second = trainer.roll_out(prompts)["completion_ids"]
+    assert second != first
+    # A step has its samples and its judges whatever phase of the run it is in.
+    trainer.state.global_step, trainer._first = 0, 1
+    assert trainer.roll_out(prompts)["completion_ids"] == second
+
+
+def test_what_is_earned_goes_by_the_steps_of_the_run(trainer):
+    asked = []
+    trainer._earn = lambda users, summaries, tokens, step: (asked.append(step) or [0.0], {})
+    trainer._first, trainer.state.global_step = 4, 2
+    trainer._reward(trainer._chat.encode(["- likes lists"]), user=[0])
+    assert asked == [6]
 
 
 def test_groups_are_rewarded_against_their_own_mean(trainer):
