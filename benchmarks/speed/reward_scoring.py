@@ -5,20 +5,24 @@
 The usual procedure scores every sample by itself: whole sequences in a padded batch, logits of every position, and the
 reference's forward passes again for each sample. Ours computes the reference once for each pair, what prompts and
 answers have in common in front once, and logits only where an answer's token is predicted. Both run in this process, in
-turn, on the same model and batch; equal rewards are asserted. Peak memory is what the process
-holds above what it held before. "possible" is the ratio of the tokens that pass through the model.
+turn, on the same model and batch; equal rewards are asserted. "possible" is the ratio of the tokens that pass through
+the model.
+
+Peak memory is measured apart, for each side and shape in a fresh process of its own: a process that has grown once has
+room for what comes after. It is the most that the process holds while it scores, above what it held just before, the
+model loaded and used on a tiny shape (Linux).
 """
 
 from __future__ import annotations
 
 import argparse
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from itertools import product
+from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -31,7 +35,11 @@ from popi.data.miniworld import generate
 from popi.training.objective import dpo_loss, rewards
 from popi.training.scoring import Judged, PairScorer
 
-MODEL, BETA, PAGE = "popi-mini-base", 0.1, 4096
+MODEL, BETA = "popi-mini-base", 0.1
+TINY = 1, 1, 1, 8
+"""Users, pairs, samples and answer tokens of a batch that makes a process load what scoring needs."""
+
+Side = Literal["usual", "ours"]
 
 
 def main() -> None:
@@ -55,11 +63,13 @@ def main() -> None:
         ours = measure(lambda scorer=scorer, items=items: our_losses(scorer, items), given.repeats)
         possible = tokens_of_usual(tokens, items) / (scorer.tokens / given.repeats)
         earned, alike = (rewards(losses.view(-1, given.pairs)) for losses in (usual.result, ours.result))
+        shape = given.users, given.pairs, samples, length
+        usual_peak, our_peak = peak("usual", given.model, shape), peak("ours", given.model, shape)
         difference = (earned - alike).abs().max().item()
         assert difference < 1e-4, f"the rewards differ by {difference}"
         print(
             f"{samples:7d}  {size:13.1f}  {usual.seconds:8.2f} {ours.seconds:8.2f} {usual.seconds / ours.seconds:7.2f}"
-            f"  {possible:8.2f}  {usual.peak:10.0f} {ours.peak:10.0f}   {difference:.1e}",
+            f"  {possible:8.2f}  {usual_peak:10.0f} {our_peak:10.0f}   {difference:.1e}",
             flush=True,
         )
 
@@ -107,47 +117,55 @@ def our_losses(scorer: PairScorer, items: list[Judged]) -> Tensor:
 
 
 class Measured:
-    """A result with the time and the memory that it took."""
+    """A result with the time that it took."""
 
-    def __init__(self, result: Tensor, seconds: float, peak: float) -> None:
-        self.result, self.seconds, self.peak = result, seconds, peak
+    def __init__(self, result: Tensor, seconds: float) -> None:
+        self.result, self.seconds = result, seconds
 
 
 def measure(work: Callable[[], Tensor], repeats: int) -> Measured:
-    """Runs work some times; the best time and the highest peak, in MiB, count."""
-    best = peak = 0.0
+    """Runs work some times; the best time counts."""
+    best = float("inf")
     for _ in range(repeats):
-        with watched() as held:
-            began = time.perf_counter()
-            result = work()
-            seconds = time.perf_counter() - began
-        best = min(best or seconds, seconds)
-        peak = max(peak, max(held) - held[0])
-    return Measured(result, best, peak / 2**20)
+        began = time.perf_counter()
+        result = work()
+        best = min(best, time.perf_counter() - began)
+    return Measured(result, best)
 
 
-@contextmanager
-def watched() -> Iterator[list[int]]:
-    """Notes every five milliseconds how many bytes the process holds."""
-    held = [resident()]
-    stop = threading.Event()
+def peak(side: Side, name: str, shape: tuple[int, int, int, int]) -> float:
+    """What scoring a batch takes at its peak, in MiB.
 
-    def watch() -> None:
-        while not stop.wait(0.005):
-            held.append(resident())
-
-    thread = threading.Thread(target=watch)
-    thread.start()
-    try:
-        yield held
-    finally:
-        stop.set()
-        thread.join()
+    Args:
+        side: Who scores.
+        name: The model.
+        shape: Users, pairs, samples and answer tokens of the batch.
+    """
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as fresh:
+        return fresh.submit(growth, side, name, shape).result()
 
 
-def resident() -> int:
-    """Bytes of this process in memory (Linux)."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * PAGE
+def growth(side: Side, name: str, shape: tuple[int, int, int, int]) -> float:
+    """How much this process grows at most while it scores a batch, in MiB; only a fresh one can tell."""
+    model, tokenizer = load(name, None, "float32")
+    tokens = ChatTokens(tokenizer, name)
+
+    def score(items: list[Judged]) -> Tensor:
+        return usual_losses(model, tokens, items) if side == "usual" else our_losses(PairScorer(model, tokens), items)
+
+    score(batch(tokens, *TINY)[0])
+    items, _ = batch(tokens, *shape)
+    # Sets the peak so far to what is held now: loading a model takes more than holding it.
+    Path("/proc/self/clear_refs").write_text("5")
+    before = held("VmRSS")
+    score(items)
+    return (held("VmHWM") - before) / 1024
+
+
+def held(what: str) -> int:
+    """KiB of this process in memory: ``VmRSS`` is now, ``VmHWM`` at its peak."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line.split()[1] for line in lines if line.startswith(f"{what}:")))
 
 
 if __name__ == "__main__":
