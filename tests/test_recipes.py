@@ -1,15 +1,19 @@
 """Every recipe's command for two steps, and every benchmark on its smallest shape."""
 
-import importlib
+import importlib.util
 import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import get_cosine_schedule_with_warmup
 
 from popi.cli import main
+from popi.config import load
 from popi.evaluation.results import Results
+from popi.models import find
 from popi.testing import free_port
 from tests.servers import needs_vllm
 
@@ -49,6 +53,51 @@ def test_the_bare_loop_runs(tmp_path):
     assert [line["step"] for line in steps] == [1, 2]
     assert all(0 <= line["accuracy"] <= 1 and line["reward"] < 0 for line in steps)
     assert 0 <= steps[-1]["held_out_accuracy"] <= 1
+    # Another run does not go on with the curve of the one before.
+    assert python("recipes/bare/popi_loop.py", *small, "--out", out).returncode == 0
+    assert lines_of(out)[0]["step"] == 1 and len(lines_of(out)) == 2
+
+
+@pytest.fixture(scope="module")
+def bare():
+    spec = importlib.util.spec_from_file_location("popi_loop", ROOT / "recipes" / "bare" / "popi_loop.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_bare_loop_is_the_recipe(bare):
+    recipe = load(ROOT / "recipes" / "popi_mini")
+    writer, generator = recipe.writer, recipe.generator
+    assert (recipe.users_per_step, writer.samples) == (bare.USERS_PER_STEP, bare.SAMPLES)
+    assert (recipe.pairs_per_summary, recipe.warmup) == (bare.PAIRS, bare.WARMUP)
+    assert (writer.max_tokens, writer.temperature) == (bare.MAX_TOKENS, bare.TEMPERATURE)
+    assert (writer.learning_rate, generator.learning_rate) == (bare.WRITER_LR, bare.GENERATOR_LR)
+    assert (writer.clip, generator.clip) == (bare.WRITER_CLIP, bare.GENERATOR_CLIP)
+    assert (generator.beta, writer.beta) == (bare.BETA, bare.REWARD_BETA)
+    assert (writer.kl, writer.token_price) == (bare.KL, bare.TOKEN_PRICE)
+    assert {writer.model, generator.model} == {bare.MODEL}
+    assert recipe.data.users == recipe.steps * recipe.users_per_step, "nobody comes twice"
+
+
+def test_the_learning_rate_of_the_bare_loop_is_that_of_the_framework(bare):
+    steps = 12
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    schedule = get_cosine_schedule_with_warmup(optimizer, bare.WARMUP, steps)
+    for step in range(steps):
+        assert bare.share_of_rate(step, steps) == pytest.approx(schedule.get_last_lr()[0])
+        optimizer.step()
+        schedule.step()
+
+
+def test_the_bare_loop_reads_no_half_claim_and_counts_half_a_tie(bare):
+    writer = bare.Chat(find(bare.MODEL))
+    said = writer.tokenizer("- likes lists\n- dislikes emoji", add_special_tokens=False)["input_ids"]
+    assert bare.read_summary(writer, torch.tensor(said)) == "- likes lists"
+    whole = torch.tensor([*said, writer.tokenizer.eos_token_id])
+    assert bare.read_summary(writer, whole) == "- likes lists\n- dislikes emoji"
+    assert bare.decided(torch.tensor([-1.0, 0.0, 0.0, 2.0])) == 0.5
+    assert bare.decided(torch.tensor(0.0)) == 0.5
 
 
 @pytest.mark.parametrize(

@@ -31,11 +31,11 @@ from popi.data.miniworld import generate
 from popi.models import find
 from popi.prompts import Message, answer_messages, inference_messages
 from popi.render import render_signals
-from popi.summary import as_text, parse_claims
+from popi.summary import as_text, finished_part, parse_claims
 
 MODEL = "popi-mini-base"
 USERS_PER_STEP, SAMPLES, PAIRS, MAX_TOKENS, TEMPERATURE = 8, 8, 4, 96, 0.8
-WRITER_LR, GENERATOR_LR, WARMUP, CLIP = 1.5e-4, 1e-4, 5, 1.0
+WRITER_LR, GENERATOR_LR, WARMUP, WRITER_CLIP, GENERATOR_CLIP = 1.5e-4, 1e-4, 5, 1.0, 10.0
 BETA, REWARD_BETA, KL, TOKEN_PRICE = 0.5, 0.02, 5e-3, 0.03
 
 
@@ -110,13 +110,27 @@ def read_signals(writer: Chat, user: PersonalizationExample) -> Tensor:
 
 
 def read_summary(writer: Chat, tokens: Tensor) -> str:
-    """What the generator reads of what the writer wrote: its claims, without their citations."""
-    return as_text(parse_claims(writer.tokenizer.decode(tokens, skip_special_tokens=True)))
+    """What the generator reads of what the writer wrote: its finished claims, without their citations."""
+    text = writer.tokenizer.decode(tokens, skip_special_tokens=True)
+    cut_off = tokens[-1] != writer.tokenizer.eos_token_id
+    return as_text(parse_claims(finished_part(text) if cut_off else text))
 
 
 def loss_of(h: Tensor, beta: float) -> Tensor:
     """DPO's loss of a margin, in nats."""
     return -logsigmoid(beta * h) / beta
+
+
+def decided(h: Tensor) -> float:
+    """The share of margins that are positive; a tie counts half."""
+    return ((h > 0).double() + (h == 0).double() / 2).mean().item()
+
+
+def share_of_rate(step: int, steps: int) -> float:
+    """The learning rate of a step, counted from 0, as a share of its peak: it rises as a line and falls as a cosine."""
+    if step < WARMUP:
+        return step / WARMUP
+    return (1 + math.cos(math.pi * (step - WARMUP) / (steps - WARMUP))) / 2
 
 
 def learn(
@@ -141,7 +155,7 @@ def learn(
             h = generator.preference(pairs[turn], summary) - bare_P[turn]
             (loss_of(h, BETA) / (SAMPLES * len(users))).backward()
             rewards_G[place] = -loss_of(h_P, REWARD_BETA).mean() - TOKEN_PRICE * writer.length(summary)
-            right.append((h_P > 0).float().mean().item())
+            right.append(decided(h_P))
 
         # The writer: what a summary earned against the mean of its group, and a pull towards the initial writer.
         advantages_G = rewards_G - rewards_G.mean()
@@ -165,8 +179,7 @@ def look(writer: Chat, generator: Chat, reference: Chat, users: list[Personaliza
         [tokens] = writer.sample(read_signals(writer, user), 1, greedy=True)
         summary = read_summary(writer, tokens)
         for pair in user.tests:
-            h = generator.preference(pair, summary) - reference.preference(pair, None)
-            right.append(0.5 if h == 0 else float(h > 0))
+            right.append(decided(generator.preference(pair, summary) - reference.preference(pair, None)))
     return sum(right) / len(right)
 
 
@@ -186,18 +199,19 @@ def main() -> None:
 
     writer, generator = Chat(find(given.model)), Chat(find(given.model))
     initial, reference = copy.deepcopy(writer), copy.deepcopy(generator)
-    learning = [(writer, WRITER_LR), (generator, GENERATOR_LR)]
-    optimizers = [torch.optim.AdamW(chat.model.parameters(), lr=rate, weight_decay=0.0) for chat, rate in learning]
+    learning = [(writer, WRITER_LR, WRITER_CLIP), (generator, GENERATOR_LR, GENERATOR_CLIP)]
+    optimizers = [torch.optim.AdamW(chat.model.parameters(), lr=rate, weight_decay=0.0) for chat, rate, _ in learning]
 
     held_out = list(generate(split="validation", users=given.held_out, seed=given.seed))
     users = generate(split="train", users=given.steps * given.users_per_step, seed=given.seed)
+    if given.out:
+        given.out.write_text("")
     for step in range(1, given.steps + 1):
         began = time.perf_counter()
         figures = learn(writer, initial, generator, reference, [next(users) for _ in range(given.users_per_step)])
-        for (chat, rate), optimizer in zip(learning, optimizers, strict=True):
-            torch.nn.utils.clip_grad_norm_(chat.model.parameters(), CLIP)
-            falling = (1 + math.cos(math.pi * step / given.steps)) / 2
-            optimizer.param_groups[0]["lr"] = rate * min(step / WARMUP, falling)
+        for (chat, rate, clip), optimizer in zip(learning, optimizers, strict=True):
+            torch.nn.utils.clip_grad_norm_(chat.model.parameters(), clip)
+            optimizer.param_groups[0]["lr"] = rate * share_of_rate(step - 1, given.steps)
             optimizer.step()
             optimizer.zero_grad()
         line = {"step": step, **figures, "seconds": time.perf_counter() - began}
