@@ -49,7 +49,8 @@ class WriterTrainer(Saves, GRPOTrainer):
         order: Places of the users, step after step.
         earn: Rewards summaries.
         first: Steps of the run before its own; what is drawn at random goes by the steps of the run.
-        batch_tokens: The most tokens of one forward pass.
+        batch_tokens: The most tokens of one forward pass; the summaries of one user are sampled together even where
+            they take more.
         callbacks: Of transformers.
     """
 
@@ -74,8 +75,8 @@ class WriterTrainer(Saves, GRPOTrainer):
         self._batch_tokens = batch_tokens
         self._ends = end_tokens_of(model, self._chat)
         self._earn = earn
-        assert args.max_completion_length is not None, "TRL's default is a number"
-        self._max_tokens = args.max_completion_length
+        assert args.max_completion_length is not None and args.num_generations is not None, "TRL's defaults are numbers"
+        self._max_tokens, self._samples = args.max_completion_length, args.num_generations
         prompts = [[{"role": turn.role, "content": turn.content} for turn in messages] for messages in conversations]
         rows = [{"prompt": prompts[place], "user": place} for place in order]
         with warnings.catch_warnings():
@@ -118,6 +119,8 @@ class WriterTrainer(Saves, GRPOTrainer):
             )
             for place, prompt in enumerate(rendered)
         ]
+        # A group that has no room in one batch would have its prompt computed in each of several.
+        group = max(len(prompt.tokens) for prompt in rendered) + self._samples * self._max_tokens
         model = self.accelerator.unwrap_model(self.model)
         try:
             with torch.inference_mode(), computing(model):
@@ -125,7 +128,7 @@ class WriterTrainer(Saves, GRPOTrainer):
                     model,
                     drafts,
                     end_tokens=self._ends,
-                    batch_tokens=self._batch_tokens,
+                    batch_tokens=max(self._batch_tokens, group),
                     share=self._share,
                     check=lambda: None,
                 )

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from popi.backends.causal import decoding
 from popi.prompts import inference_messages
 from popi.testing import tiny_model
 
@@ -98,6 +99,23 @@ def test_a_step_samples_the_same_again_and_another_step_other_summaries(trainer)
     # A step has its samples and its judges whatever phase of the run it is in.
     trainer.state.global_step, trainer._first = 0, 1
     assert trainer.roll_out(prompts)["completion_ids"] == second
+
+
+def test_the_summaries_of_a_user_are_sampled_in_one_batch(trainer, monkeypatch):
+    prompts = [trainer.train_dataset[place]["prompt"] for place in (0, 0, 0, 2, 2, 2)]
+    together = trainer.roll_out(prompts)["completion_ids"]
+    batches = []
+    decode_batch = decoding._decode_batch
+
+    def noted(steps, drafts, *rest):
+        batches.append([len(draft.prompt) for draft in drafts])
+        decode_batch(steps, drafts, *rest)
+
+    monkeypatch.setattr(decoding, "_decode_batch", noted)
+    trainer._batch_tokens = 1
+    assert trainer.roll_out(prompts)["completion_ids"] == together
+    assert [len(batch) for batch in batches] == [3, 3]
+    assert all(len(set(batch)) == 1 for batch in batches)
 
 
 def test_what_is_earned_goes_by_the_steps_of_the_run(trainer):
