@@ -16,13 +16,14 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict
 
 from popi.errors import InputError
+from popi.io import fingerprint as fingerprint
 from popi.io import read_jsonl, validate, write_jsonl, write_text
 
 PIECES = "users"
@@ -126,25 +127,6 @@ class Folder:
         made = await make()
         write_jsonl(path, made)
         return made
-
-
-def fingerprint(path: Path) -> str | None:
-    """A fingerprint of the files of a model, or of one file; ``None`` where there are no files at hand, 16 hex digits.
-
-    A model that is trained anew in the same folder has another one.
-    """
-    if path.is_file():
-        return _digest([path])
-    return _digest(sorted(file for file in path.iterdir() if file.is_file())) if path.is_dir() else None
-
-
-def _digest(files: Iterable[Path]) -> str:
-    digest = hashlib.sha256()
-    for file in files:
-        with file.open("rb") as stream:
-            digest.update(f"{file.name}\0".encode())
-            digest.update(hashlib.file_digest(stream, "sha256").digest())
-    return digest.hexdigest()[:16]
 
 
 def _read_config(path: Path) -> RunConfig:

@@ -88,7 +88,7 @@ class RunFolder:
         folder._sweep()
         return folder
 
-    def _compare(self, wanted: dict[str, Any]) -> None:
+    def _compare(self, wanted: dict[str, Any], *, fix: str = "choose another folder, or remove this one") -> None:
         file = self.path / CONFIG
         if not file.exists():
             others = [found.name for found in self.path.iterdir() if found.name != LOCK and not found.match(UNFINISHED)]
@@ -100,11 +100,7 @@ class RunFolder:
             raise InputError("is not the configuration of a run", file=file, fix="choose another folder")
         for key, value in wanted.items():
             if known.get(key) != value:
-                raise InputError(
-                    f"holds a run with another {key.replace('_', ' ')}",
-                    file=file,
-                    fix="choose another folder, or remove this one",
-                )
+                raise InputError(f"holds a run with another {key.replace('_', ' ')}", file=file, fix=fix)
         self.config = known
 
     def _sweep(self) -> None:
@@ -118,14 +114,15 @@ class RunFolder:
         """Writes the configuration, once what it names is known to be usable; a resumed run compares it.
 
         Args:
-            facts: What else the run rests on.
+            facts: What else the run rests on: what the recipe names, and may be another thing of the same name by now.
 
         Raises:
             InputError: If the run was begun with other facts.
             PopiError: If it cannot be written.
         """
         if (self.path / CONFIG).exists():
-            self._compare(facts)
+            for name, value in facts.items():
+                self._compare({name: value}, fix=f"put the {name.replace('_', ' ')} back, or choose another folder")
             return
         self.config = {**self.config, **facts, "machine": machine(), "started": now()}
         write_text(self.path / CONFIG, json.dumps(self.config, indent=2) + "\n")

@@ -201,7 +201,9 @@ class Reference:
             kept = read_json(file)
             for name, value in made_of.items():
                 if not isinstance(kept, dict) or kept.get("made_of", {}).get(name) != value:
-                    raise InputError(f"was made with another {name.replace('_', ' ')}", file=file, fix="remove it")
+                    back = "put the model back, or choose another folder"
+                    fix = back if name == "model" else "remove it"
+                    raise InputError(f"was made with another {name.replace('_', ' ')}", file=file, fix=fix)
             return cls(kept["differences"])
         differences: dict[str, float] = {}
         names = list(wanted)

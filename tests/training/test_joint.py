@@ -3,6 +3,7 @@
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -326,8 +327,26 @@ def test_other_signals_are_other_data(recipe, people, tmp_path):
     resolved = recipe(**{"data.file": str(copy), "steps": 1})
     train(resolved, tmp_path / "run")
     copy.write_text(people.read_text().replace("I like answer", "I hate answer"))
-    with pytest.raises(InputError, match="holds a run with another data"):
+    with pytest.raises(InputError, match="holds a run with another data; put the data back, or choose another"):
         train(resolved, tmp_path / "run")
+
+
+@pytest.mark.parametrize("role", ["writer", "generator"])
+def test_a_model_of_other_files_is_another_run(recipe, models, tmp_path, role):
+    name = {"writer": "one", "generator": "two"}[role]
+    copy = shutil.copytree(models / name, tmp_path / "model")
+    resolved = recipe(**{f"{role}.model": str(copy), "steps": 2})
+    with pytest.raises(Stopped):
+        train(resolved, tmp_path / "run", stop_at(2))
+    template = copy / "chat_template.jinja"
+    before = template.read_text()
+    template.write_text(before + " ")
+    with pytest.raises(
+        InputError, match=f"a run with another {role} model; put the {role} model back, or choose another"
+    ):
+        train(resolved, tmp_path / "run")
+    template.write_text(before)
+    train(resolved, tmp_path / "run")
 
 
 def test_no_two_phases_draw_the_same(recipe, tmp_path, monkeypatch):

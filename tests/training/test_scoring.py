@@ -130,7 +130,7 @@ def test_the_reference_is_scored_once_and_kept(tiny, tmp_path, caplog):
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"fingerprint": "b"}, "another model"),
+        ({"fingerprint": "b"}, "another model; put the model back, or choose another folder"),
         ({"pairs": PAIRS[:2]}, "another pairs"),
         ({"over": "mean"}, "another over"),
     ],
