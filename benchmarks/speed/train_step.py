@@ -90,6 +90,7 @@ class Step:
             arguments(users * samples, options),
             conversations=conversations,
             order=range(users),
+            names=[example.user.user_id for example in self.people],
             earn=lambda *_: ([], {}),
             batch_tokens=BATCH_TOKENS,
         )

@@ -150,7 +150,7 @@ class _Run:
         make = self._generator_trainer if phase.kind == "generator" else self._writer_trainer
         trainer, update = make(phase, folder)
         if checkpoint is not None and update is not None:
-            update.restore(load_state(checkpoint / BESIDE))
+            update.restore(load_state(checkpoint / BESIDE, fix=f"remove {checkpoint} to go on from the one before it"))
         trainer.remove_callback(PrinterCallback)
         trainer.remove_callback(ProgressCallback)
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -202,6 +202,7 @@ class _Run:
             arguments,
             conversations=conversations(self._people.train, self._pair.writer_backend, writer.max_tokens),
             order=order,
+            names=[example.user.user_id for example in self._people.train],
             earn=earn,
             batch_tokens=recipe.batch_tokens,
             first=phase.first,

@@ -215,8 +215,12 @@ def writing(what: Path) -> Iterator[None]:
     Raises:
         PopiError: If it cannot be.
     """
+    import torch
+
     try:
         yield
+    except torch.OutOfMemoryError:
+        raise
     except (OSError, RuntimeError, SafetensorError) as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise PopiError(f"cannot write {what}: {reason}; once that is mended, the same command goes on") from error
@@ -234,8 +238,12 @@ def save_state(path: Path, state: dict[str, Any]) -> None:
         torch.save(state, stream)
 
 
-def load_state(path: Path) -> dict[str, Any]:
+def load_state(path: Path, *, fix: str = "remove it to start anew") -> dict[str, Any]:
     """Reads what :func:`save_state` wrote.
+
+    Args:
+        path: The file.
+        fix: What to do if it is something else.
 
     Raises:
         InputError: If it is something else.
@@ -245,7 +253,7 @@ def load_state(path: Path) -> dict[str, Any]:
     try:
         state: dict[str, Any] = torch.load(path, weights_only=True, map_location="cpu")
     except Exception as error:
-        raise InputError("is not a checkpoint of this version", file=path, fix="remove it to start anew") from error
+        raise InputError("is not a checkpoint of this version", file=path, fix=fix) from error
     return state
 
 

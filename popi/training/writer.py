@@ -47,6 +47,7 @@ class WriterTrainer(Saves, GRPOTrainer):
         args: TRL's arguments.
         conversations: What the writer reads of each user.
         order: Places of the users, step after step.
+        names: Of the users, for an error.
         earn: Rewards summaries.
         first: Steps of the run before its own; what is drawn at random goes by the steps of the run.
         batch_tokens: The most tokens of one forward pass; the summaries of one user are sampled together even where
@@ -62,6 +63,7 @@ class WriterTrainer(Saves, GRPOTrainer):
         *,
         conversations: Sequence[Sequence[Message]],
         order: Sequence[int],
+        names: Sequence[str],
         earn: Earn,
         batch_tokens: int,
         first: int = 0,
@@ -78,6 +80,7 @@ class WriterTrainer(Saves, GRPOTrainer):
         assert args.max_completion_length is not None and args.num_generations is not None, "TRL's defaults are numbers"
         self._max_tokens, self._samples = args.max_completion_length, args.num_generations
         prompts = [[{"role": turn.role, "content": turn.content} for turn in messages] for messages in conversations]
+        self._prompts, self._names = prompts, names
         rows = [{"prompt": prompts[place], "user": place} for place in order]
         with warnings.catch_warnings():
             # TRL calls its rollout hook experimental; the version is pinned and a test holds us to it.
@@ -106,9 +109,12 @@ class WriterTrainer(Saves, GRPOTrainer):
         """
         began = time.perf_counter()
         rendered = self._chat.render([[Message(**turn) for turn in prompt] for prompt in prompts])  # type: ignore[arg-type]
-        for prompt in rendered:
-            if prompt.error is not None:
-                raise InputError(f"a user's signals cannot be read: {prompt.error}", fix="mend the chat template")
+        for prompt, read in zip(prompts, rendered, strict=True):
+            if read.error is not None:
+                name = self._names[self._prompts.index(list(prompt))]
+                raise InputError(
+                    f"the signals of user {name!r} cannot be read: {read.error}", fix="mend the chat template"
+                )
         drafts = [
             Draft(
                 prompt.tokens,

@@ -331,6 +331,17 @@ def test_other_signals_are_other_data(recipe, people, tmp_path):
         train(resolved, tmp_path / "run")
 
 
+def test_a_damaged_checkpoint_can_be_removed_as_it_says(recipe, tmp_path):
+    with pytest.raises(Stopped):
+        train(recipe(), tmp_path / "run", stop_at(3))
+    damaged = tmp_path / "run" / "phases" / "1-both" / "checkpoint-2"
+    (damaged / "beside.pt").write_bytes(b"half a file")
+    with pytest.raises(InputError, match=f"beside.pt: is not .*; remove {damaged} to go on from the one before it"):
+        train(recipe(), tmp_path / "run")
+    shutil.rmtree(damaged)
+    assert train(recipe(), tmp_path / "run").keys() == {"writer", "generator"}
+
+
 @pytest.mark.parametrize("role", ["writer", "generator"])
 def test_a_model_of_other_files_is_another_run(recipe, models, tmp_path, role):
     name = {"writer": "one", "generator": "two"}[role]

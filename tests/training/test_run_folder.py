@@ -3,11 +3,12 @@
 from pathlib import Path
 
 import pytest
+import torch
 from pydantic import BaseModel
 
-from popi.errors import InputError
+from popi.errors import InputError, PopiError
 from popi.io import UNFINISHED
-from popi.training.run_folder import RunFolder
+from popi.training.run_folder import RunFolder, writing
 
 PART = ".popi-0123456789ab.part"
 
@@ -59,3 +60,10 @@ def test_beside_anything_else_nothing_is_swept_away(tmp_path):
     with pytest.raises(InputError, match=r"holds no run, but thesis\.txt; choose another folder"):
         opened(tmp_path)
     assert names(tmp_path) == [PART, "thesis.txt"]
+
+
+def test_memory_that_runs_out_in_writing_is_no_full_disk(tmp_path):
+    with pytest.raises(torch.OutOfMemoryError), writing(tmp_path / "model"):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    with pytest.raises(PopiError, match=r"cannot write .*model: no room; once that is"), writing(tmp_path / "model"):
+        raise RuntimeError("no room")

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from popi.backends.causal import decoding
+from popi.errors import InputError
 from popi.prompts import inference_messages
 from popi.testing import tiny_model
 
@@ -34,6 +35,7 @@ def trainer(tmp_path):
         arguments,
         conversations=[inference_messages(f"[1] said: I like {'very ' * n}much {n}") for n in range(4)],
         order=range(4),
+        names=["Ada", "Ben", "Cem", "Dov"],
         earn=lambda users, summaries, tokens, step: ([float(n) for n in tokens], {}),
         batch_tokens=4096,
     )
@@ -116,6 +118,14 @@ def test_the_summaries_of_a_user_are_sampled_in_one_batch(trainer, monkeypatch):
     assert trainer.roll_out(prompts)["completion_ids"] == together
     assert [len(batch) for batch in batches] == [3, 3]
     assert all(len(set(batch)) == 1 for batch in batches)
+
+
+def test_a_user_whose_signals_the_chat_template_refuses_is_named(trainer):
+    prompts = [trainer.train_dataset[place]["prompt"] for place in (1, 2)]
+    template = "{% if 'much 2' in messages[-1]['content'] %}{{ raise_exception('no twos') }}{% endif %}a"
+    trainer._chat._tokenizer.chat_template = template
+    with pytest.raises(InputError, match=r"the signals of user 'Cem' cannot be read: .*no twos.*; mend the chat"):
+        trainer.roll_out(prompts)
 
 
 def test_what_is_earned_goes_by_the_steps_of_the_run(trainer):
