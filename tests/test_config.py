@@ -110,6 +110,14 @@ def test_a_joint_recipe_counts_every_rollout(tmp_path, changes, steps, rollouts)
     assert cost == {"steps": steps, "rollouts": rollouts, "rollout_tokens_at_most": 5 * rollouts}
 
 
+def test_a_world_makes_as_many_pairs_as_judge_a_summary(tmp_path):
+    file = tmp_path / "recipe.yaml"
+    file.write_text(json.dumps(JOINT))
+    with pytest.raises(InputError, match=r"users with 3 pairs \(data\.pairs\) have no 4 to judge a summary"):
+        load(file, {"data.pairs": 3, "pairs_per_summary": 4})
+    assert load(file, {"data.pairs": 4, "pairs_per_summary": 4}).pairs_per_summary == 4
+
+
 def test_the_defaults_of_a_joint_recipe_are_those_of_popi_as_released(tmp_path):
     file = tmp_path / "recipe.yaml"
     file.write_text(json.dumps(JOINT))

@@ -107,7 +107,8 @@ class JointRecipe(Section):
         steps: Updates of the writer, and of the generator.
         users_per_step: Users whose summaries are sampled in a step; the generator learns from as many pairs as there
             are summaries, alone too.
-        pairs_per_summary: Held-out pairs of the user that judge a summary; the generator learns from one of them.
+        pairs_per_summary: Held-out pairs of the user that judge a summary, or all where a user of a file has fewer; the
+            generator learns from one of them.
         warmup: Steps of each phase of the schedule until the learning rates have risen.
         batch_tokens: The most tokens of one forward pass.
         evaluate_every: Steps between two looks at held-out users.
@@ -144,6 +145,11 @@ class JointRecipe(Section):
             raise ValueError("only a generator that is trained alone can be told something else than summaries")
         if self.schedule == "alternating" and self.steps < self.rounds:
             raise ValueError("a round has at least one step")
+        if self.data.world is not None and self.pairs_per_summary > self.data.pairs:
+            raise ValueError(
+                f"users with {self.data.pairs} pairs (data.pairs) have no {self.pairs_per_summary} to judge a summary "
+                "(pairs_per_summary)"
+            )
         return self
 
     def steps_of_rounds(self) -> list[int]:

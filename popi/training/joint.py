@@ -75,6 +75,14 @@ def run(recipe: JointRecipe, out: Path, *, source: str, report: Report) -> None:
         people = gather(recipe.data, held_out=recipe.evaluate_users, seed=recipe.seed)
         for why, count in people.left_out.items():
             log.info("left out %s: %d users", why, count)
+        few = sum(len(example.tests) < recipe.pairs_per_summary for example in people.train)
+        if few and recipe.train != "generator":
+            log.info(
+                "%d of %d users have fewer than %d pairs, and all of theirs judge their summaries",
+                few,
+                len(people.train),
+                recipe.pairs_per_summary,
+            )
         try:
             begun = _Run(recipe, folder, people, report)
             models = {"writer_model": recipe.writer.model, "generator_model": recipe.generator.model}

@@ -418,6 +418,12 @@ def test_one_gpu_at_a_time(recipe, tmp_path, monkeypatch):
         train(recipe(), tmp_path / "run")
 
 
+def test_users_of_a_file_with_fewer_pairs_than_wanted_are_counted(recipe, tmp_path, caplog):
+    caplog.set_level("INFO", logger="popi.training.joint")
+    train(recipe(pairs_per_summary=3, steps=1), tmp_path / "run")
+    assert "8 of 8 users have fewer than 3 pairs, and all of theirs judge their summaries" in caplog.messages
+
+
 def test_a_file_with_too_few_users_says_so(recipe, tmp_path):
     with pytest.raises(InputError, match=r"11 of 12 users have evidence and pairs; 30 are held out, and none is left"):
         train(recipe(evaluate_users=30), tmp_path / "run")
