@@ -7,7 +7,6 @@ import json
 import logging
 import shutil
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -106,6 +105,7 @@ class _Run:
             over=recipe.generator.over,
         )
         self._scorer = self._pair.scorer
+        self._draws = True
         self._contexts = Contexts(
             recipe.generator.context, self._pair, max_tokens=recipe.writer.max_tokens, seed=recipe.seed
         )
@@ -295,5 +295,12 @@ class _Run:
         self._folder.log(measured)
         self._report(measured)
         if seen is not None:
-            with suppress(MissingExtra):
+            self._draw()
+
+    def _draw(self) -> None:
+        if self._draws:
+            try:
                 draw_curves(self._folder.path / METRICS, self._folder.path / CURVES)
+            except MissingExtra as error:
+                log.info("no %s: %s", CURVES, error)
+                self._draws = False

@@ -10,7 +10,7 @@ def test_the_running_mean_by_hand():
 
 
 def test_the_curves_are_a_picture_whatever_was_measured(tmp_path):
-    pytest.importorskip("matplotlib", reason="curves need the extra bench")
+    pytest.importorskip("matplotlib", reason="curves need the extra train")
     lines = [
         {"step": step, "reward": -7 + step / 10, "kl": None, "held_out": {"accuracy": 0.5 + step / 100}}
         for step in range(1, 20)

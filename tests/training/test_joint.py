@@ -418,6 +418,15 @@ def test_one_gpu_at_a_time(recipe, tmp_path, monkeypatch):
         train(recipe(), tmp_path / "run")
 
 
+def test_without_matplotlib_the_run_says_once_that_there_are_no_curves(recipe, tmp_path, caplog, monkeypatch):
+    caplog.set_level("INFO", logger="popi.training.joint")
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    train(recipe(evaluate_every=1), tmp_path / "run")
+    said = [message for message in caplog.messages if "curves.png" in message]
+    assert said == ["no curves.png: matplotlib is not installed; install it with: pip install 'popi[bench]'"]
+    assert not (tmp_path / "run" / "curves.png").exists()
+
+
 def test_users_of_a_file_with_fewer_pairs_than_wanted_are_counted(recipe, tmp_path, caplog):
     caplog.set_level("INFO", logger="popi.training.joint")
     train(recipe(pairs_per_summary=3, steps=1), tmp_path / "run")
