@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate import PartialState
 from transformers import (
     PrinterCallback,
     ProgressCallback,
@@ -47,6 +48,7 @@ log = logging.getLogger(__name__)
 Report = Callable[[dict[str, Any]], None]
 REFERENCE, PHASES, SAMPLES, CURVES = "reference.json", "phases", "samples", "curves.png"
 ONE_GPU = "show it one: CUDA_VISIBLE_DEVICES=0 popi train ..."
+ONE_PROCESS = "start it without torchrun or accelerate launch: popi train ..."
 NO_MEMORY = "out of memory; there may be room with a lower batch_tokens, users_per_step or writer.samples"
 LIBRARIES = ("torch", "transformers", "tokenizers", "numpy", "trl", "accelerate")
 
@@ -65,11 +67,13 @@ def run(recipe: JointRecipe, out: Path, *, source: str, report: Report) -> None:
 
     Raises:
         InputError: If the folder holds another run, or the data or the models cannot be used.
-        ConfigError: If several GPUs are visible.
+        ConfigError: If several GPUs are visible, or several processes were started.
         PopiError: If another process works in it, the disk or the memory is full, or the loss is no number.
     """
     if torch.cuda.device_count() > 1:
         raise ConfigError(f"{torch.cuda.device_count()} GPUs are visible, and a run uses one", fix=ONE_GPU)
+    if (processes := PartialState().num_processes) > 1:
+        raise ConfigError(f"{processes} processes were started, and a run is one", fix=ONE_PROCESS)
     with RunFolder.open(out, recipe, libraries=LIBRARIES) as folder, quiet():
         people = gather(recipe.data, held_out=recipe.evaluate_users, seed=recipe.seed)
         for why, count in people.left_out.items():

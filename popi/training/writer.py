@@ -115,6 +115,7 @@ class WriterTrainer(Saves, GRPOTrainer):
                 raise InputError(
                     f"the signals of user {name!r} cannot be read: {read.error}", fix="mend the chat template"
                 )
+        first = self.accelerator.process_index * len(rendered)
         drafts = [
             Draft(
                 prompt.tokens,
@@ -123,7 +124,7 @@ class WriterTrainer(Saves, GRPOTrainer):
                 top_p=self.top_p,
                 seed=seed_of(self.args.seed, "rollout", self._steps_done, place),
             )
-            for place, prompt in enumerate(rendered)
+            for place, prompt in enumerate(rendered, start=first)
         ]
         # A group that has no room in one batch would have its prompt computed in each of several.
         group = max(len(prompt.tokens) for prompt in rendered) + self._samples * self._max_tokens

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -416,6 +417,13 @@ def test_one_gpu_at_a_time(recipe, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with pytest.raises(ConfigError, match="2 GPUs are visible, and a run uses one; show it one: CUDA_"):
         train(recipe(), tmp_path / "run")
+
+
+def test_one_process_at_a_time(recipe, tmp_path, monkeypatch):
+    monkeypatch.setattr("popi.training.joint.PartialState", lambda: SimpleNamespace(num_processes=2))
+    with pytest.raises(ConfigError, match="2 processes were started, and a run is one; start it without torchrun or"):
+        train(recipe(), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_without_matplotlib_the_run_says_once_that_there_are_no_curves(recipe, tmp_path, caplog, monkeypatch):

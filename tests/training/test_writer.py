@@ -128,6 +128,13 @@ def test_a_user_whose_signals_the_chat_template_refuses_is_named(trainer):
         trainer.roll_out(prompts)
 
 
+def test_processes_that_sample_for_one_step_sample_apart(trainer, monkeypatch):
+    prompts = [trainer.train_dataset[0]["prompt"]] * 4
+    both = trainer.roll_out(prompts)["completion_ids"]
+    monkeypatch.setattr(type(trainer.accelerator), "process_index", 1)
+    assert trainer.roll_out(prompts[:2])["completion_ids"] == both[2:]
+
+
 def test_what_is_earned_goes_by_the_steps_of_the_run(trainer):
     asked = []
     trainer._earn = lambda users, summaries, tokens, step: (asked.append(step) or [0.0], {})
