@@ -39,7 +39,7 @@ from popi.training.schedule import Phase, phases_of
 from popi.training.scoring import Judged, Reference
 from popi.training.seeds import seed_of
 from popi.training.trl import GRPOConfig
-from popi.training.users import People, conversations, gather, in_turn
+from popi.training.users import People, conversations, in_turn, make_people, read_people
 from popi.training.watch import Watch
 from popi.training.writer import WriterTrainer
 
@@ -75,17 +75,7 @@ def run(recipe: JointRecipe, out: Path, *, source: str, report: Report) -> None:
     if (processes := PartialState().num_processes) > 1:
         raise ConfigError(f"{processes} processes were started, and a run is one", fix=ONE_PROCESS)
     with RunFolder.open(out, recipe, libraries=LIBRARIES) as folder, quiet():
-        people = gather(recipe.data, held_out=recipe.evaluate_users, seed=recipe.seed)
-        for why, count in people.left_out.items():
-            log.info("left out %s: %d users", why, count)
-        few = sum(len(example.tests) < recipe.pairs_per_summary for example in people.train)
-        if few and recipe.train != "generator":
-            log.info(
-                "%d of %d users have fewer than %d pairs, and all of theirs judge their summaries",
-                few,
-                len(people.train),
-                recipe.pairs_per_summary,
-            )
+        people = _gathered(recipe)
         try:
             begun = _Run(recipe, folder, people, report)
             models = {"writer_model": recipe.writer.model, "generator_model": recipe.generator.model}
@@ -94,6 +84,24 @@ def run(recipe: JointRecipe, out: Path, *, source: str, report: Report) -> None:
             begun.all(source)
         except torch.OutOfMemoryError as error:
             raise PopiError(NO_MEMORY) from error
+
+
+def _gathered(recipe: JointRecipe) -> People:
+    """The users of a run; tells of those that are left out, and of those with fewer pairs than were asked for."""
+    data, held_out, seed = recipe.data, recipe.evaluate_users, recipe.seed
+    if data.file is not None:
+        people = read_people(data.file, users=data.users, held_out=held_out, seed=seed)
+    else:
+        assert data.users is not None, "a world is told how many users to make"
+        people = make_people(data.users, pairs=data.pairs, held_out=held_out, seed=seed)
+    for why, count in people.left_out.items():
+        log.info("left out %s: %d users", why, count)
+    wanted = recipe.pairs_per_summary
+    few = sum(len(example.tests) < wanted for example in people.train)
+    if few and recipe.train != "generator":
+        told = "%d of %d users have fewer than %d pairs, and all of theirs judge their summaries"
+        log.info(told, few, len(people.train), wanted)
+    return people
 
 
 class _Run:
@@ -168,36 +176,55 @@ class _Run:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
 
     def _writer_trainer(self, phase: Phase, folder: Path) -> tuple[WriterTrainer, GeneratorUpdate | None]:
-        recipe, writer, generator = self._recipe, self._recipe.writer, self._recipe.generator
-        joint = phase.kind == "both"
-        update = None
-        if joint and not recipe.shared:
-            update = GeneratorUpdate(
-                self._pair.generator,
-                learning_rate=generator.learning_rate,
-                steps=phase.steps,
-                warmup=recipe.warmup,
-                clip=generator.clip,
-            )
-        earn = PairReward(
+        recipe, users = self._recipe, self._people.train
+        update = self._update(phase) if phase.kind == "both" and not recipe.shared else None
+        # Where each role has phases of its own, the writer has had half of the steps before.
+        before = phase.first // 2 * recipe.users_per_step
+        order = in_turn(len(users), before + phase.steps * recipe.users_per_step, seed=recipe.seed)[before:]
+        trainer = WriterTrainer(
+            self._pair.writer,
+            self._pair.writer_tokenizer,
+            self._writer_arguments(phase, folder),
+            conversations=conversations(users, self._pair.writer_backend, recipe.writer.max_tokens),
+            order=order,
+            names=[example.user.user_id for example in users],
+            earn=self._reward(phase, update),
+            batch_tokens=recipe.batch_tokens,
+            first=phase.first,
+            callbacks=[self._watch(phase, {}), Beside(lambda: {} if update is None else update.state())],
+        )
+        return trainer, update
+
+    def _update(self, phase: Phase) -> GeneratorUpdate:
+        return GeneratorUpdate(
+            self._pair.generator,
+            learning_rate=self._recipe.generator.learning_rate,
+            steps=phase.steps,
+            warmup=self._recipe.warmup,
+            clip=self._recipe.generator.clip,
+        )
+
+    def _reward(self, phase: Phase, update: GeneratorUpdate | None) -> PairReward:
+        recipe, generator = self._recipe, self._recipe.generator
+        return PairReward(
             self._scorer,
             [example.tests for example in self._people.train],
             self._reference,
             loss=generator.loss,
             beta=generator.beta,
-            reward_beta=writer.beta or generator.beta,
+            reward_beta=recipe.writer.beta or generator.beta,
             pairs_per_summary=recipe.pairs_per_summary,
-            token_price=writer.token_price,
+            token_price=recipe.writer.token_price,
             seed=recipe.seed,
             update=update,
-            keep_gradient=joint and recipe.shared,
+            keep_gradient=phase.kind == "both" and recipe.shared,
         )
-        # Where each role has phases of its own, the writer has had half of the steps before.
-        before, users = phase.first // 2 * recipe.users_per_step, len(self._people.train)
-        order = in_turn(users, before + phase.steps * recipe.users_per_step, seed=recipe.seed)[before:]
-        arguments = GRPOConfig(
+
+    def _writer_arguments(self, phase: Phase, folder: Path) -> GRPOConfig:
+        writer = self._recipe.writer
+        return GRPOConfig(
             **self._arguments(folder, phase.steps),
-            per_device_train_batch_size=writer.samples * recipe.users_per_step,
+            per_device_train_batch_size=writer.samples * self._recipe.users_per_step,
             learning_rate=writer.learning_rate,
             max_grad_norm=writer.clip,
             num_generations=writer.samples,
@@ -208,19 +235,6 @@ class _Run:
             loss_type="grpo" if writer.over == "mean" else "dr_grpo",
             scale_rewards="group" if writer.scale_by_std else "none",
         )
-        trainer = WriterTrainer(
-            self._pair.writer,
-            self._pair.writer_tokenizer,
-            arguments,
-            conversations=conversations(self._people.train, self._pair.writer_backend, writer.max_tokens),
-            order=order,
-            names=[example.user.user_id for example in self._people.train],
-            earn=earn,
-            batch_tokens=recipe.batch_tokens,
-            first=phase.first,
-            callbacks=[self._watch(phase, {}), Beside(lambda: {} if update is None else update.state())],
-        )
-        return trainer, update
 
     def _generator_trainer(self, phase: Phase, folder: Path) -> tuple[GeneratorTrainer, None]:
         recipe, generator = self._recipe, self._recipe.generator

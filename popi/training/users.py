@@ -5,12 +5,12 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 
 from popi.backends.base import Backend
-from popi.config import Users
 from popi.data.example import PersonalizationExample, TestPair, read_examples
 from popi.errors import ConfigError, InputError
 from popi.prompts import Message, inference_messages
@@ -47,26 +47,36 @@ class People:
         return digest.hexdigest()[:16]
 
 
-def gather(data: Users, *, held_out: int, seed: int) -> People:
-    """Makes or reads the users of a run.
+def make_people(users: int, *, pairs: int, held_out: int, seed: int) -> People:
+    """Makes the users of a run in the mini world.
 
     Args:
-        data: Where they come from.
+        users: How many there are to learn from.
+        pairs: Of each user.
         held_out: How many are kept back.
-        seed: Decides the users of a world, and which of a file are kept back.
+        seed: Decides who they are.
+    """
+    from popi.data.miniworld import generate
+
+    made = list(generate(split="train", users=users, seed=seed, tests=pairs))
+    kept_back = list(generate(split="validation", users=held_out, seed=seed, tests=pairs))
+    return People(_useful(made), _useful(kept_back), _reasons(made, _useful(made)))
+
+
+def read_people(file: Path, *, users: int | None, held_out: int, seed: int) -> People:
+    """Reads the users of a run.
+
+    Args:
+        file: JSON lines of examples.
+        users: How many to learn from; ``None`` takes all that are left.
+        held_out: How many are kept back.
+        seed: Decides who is kept back.
 
     Raises:
-        InputError: If a file is broken, or has too few users with evidence and pairs.
-        ConfigError: If more users are asked for than a file has.
+        InputError: If the file is broken, or has too few users with evidence and pairs.
+        ConfigError: If more users are asked for than it has.
     """
-    if data.file is None:
-        from popi.data.miniworld import generate
-
-        assert data.users is not None
-        made = list(generate(split="train", users=data.users, seed=seed, tests=data.pairs))
-        kept_back = list(generate(split="validation", users=held_out, seed=seed, tests=data.pairs))
-        return People(_useful(made), _useful(kept_back), _reasons(made, _useful(made)))
-    read = list(read_examples(data.file))
+    read = list(read_examples(file))
     useful = _useful(read)
     # Users of one cluster share what they are tested on: all of them learn or none does.
     clusters = list(dict.fromkeys(example.cluster for example in useful))
@@ -77,14 +87,14 @@ def gather(data: Users, *, held_out: int, seed: int) -> People:
     if first is None:
         raise InputError(
             f"{len(useful)} of {len(read)} users have evidence and pairs; {held_out} are held out, and none is left",
-            file=data.file,
+            file=file,
             fix="give more users, or hold out fewer with evaluate_users",
         )
     train = dealt[first:]
-    if data.users is not None and data.users > len(train):
-        raise ConfigError(f"{len(train)} users are left to learn from, not {data.users}", field="data.users")
+    if users is not None and users > len(train):
+        raise ConfigError(f"{len(train)} users are left to learn from, not {users}", field="data.users")
     parted = _reasons(read, useful) | {BESIDE_HELD_OUT: first - held_out}
-    return People(train[: data.users], dealt[:held_out], {why: count for why, count in parted.items() if count})
+    return People(train[:users], dealt[:held_out], {why: count for why, count in parted.items() if count})
 
 
 def conversations(users: Sequence[PersonalizationExample], backend: Backend, max_tokens: int) -> list[list[Message]]:

@@ -22,7 +22,7 @@ from popi.io import read_jsonl, write_jsonl
 from popi.signals import PreferencePair, Statement, UserSignals
 from popi.testing import tiny_model
 from popi.training.run_folder import RunFolder, load_state
-from popi.training.users import gather
+from popi.training.users import read_people
 
 pytestmark = pytest.mark.slow
 
@@ -300,8 +300,7 @@ def test_a_pair_of_a_held_out_user_that_is_too_long_is_known_before_the_first_st
     recipe, people, tmp_path, changes, answers
 ):
     resolved = recipe(**changes, **{"data.file": str(tmp_path / "users.jsonl")})
-    (tmp_path / "users.jsonl").write_text(people.read_text())
-    held_out = gather(resolved.data, held_out=resolved.evaluate_users, seed=resolved.seed).held_out[0]
+    held_out = read_people(people, users=None, held_out=resolved.evaluate_users, seed=resolved.seed).held_out[0]
     made = [example for _, example in read_jsonl(people, PersonalizationExample)]
     long = TestPair(prompt="?", chosen="7" * answers, rejected="No.")
     write_jsonl(

@@ -3,13 +3,12 @@ import asyncio
 import pytest
 
 from popi import registry
-from popi.config import Users
 from popi.data.example import PersonalizationExample, TestPair
 from popi.data.miniworld import generate
 from popi.io import write_jsonl
 from popi.signals import Statement, UserSignals
 from popi.testing import ScriptedBackend
-from popi.training.users import conversations, gather, in_turn
+from popi.training.users import conversations, in_turn, read_people
 
 
 @pytest.mark.parametrize("context_length", [None, 400])
@@ -38,6 +37,6 @@ def test_users_who_share_their_pairs_with_held_out_ones_are_counted(tmp_path):
         for n in range(30)
     ]
     write_jsonl(tmp_path / "users.jsonl", made)
-    people = gather(Users(file=tmp_path / "users.jsonl"), held_out=3, seed=0)
+    people = read_people(tmp_path / "users.jsonl", users=None, held_out=3, seed=0)
     assert (len(people.train), len(people.held_out)) == (20, 3)
     assert people.left_out == {"since they share their pairs with held-out users": 7}
