@@ -46,6 +46,7 @@ WAYS = {
     "alternating": Way({"schedule": "alternating"}),
     "shared-weights": Way({"shared": True}),
     "ipo": Way({"generator.loss": "ipo"}),
+    "ipo-0.05": Way({"generator.loss": "ipo", "generator.beta": 0.05}),
     "std-in-advantage": Way({"writer.scale_by_std": True}),
     "writer-alone": Way({"train": "writer"}),
     "generator-alone": Way({"train": "generator"}, "untrained-summary"),

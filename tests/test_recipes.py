@@ -113,6 +113,25 @@ def test_a_benchmark_finds_both_sides_equal(script, words, heads):
     assert len(done.stdout.splitlines()) == heads + 1
 
 
+def test_the_benchmark_of_a_step_stops_where_gradients_differ(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks" / "speed")
+    train_step = importlib.import_module("train_step")
+    monkeypatch.setattr(train_step, "gradient_difference", lambda ours, plain: 2e-5)
+    with pytest.raises(AssertionError, match="the gradients differ by 2e-05 and 2e-05"):
+        train_step.measure(train_step.MODEL, 1, 100, 2, 4, 1)
+
+
+def test_every_way_of_joining_is_a_recipe(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    joining = importlib.import_module("joining")
+    made = {name: load(joining.RECIPE, way.changes) for name, way in joining.WAYS.items()}
+    assert {(made[name].generator.loss, made[name].generator.beta) for name in ("interleaved", "ipo", "ipo-0.05")} == {
+        ("dpo", 0.5),
+        ("ipo", 0.5),
+        ("ipo", 0.05),
+    }
+
+
 def test_the_peak_of_a_side_does_not_depend_on_what_was_measured_before(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "benchmarks" / "speed")
     peak = importlib.import_module("reward_scoring").peak

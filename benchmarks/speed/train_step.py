@@ -10,8 +10,8 @@ with the prompt of a user computed once for all of their summaries, and takes re
 the same pass.
 
 Both sides run in this process, in turn, on the same weights. Both sample exactly S tokens; scoring and update then get
-the same samples, and the gradients are compared: the largest difference over the largest gradient. "possible" is what
-the writer's tokens alone allow: (T + S) G against T + G S.
+the same samples, and the gradients are compared: the largest difference over the largest gradient, at which the script
+stops where it is more than rounding. "possible" is what the writer's tokens alone allow: (T + S) G against T + G S.
 """
 
 from __future__ import annotations
@@ -27,8 +27,6 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 from transformers.utils import logging as transformers_logging
-from trl.trainer.grpo_config import GRPOConfig
-from trl.trainer.grpo_trainer import GRPOTrainer
 from usual import differences
 
 from popi.backends.causal.chat_tokens import ChatTokens
@@ -42,9 +40,11 @@ from popi.summary import PreferenceSummary
 from popi.training.objective import dpo_loss
 from popi.training.reward import PairReward
 from popi.training.scoring import Judged, PairScorer, Reference, reference_key
+from popi.training.trl import GRPOConfig, GRPOTrainer
 from popi.training.writer import TRAINED, WriterTrainer
 
 MODEL, BETA, KL, BATCH_TOKENS, CONTEXT = "popi-mini-base", 0.1, 2e-3, 8192, 8192
+ROUNDING = 1e-5
 
 
 class Step:
@@ -263,6 +263,7 @@ def measure(name: str, users: int, length: int, samples: int, summary: int, repe
     for trainer in (step.ours, step.plain):
         step.update(trainer, completions, advantages)
     writers = gradient_difference(step.ours.model, step.plain.model)
+    assert max(writers, generators) <= ROUNDING, f"the gradients differ by {writers:.0e} and {generators:.0e}"
     mean = sum(map(len, step.prompts)) / len(step.prompts)
     possible = (mean + summary) * samples / (mean + samples * summary)
     parts = "  ".join(f"{p:6.2f} {o:6.2f}" for p, o in zip(plain, ours, strict=True))
