@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from popi.config import Phase, PretrainRecipe
-from popi.data.miniworld.curriculum import Dilution, Lesson, lesson
+from popi.config import PretrainRecipe
+from popi.data.miniworld.curriculum import Dilution, Lesson, Task, lesson
 from popi.errors import ConfigError
 from popi.training.attention import use_float32_attention
 from popi.training.card import model_card
@@ -112,15 +112,24 @@ def tokenizer_texts(seed: int) -> Iterator[str]:
         yield made.response
 
 
-def lessons_of(phase: Phase, seed: int, step: int) -> list[Lesson]:
-    """The lessons of one step; no two steps of a run share a user or an answer."""
+def lessons_of(
+    counts: Mapping[Task, int], *, signals: tuple[int, int], seed: int, step: int, dilution: Dilution | None = None
+) -> list[Lesson]:
+    """The lessons of one step; no two steps of a run share a user or an answer.
+
+    Args:
+        counts: Lessons of each task.
+        signals: The fewest and the most signals of a user.
+        seed: Of the run.
+        step: Steps of the run before it.
+        dilution: How a writer falls short of the evidence.
+    """
     rng = np.random.default_rng([seed, step, 7])
-    dilution = Dilution(**phase.dilution.model_dump()) if phase.dilution else None
     made, place = [], step * 4096
-    for task, count in phase.lessons.items():
+    for task, count in counts.items():
         for _ in range(count):
-            signals = int(rng.integers(phase.signals[0], phase.signals[1] + 1))
-            made.append(lesson(task, seed, place, signals=signals, dilution=dilution if task == "write" else None))
+            shown = int(rng.integers(signals[0], signals[1] + 1))
+            made.append(lesson(task, seed, place, signals=shown, dilution=dilution if task == "write" else None))
             place += 1
     return made
 
@@ -198,11 +207,12 @@ def _run(recipe: PretrainRecipe, folder: RunFolder, source: str, report: Callabl
     bf16 = bf16_is_faster()
     first = 0
     for phase in recipe.phases:
+        dilution = Dilution(**phase.dilution.model_dump()) if phase.dilution else None
         for step in range(max(first, learner.step), first + phase.steps):
             began = time.perf_counter()
             share = (step - first) / max(1, phase.steps - 1)
             rate = phase.learning_rate[0] + share * (phase.learning_rate[1] - phase.learning_rate[0])
-            lessons = lessons_of(phase, recipe.seed, step)
+            lessons = lessons_of(phase.lessons, signals=phase.signals, seed=recipe.seed, step=step, dilution=dilution)
             measured: dict[str, Any] = {"step": learner.step + 1, "phase": phase.name}
             measured |= learn(learner, tokenizer, lessons, lr=rate, bf16=bf16, batch_tokens=recipe.batch_tokens)
             measured["seconds"] = time.perf_counter() - began

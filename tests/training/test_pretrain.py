@@ -46,7 +46,7 @@ def test_a_step_moves_every_weight():
     _, tokenizer = tiny_model("llama")
     learner = build(recipe.architecture, tokenizer, seed=0)
     before = {name: value.detach().clone() for name, value in learner.model.named_parameters()}
-    lessons = lessons_of(recipe.phases[0], 0, 0)
+    lessons = lessons_of(recipe.phases[0].lessons, signals=(2, 3), seed=0, step=0)
     for _ in range(2):
         measured = learn(learner, tokenizer, lessons, lr=1e-3, bf16=False, batch_tokens=4096)
     assert measured["response"] > 0
@@ -57,15 +57,16 @@ def test_training_on_the_same_lessons_lowers_every_loss():
     recipe = small(RECIPES[0])
     _, tokenizer = tiny_model("llama")
     learner = build(recipe.architecture, tokenizer, seed=0)
-    lessons = lessons_of(recipe.phases[0], 0, 0)
+    lessons = lessons_of(recipe.phases[0].lessons, signals=(2, 3), seed=0, step=0)
     seen = [learn(learner, tokenizer, lessons, lr=3e-3, bf16=False, batch_tokens=4096) for _ in range(12)]
     for name in ("response", "styles", "shows", "believes"):
         assert seen[-1][name] < seen[0][name]
 
 
 def test_no_two_steps_share_a_lesson():
-    phase = small(RECIPES[0]).phases[0]
-    texts = [[made.response for made in lessons_of(phase, 0, step)] for step in (0, 1)]
+    counts = small(RECIPES[0]).phases[0].lessons
+    lessons = [lessons_of(counts, signals=(2, 3), seed=0, step=step) for step in (0, 1)]
+    texts = [[made.response for made in step] for step in lessons]
     assert not set(texts[0]) & set(texts[1])
 
 
