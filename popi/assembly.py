@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import inspect
 import json
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -47,11 +49,15 @@ def open_backend(model: str, *, role: str = "") -> tuple[Backend, Ledger]:
     config = load_backend(file)
     ledger = Ledger(config.budget)
     opened = _Opening(file, ledger, role)
-    if isinstance(config, RoutesConfig):
-        found: Backend = Fallback([opened.route(name, route) for name, route in config.routes.items()])
-    else:
-        found = opened.model(config, opened.made(Price, config.price or {}, "price"))
-    return (found if config.cache is None else Cache(found, config.cache)), ledger
+    try:
+        if isinstance(config, RoutesConfig):
+            found: Backend = Fallback([opened.route(name, route) for name, route in config.routes.items()])
+        else:
+            found = opened.model(config, opened.made(Price, config.price or {}, "price"))
+        return (found if config.cache is None else Cache(found, config.cache)), ledger
+    except BaseException:
+        opened.close()
+        raise
 
 
 def answers_rest_on(file: Path) -> tuple[str, list[Path]]:
@@ -86,6 +92,7 @@ class _Opening:
 
     def __init__(self, file: Path, ledger: Ledger, role: str) -> None:
         self._file, self._ledger, self._role = file, ledger, role
+        self._models: list[Backend] = []
 
     def route(self, name: str, config: RouteConfig) -> Route:
         """A model among others."""
@@ -98,10 +105,22 @@ class _Opening:
         """A model with what stands around it."""
         kind = self.made(registry.backend, {}, f"{at}backend", config.backend)
         found: Backend = self.made(kind, config.options, f"{at}options", config.model)
+        self._models.append(found)
         found = Cost(found, price=price, ledger=self._ledger, role=self._role)
         if config.limit is not None:
             found = self.made(Limit, config.limit, f"{at}limit", found)
         return found if config.retry is None else self.made(Retry, config.retry, f"{at}retry", found)
+
+    def close(self) -> None:
+        """Closes the models that were opened before a part could not be made."""
+
+        async def close() -> None:
+            for model in self._models:
+                await model.close()
+
+        # A loop may run in this thread.
+        with ThreadPoolExecutor(1) as elsewhere:
+            elsewhere.submit(asyncio.run, close()).result()
 
     def made(self, make: Callable[..., Part], given: Mapping[str, Any], at: str, *first: object) -> Part:
         """A part of these keyword arguments."""

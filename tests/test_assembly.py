@@ -128,3 +128,23 @@ def test_what_a_file_cannot_mean_is_one_line_with_its_place(write: Write, text: 
 def test_a_file_that_is_not_there_is_told(write: Write) -> None:
     with pytest.raises(InputError, match=r"absent.yaml: cannot be read \(No such file or directory\)"):
         open_backend("absent.yaml")
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        "api: {backend: openai, model: m, options: {key: NO_SUCH_KEY}}",
+        "api: {backend: 'parts:Named', model: m, limit: {at_once: 0}}",
+    ],
+)
+async def test_what_was_opened_is_closed_when_a_later_part_cannot_be_made(
+    write: Write, broken: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def close(self: Named) -> None:
+        closed.append(self.model)
+
+    closed: list[str] = []
+    monkeypatch.setattr(Named, "close", close)
+    with pytest.raises(InputError, match=r"routes\.api"):
+        open_backend(write(f"routes:\n  local: {{backend: 'parts:Named', model: near}}\n  {broken}\n"))
+    assert closed[0] == "near"

@@ -140,7 +140,7 @@ def _samples(
 ) -> tuple[list[Sample], dict[str, object]]:
     """The users, and where they come from, as settings."""
     from popi.evaluation import samples
-    from popi.evaluation.folder import fingerprint
+    from popi.io import fingerprint
 
     if (data is None) == (world is None):
         raise ConfigError("the users come from --data FILE or from --world miniworld", fix="give one of the two")
@@ -196,7 +196,7 @@ def run_config(
 def _fingerprint(model: str) -> str | None:
     """Of the files of a model, or of a backend's file as far as answers depend on it: on what it names."""
     from popi.assembly import FILES, answers_rest_on
-    from popi.evaluation.folder import fingerprint
+    from popi.io import fingerprint
     from popi.models import find
 
     if not model.endswith(FILES):

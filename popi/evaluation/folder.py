@@ -23,7 +23,6 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ConfigDict
 
 from popi.errors import InputError
-from popi.io import fingerprint as fingerprint
 from popi.io import read_jsonl, validate, write_jsonl, write_text
 
 PIECES = "users"

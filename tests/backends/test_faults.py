@@ -118,11 +118,12 @@ async def test_a_thousand_requests_under_all_faults_end_well_in_time_and_within_
     async with backend(vllm_url, tokenizer=SERVED, concurrency=AT_ONCE) as known:
         expected = await all_done(known, jobs)
     # About nine tenths of what all of them cost: the last ones are not sent.
-    ledger = Ledger(cap=0.042)
+    ledger = Ledger(cap=0.067)
     with FaultyServer(vllm_url, SHARES, stall=TIMEOUT + 1).running() as faulty:
-        inner = Limit(backend(faulty.url, tokenizer=SERVED, timeout=TIMEOUT), at_once=AT_ONCE)
-        counted = Cost(inner, price=PRICE, ledger=ledger)
-        async with Retry(counted, attempts=4, deadline=DEADLINE, first=0.05, longest=0.5) as full:
+        counted = Cost(backend(faulty.url, tokenizer=SERVED, timeout=TIMEOUT), price=PRICE, ledger=ledger)
+        async with Retry(
+            Limit(counted, at_once=AT_ONCE), attempts=4, deadline=DEADLINE, first=0.05, longest=0.5
+        ) as full:
             found = await all_done(full, jobs)
     # The loop's own pool, in which the SDK looks up its platform, ends with the loop.
     await asyncio.get_running_loop().shutdown_default_executor()
@@ -135,7 +136,7 @@ async def test_a_thousand_requests_under_all_faults_end_well_in_time_and_within_
 
     assert all(faulty.planted[fault] > 0 for fault in FAULTS)
     assert sorted(found) == [*range(1000)]
-    assert {*outcomes} <= {"answered", *get_args(FailureKind)}
+    assert {*outcomes} <= {"answered", *get_args(FailureKind)} and outcomes["answered"] > 700
     assert slowest < DEADLINE + TIMEOUT
     # Nothing is sent behind the accounts' back, and nothing above the cap; all that was set aside is free again.
     assert faulty.planted.total() + faulty.passed <= ledger.total.requests

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from popi.errors import InputError
-from popi.evaluation.folder import Folder, RunConfig, fingerprint
+from popi.evaluation.folder import Folder, RunConfig
 from popi.evaluation.measure import Plain
+from popi.io import fingerprint
 
 CONFIG = RunConfig(
     settings={"world": "miniworld", "writer": "a", "judged": 3},

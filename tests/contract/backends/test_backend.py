@@ -13,6 +13,7 @@ import pytest
 from popi.backends.base import Backend, ChatRequest, ScoreRequest
 from popi.errors import BackendError
 from popi.prompts import Message
+from popi.testing import ScriptedBackend
 
 TEXTS = [
     "What is a good answer?",
@@ -179,7 +180,7 @@ async def test_a_call_that_is_cancelled_leaves_the_backend_usable(backend: Backe
     await asyncio.sleep(0.05)
     call.cancel()
     await asyncio.wait([call], timeout=20)
-    assert call.done()
+    assert call.cancelled() or (call.done() and isinstance(backend, ScriptedBackend))  # which is done by then
     (result,) = await asyncio.wait_for(backend.chat([ask(TEXTS[0])]), timeout=20)
     assert result.error is None
 
@@ -187,10 +188,19 @@ async def test_a_call_that_is_cancelled_leaves_the_backend_usable(backend: Backe
 @pytest.mark.slow
 async def test_a_thousand_calls_at_once_are_answered_in_bounded_memory(backend: Backend) -> None:
     await backend.chat([ask("What is 0?", max_tokens=2)])
-    before = resident()
+    before = highest = resident()
+
+    async def watch() -> None:
+        nonlocal highest
+        while True:
+            highest = max(highest, resident())
+            await asyncio.sleep(0.01)
+
+    watching = asyncio.create_task(watch())
     answers = await asyncio.gather(*(backend.chat([ask(f"What is {n}?", max_tokens=2)]) for n in range(1000)))
+    watching.cancel()
     assert all(result.error is None for [result] in answers)
-    assert resident() - before < 256 * 2**20
+    assert max(highest, resident()) - before < 256 * 2**20
 
 
 async def test_counting_needs_no_conversation(backend: Backend) -> None:
