@@ -155,7 +155,8 @@ class _Run:
         """Removes all of the finished phases but the weights of the last."""
         *earlier, last = (self._weights_of(phase).parent for phase in done)
         for left in (*earlier, *last.glob("checkpoint-*")):
-            shutil.rmtree(left, ignore_errors=True)
+            if left.exists():
+                shutil.rmtree(left)
 
     def _weights_of(self, phase: Phase) -> Path:
         return self._folder.path / PHASES / phase.name / "weights.pt"
