@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import AsyncIterator, Sequence
 
-from popi.backends.base import Backend, ChatRequest, ChatResult, ScoreRequest, ScoreResult
+from popi.backends.base import Backend, ChatRequest, ChatResult, Ended, ScoreRequest, ScoreResult, unheard
 from popi.prompts import Message, answer_messages
 from popi.roles import Candidate, Conditioned, ConditionedGenerator, context_tokens
 from popi.summary import PreferenceSummary, cap_tokens
@@ -50,9 +50,9 @@ class PromptedGenerator(ConditionedGenerator):
         shown = self._shown(items)
         return await self._backend.chat([self._request(item, shown) for item in items])
 
-    async def stream(self, item: Conditioned) -> AsyncIterator[str]:
+    async def stream(self, item: Conditioned, ended: Ended = unheard) -> AsyncIterator[str]:
         """See :meth:`ConditionedGenerator.stream`."""
-        async for piece in self._backend.stream(self._request(item, self._shown([item]))):
+        async for piece in self._backend.stream(self._request(item, self._shown([item])), ended):
             yield piece
 
     async def score(self, items: Sequence[Candidate]) -> list[ScoreResult]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Literal, Self
@@ -92,6 +92,14 @@ class ChatResult:
     ) -> Self:
         """An item that failed."""
         return cls("", "error", prompt_tokens, 0, model, error, failure, retry_after)
+
+
+Ended = Callable[[ChatResult], None]
+"""Told how a stream has ended: with the whole answer, as ``chat`` gives it."""
+
+
+def unheard(result: ChatResult) -> None:
+    """For those who want the pieces alone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,8 +193,13 @@ class Backend(ABC):
         """
 
     @abstractmethod
-    def stream(self, request: ChatRequest) -> AsyncIterator[str]:
+    def stream(self, request: ChatRequest, ended: Ended = unheard) -> AsyncIterator[str]:
         """Continues one conversation, piece by piece; the pieces joined are the text that ``chat`` gives.
+
+        Args:
+            request: The conversation.
+            ended: Told, once the last piece was taken, the whole answer with its tokens and how it ended. Of a stream
+                that is left or breaks off it hears nothing.
 
         Raises:
             BackendError: If the answer cannot be had or breaks off.

@@ -45,8 +45,8 @@ class Spent:
         prompt_tokens: That were read, as the servers say.
         completion_tokens: That were written, likewise.
         money: What these cost.
-        unsure: The most that the others cost, of which no server has told the tokens: streams, and requests that failed
-            on their way.
+        unsure: The most that the others cost, of which no server has told the tokens: requests that failed on their
+            way, and streams that were left.
     """
 
     requests: int = 0

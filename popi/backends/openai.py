@@ -11,7 +11,16 @@ from weakref import WeakKeyDictionary
 
 from openai import AsyncOpenAI
 
-from popi.backends.base import Backend, Capabilities, ChatRequest, ChatResult, ScoreRequest, ScoreResult
+from popi.backends.base import (
+    Backend,
+    Capabilities,
+    ChatRequest,
+    ChatResult,
+    Ended,
+    ScoreRequest,
+    ScoreResult,
+    unheard,
+)
 from popi.backends.deadline import turn
 from popi.backends.remote.endpoints import ByMessages, ByTokenIds, Endpoint
 from popi.backends.remote.failures import failed
@@ -89,7 +98,7 @@ class OpenAIBackend(Backend):
         """
         return await self._each(requests, self._endpoint.chat, ChatResult)
 
-    async def stream(self, request: ChatRequest) -> AsyncIterator[str]:
+    async def stream(self, request: ChatRequest, ended: Ended = unheard) -> AsyncIterator[str]:
         """Continues one conversation, piece by piece.
 
         Raises:
@@ -98,7 +107,7 @@ class OpenAIBackend(Backend):
         client, gate = self._connected()
         async with turn(gate):
             try:
-                async with held(self._endpoint.stream(client, request)) as pieces:
+                async with held(self._endpoint.stream(client, request, ended)) as pieces:
                     while True:
                         async with asyncio.timeout(self._timeout):
                             piece = await anext(pieces)

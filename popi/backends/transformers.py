@@ -14,7 +14,16 @@ from typing import Self, TypeVar
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from popi.backends.base import Backend, Capabilities, ChatRequest, ChatResult, ScoreRequest, ScoreResult
+from popi.backends.base import (
+    Backend,
+    Capabilities,
+    ChatRequest,
+    ChatResult,
+    Ended,
+    ScoreRequest,
+    ScoreResult,
+    unheard,
+)
 from popi.backends.causal.admission import admitted
 from popi.backends.causal.answer import Answer
 from popi.backends.causal.cache import has_plain_cache
@@ -104,7 +113,7 @@ class TransformersBackend(Backend):
         """
         return await self._work(lambda check: self._chat(requests, check))
 
-    async def stream(self, request: ChatRequest) -> AsyncIterator[str]:
+    async def stream(self, request: ChatRequest, ended: Ended = unheard) -> AsyncIterator[str]:
         """Continues one conversation, piece by piece, never half a character.
 
         Raises:
@@ -115,7 +124,7 @@ class TransformersBackend(Backend):
             [result] = await self._work(lambda check: self._chat([request], check, emit))
             return result
 
-        async with held(streamed(self.model, chat)) as pieces:
+        async with held(streamed(self.model, chat, ended)) as pieces:
             async for piece in pieces:
                 yield piece
 

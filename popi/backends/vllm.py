@@ -11,7 +11,16 @@ from contextlib import aclosing, nullcontext
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
-from popi.backends.base import Backend, Capabilities, ChatRequest, ChatResult, ScoreRequest, ScoreResult
+from popi.backends.base import (
+    Backend,
+    Capabilities,
+    ChatRequest,
+    ChatResult,
+    Ended,
+    ScoreRequest,
+    ScoreResult,
+    unheard,
+)
 from popi.backends.causal.admission import admitted
 from popi.backends.causal.answer import Answer
 from popi.backends.causal.chat_tokens import ChatTokens, Rendered
@@ -126,7 +135,7 @@ class VLLMBackend(Backend):
         """
         return await self._run(self._chats(requests))
 
-    async def stream(self, request: ChatRequest) -> AsyncIterator[str]:
+    async def stream(self, request: ChatRequest, ended: Ended = unheard) -> AsyncIterator[str]:
         """Continues one conversation, piece by piece, never half a character.
 
         Raises:
@@ -137,7 +146,7 @@ class VLLMBackend(Backend):
             [result] = await self._run(self._chats([request], emit))
             return result
 
-        async with held(streamed(self.model, chat)) as pieces:
+        async with held(streamed(self.model, chat, ended)) as pieces:
             async for piece in pieces:
                 yield piece
 

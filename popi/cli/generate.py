@@ -12,6 +12,7 @@ from popi.cli.output import JsonFlag, print_json, shown, wants_json
 from popi.errors import BackendError, ConfigError, InputError, did_you_mean
 
 if TYPE_CHECKING:
+    from popi.backends.base import ChatResult
     from popi.roles import Conditioned, ConditionedGenerator
     from popi.summary import PreferenceSummary
 
@@ -106,25 +107,32 @@ def _answer(
     if result.error is not None:
         raise BackendError(f"no answer: {result.error}")
     if wants_json(json):
-        print_json(
-            {
-                "prompt": prompt,
-                "summary": None if summary is None else summary.text,
-                "response": result.text,
-                "finish_reason": result.finish_reason,
-                "prompt_tokens": result.prompt_tokens,
-                "completion_tokens": result.completion_tokens,
-                "model": result.model,
-                "route": result.route,
-            }
-        )
+        print_json(_record(item, result))
     else:
         typer.echo(shown(result.text))
 
 
+def _record(item: Conditioned, result: ChatResult) -> dict[str, object]:
+    return {
+        "prompt": item.prompt,
+        "summary": None if item.summary is None else item.summary.text,
+        "response": result.text,
+        "finish_reason": result.finish_reason,
+        "prompt_tokens": result.prompt_tokens,
+        "completion_tokens": result.completion_tokens,
+        "model": result.model,
+        "route": result.route,
+    }
+
+
 async def _stream(answering: ConditionedGenerator, item: Conditioned, *, json: bool) -> None:
-    """Prints the pieces: as text, which is what a stream is for also when piped, or as a JSON line each."""
-    async for piece in answering.stream(item):
+    """Prints the pieces: as text, which is what a stream is for also when piped, or as JSON lines, the answer last."""
+
+    def ended(result: ChatResult) -> None:
+        if json:
+            print_json(_record(item, result))
+
+    async for piece in answering.stream(item, ended):
         if json:
             print_json({"piece": piece})
         else:

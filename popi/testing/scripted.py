@@ -10,9 +10,11 @@ from popi.backends.base import (
     Capabilities,
     ChatRequest,
     ChatResult,
+    Ended,
     FinishReason,
     ScoreRequest,
     ScoreResult,
+    unheard,
 )
 from popi.backends.causal.answer import first_stop
 from popi.errors import BackendError
@@ -67,7 +69,7 @@ class ScriptedBackend(Backend):
         self.chats.extend(requests)
         return [self._answer(request) for request in requests]
 
-    async def stream(self, request: ChatRequest) -> AsyncIterator[str]:
+    async def stream(self, request: ChatRequest, ended: Ended = unheard) -> AsyncIterator[str]:
         """Gives the answer word by word.
 
         Raises:
@@ -78,6 +80,7 @@ class ScriptedBackend(Backend):
             raise BackendError(result.error)
         for piece in _pieces(result.text):
             yield piece
+        ended(result)
 
     async def score(self, requests: Sequence[ScoreRequest]) -> list[ScoreResult]:
         """Scores each response from the script.

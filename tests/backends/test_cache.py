@@ -41,6 +41,19 @@ async def test_what_was_answered_is_not_asked_again_by_whoever_comes(tmp_path: P
             assert len(later.chats) == 1
 
 
+async def test_an_answer_that_was_streamed_to_its_end_is_kept(tmp_path: Path) -> None:
+    async with Cache(inner := numbered(), tmp_path / "cache") as cache:
+        left = cache.stream(ask("tea"))
+        await anext(left)
+        await left.aclose()
+        whole = list[ChatResult]()
+        text = "".join([piece async for piece in cache.stream(ask("rice"), whole.append)])
+        assert [result.text for result in whole] == [text]
+        assert await cache.chat([ask("rice")]) == whole
+        assert [piece async for piece in cache.stream(ask("rice"), whole.append)] == [text] and len(whole) == 2
+        assert (cache.hits, cache.misses, len(inner.chats)) == (2, 2, 2)
+
+
 async def test_equal_requests_are_asked_once(tmp_path: Path) -> None:
     async with Cache(inner := numbered(), tmp_path / "cache") as cache:
         results = await cache.chat([ask("rice"), ask("tea"), ask("rice"), ask("rice")])

@@ -94,15 +94,15 @@ async def test_a_dead_backend_settles_its_account() -> None:
     assert await ledger.reserve(0.9)
 
 
-async def test_a_stream_counts_as_the_most_that_it_could_cost() -> None:
+async def test_a_stream_counts_as_an_answer_and_one_that_is_left_as_the_most_that_it_could_cost() -> None:
     ledger, request = Ledger(), ask("rice", user="ann")
     backend = Cost(ScriptedBackend(), price=PRICE, ledger=ledger, role="generator")
     assert "".join([piece async for piece in backend.stream(request)]) == "Noted: rice"
-    assert ledger.by_user() == {"ann": Spent(1, unsure=pytest.approx(most(request)))}
+    assert ledger.by_user() == {"ann": Spent(1, 1, 2, pytest.approx(PRICE.of(1, 2)))}
     stream = backend.stream(request)
     await anext(stream)
     await stream.aclose()
-    assert ledger.total.unsure == pytest.approx(2 * most(request))
+    assert ledger.total.unsure == pytest.approx(most(request))
 
 
 async def test_a_batch_that_is_broken_off_may_have_cost_all_that_it_could() -> None:

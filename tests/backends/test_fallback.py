@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Sequence
 
 import pytest
 
-from popi.backends.base import Capabilities, ChatRequest, ChatResult, ScoreRequest
+from popi.backends.base import Capabilities, ChatRequest, ChatResult, Ended, ScoreRequest, unheard
 from popi.backends.ledger import Price
 from popi.backends.wrappers import Breaker, Fallback, Route
 from popi.errors import BackendError, ConfigError
@@ -149,14 +149,16 @@ async def test_scores_of_which_none_could_be_had_are_no_numbers(pair: Pair) -> N
 class Breaking(ScriptedBackend):
     """Breaks off behind its first piece."""
 
-    async def stream(self, request: ChatRequest) -> AsyncIterator[str]:
+    async def stream(self, request: ChatRequest, ended: Ended = unheard) -> AsyncIterator[str]:
         yield "One"
         raise BackendError("broke off", failure="unreachable")
 
 
 async def test_a_stream_may_begin_elsewhere_but_not_go_on_there(pair: Pair) -> None:
     pair.local.dead = "down"
-    assert "".join([piece async for piece in pair.backend.stream(ask())]) == "Noted: rice"
+    whole = list[ChatResult]()
+    assert "".join([piece async for piece in pair.backend.stream(ask(), whole.append)]) == "Noted: rice"
+    assert [result.route for result in whole] == ["api"]
     both = Fallback([Route("local", Breaking()), Route("api", api := ScriptedBackend())])
     stream = both.stream(ask())
     assert await anext(stream) == "One"
@@ -233,7 +235,7 @@ async def test_a_probe_that_hangs_holds_up_no_other_request() -> None:
 
 async def test_a_stream_that_was_withheld_is_an_answer() -> None:
     class Withholding(ScriptedBackend):
-        async def stream(self, request: ChatRequest) -> AsyncIterator[str]:
+        async def stream(self, request: ChatRequest, ended: Ended = unheard) -> AsyncIterator[str]:
             raise BackendError("the model refuses: no", failure="withheld")
             yield ""
 

@@ -11,7 +11,7 @@ from email.utils import formatdate
 
 import pytest
 
-from popi.backends.base import PASSING, ChatRequest, ScoreRequest
+from popi.backends.base import PASSING, ChatRequest, ChatResult, ScoreRequest
 from popi.backends.openai import OpenAIBackend
 from popi.errors import BackendError, ConfigError
 from popi.prompts import Message
@@ -40,8 +40,10 @@ async def test_a_black_box_answers_as_the_open_model_does(vllm_url: str) -> None
         assert [result.text for result in told] == [result.text for result in expected]
         assert [result.finish_reason for result in told] == [result.finish_reason for result in expected]
         assert [result.prompt_tokens for result in told] == [result.prompt_tokens for result in expected]
-        pieces = [piece async for piece in box.stream(ask())]
+        whole = list[ChatResult]()
+        pieces = [piece async for piece in box.stream(ask(), whole.append)]
         assert len(pieces) > 1 and "".join(pieces) == told[0].text
+        assert whole == told[:1]
 
 
 @pytest.mark.slow
@@ -241,11 +243,12 @@ async def test_a_server_may_count_no_tokens(usage: dict | None, counted: tuple[i
         assert (result.text, result.prompt_tokens, result.completion_tokens) == ("Rice.", *counted)
 
 
-def streamed(*deltas: str, end: str | None = "stop", **more: str) -> bytes:
+def streamed(*deltas: str, end: str | None = "stop", usage: dict | None = None, **more: str) -> bytes:
     chunk = {"id": "1", "object": "chat.completion.chunk", "created": 0, "model": "m"}
     choices = [{"index": 0, "delta": {"content": delta, **more}, "finish_reason": None} for delta in deltas]
     choices += [{"index": 0, "delta": {}, "finish_reason": end}] if end else []
-    lines = [f"data: {json.dumps({**chunk, 'choices': [choice]})}\n\n" for choice in choices]
+    chunks = [{**chunk, "choices": [choice]} for choice in choices] + [{**chunk, "choices": [], "usage": usage}]
+    lines = [f"data: {json.dumps(each)}\n\n" for each in chunks]
     return http("200 OK", "".join([*lines, "data: [DONE]\n\n"]), Content_Type="text/event-stream")
 
 
@@ -268,6 +271,17 @@ async def test_a_stream_that_breaks_off_says_so_after_its_pieces(reply: bytes, s
             async for piece in box.stream(ask()):
                 pieces.append(piece)
         assert pieces == ["Ri", "ce"] and caught.value.failure == kind
+
+
+@pytest.mark.usefixtures("key")
+async def test_the_whole_answer_of_a_stream_has_the_tokens_that_the_server_counts() -> None:
+    counted = {"prompt_tokens": 3, "completion_tokens": 2}
+    for usage, tokens in (None, (0, 0)), (counted, (3, 2)):
+        reply = streamed("Ri", "ce", end="length", usage=usage)
+        whole = list[ChatResult]()
+        async with answering(reply) as url, backend(url) as box:
+            assert [piece async for piece in box.stream(ask(), whole.append)] == ["Ri", "ce"]
+        assert whole == [ChatResult("Rice", "length", *tokens, SERVED)]
 
 
 def test_without_a_key_the_variable_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

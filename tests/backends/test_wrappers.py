@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from popi.backends.base import Backend, ChatRequest, ChatResult
+from popi.backends.base import Backend, ChatRequest, ChatResult, Ended, unheard
 from popi.backends.ledger import Ledger, Price
 from popi.backends.wrappers import Cache, Cost, Fallback, Limit, Retry, Route, Wrapper
 from popi.errors import BackendError
@@ -21,10 +21,10 @@ class Counting(ScriptedBackend):
 
     streams = 0
 
-    async def stream(self, request: ChatRequest) -> AsyncIterator[str]:
+    async def stream(self, request: ChatRequest, ended: Ended = unheard) -> AsyncIterator[str]:
         self.streams += 1
         try:
-            async for piece in super().stream(request):
+            async for piece in super().stream(request, ended):
                 yield piece
         finally:
             self.streams -= 1
@@ -47,6 +47,14 @@ async def test_a_stream_that_is_left_is_closed_behind_the_wrapper(wrap: Callable
     assert await anext(stream) and counting.streams == 1
     await stream.aclose()
     assert counting.streams == 0
+
+
+@pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS)
+async def test_a_stream_tells_its_whole_answer_through_the_wrapper(wrap: Callable[[Backend], Backend]) -> None:
+    backend, request, whole = wrap(Counting()), ChatRequest([Message("user", "a long question")]), list[ChatResult]()
+    pieces = [piece async for piece in backend.stream(request, whole.append)]
+    [answer] = await backend.chat([request])
+    assert whole == [answer] and "".join(pieces) == answer.text
 
 
 @pytest.mark.parametrize("wrap", [partial(Retry, attempts=1), Limit], ids=["retry", "limit"])

@@ -70,9 +70,10 @@ def test_prints_the_bare_answer_on_a_terminal(popi: Run, models: Models, monkeyp
 def test_streams_text_also_when_piped_and_json_lines_when_asked(popi: Run) -> None:
     args = ("generate", "--model", "m", "--prompt", "How?", "--summary", "- Short", "--stream")
     assert popi(*args).out == "Told: - Short.\n"
-    pieces = [json.loads(line)["piece"] for line in popi(*args, "--json").out.splitlines()]
-    assert len(pieces) == 3
-    assert "".join(pieces) == "Told: - Short."
+    *lines, last = map(json.loads, popi(*args, "--json").out.splitlines())
+    assert len(lines) == 3
+    assert "".join(line["piece"] for line in lines) == "Told: - Short." == last["response"]
+    assert last == popi(*args[:-1], "--json").record
 
 
 @pytest.mark.parametrize("stream", [[], ["--stream"]])

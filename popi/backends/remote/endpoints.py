@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from openai import AsyncOpenAI, AsyncStream
 
-from popi.backends.base import ChatRequest, ChatResult, FinishReason, ScoreRequest, ScoreResult
+from popi.backends.base import ChatRequest, ChatResult, Ended, FinishReason, ScoreRequest, ScoreResult
 from popi.backends.remote.wire import BrokenOff, ChatAnswer, Chunk, Malformed, TextAnswer, read
 from popi.backends.together import held
 from popi.errors import BackendError
@@ -47,8 +48,8 @@ class Endpoint(ABC):
         """Continues a conversation."""
 
     @abstractmethod
-    def stream(self, client: AsyncOpenAI, request: ChatRequest) -> AsyncIterator[str]:
-        """Continues a conversation, piece by piece."""
+    def stream(self, client: AsyncOpenAI, request: ChatRequest, ended: Ended) -> AsyncIterator[str]:
+        """Continues a conversation, piece by piece, and tells the whole answer in the end."""
 
     @abstractmethod
     async def score(self, client: AsyncOpenAI, request: ScoreRequest) -> ScoreResult:
@@ -80,12 +81,12 @@ class ByMessages(Endpoint):
         why = {"refused": REFUSED.format(refusal), "filtered": WITHHELD}.get(reason)
         return ChatResult(text, reason, answer.read, answer.written, self._model, why)
 
-    async def stream(self, client: AsyncOpenAI, request: ChatRequest) -> AsyncIterator[str]:
-        """Continues a conversation, piece by piece."""
+    async def stream(self, client: AsyncOpenAI, request: ChatRequest, ended: Ended) -> AsyncIterator[str]:
+        """Continues a conversation, piece by piece, and tells the whole answer in the end."""
         chunks = await client.chat.completions.create(
             **self._arguments(request), stream=True, stream_options={"include_usage": True}
         )
-        async with held(_pieces(self._model, chunks)) as pieces:
+        async with held(_pieces(self._model, chunks, ended)) as pieces:
             async for piece in pieces:
                 yield piece
 
@@ -146,18 +147,22 @@ class ByTokenIds(Endpoint):
             return ChatResult.failed(prompt.error, "request", model=self._model, prompt_tokens=length)
         answer = read(TextAnswer, await client.completions.create(**self._arguments(request, prompt.tokens)))
         text, reason = answer.choices[0].text or "", _finish(answer.choices[0].finish_reason)
-        written = answer.written or self.count_tokens(text)
-        return ChatResult(text, reason, length, written, self._model, WITHHELD if reason == "filtered" else None)
+        why = WITHHELD if reason == "filtered" else None
+        return self._counted(ChatResult(text, reason, length, answer.written, self._model, why), length)
 
-    async def stream(self, client: AsyncOpenAI, request: ChatRequest) -> AsyncIterator[str]:
-        """Continues a conversation, piece by piece."""
+    async def stream(self, client: AsyncOpenAI, request: ChatRequest, ended: Ended) -> AsyncIterator[str]:
+        """Continues a conversation, piece by piece, and tells the whole answer in the end."""
         prompt = self._prompt(request, min(request.max_tokens, 1))
         if prompt.error is not None:
             raise BackendError(f"{self._model}: {prompt.error}", failure="request")
         chunks = await client.completions.create(
             **self._arguments(request, prompt.tokens), stream=True, stream_options=COUNTED
         )
-        async with held(_pieces(self._model, chunks)) as pieces:
+
+        def answered(result: ChatResult) -> None:
+            ended(self._counted(result, len(prompt.tokens)))
+
+        async with held(_pieces(self._model, chunks, answered)) as pieces:
             async for piece in pieces:
                 yield piece
 
@@ -189,6 +194,11 @@ class ByTokenIds(Endpoint):
         """The length of a bare text, without special tokens."""
         return len(self._tokens.encode([text])[0])
 
+    def _counted(self, result: ChatResult, prompt: int) -> ChatResult:
+        """With the tokens that were sent, and those of the answer also where the server does not say."""
+        written = result.completion_tokens or self.count_tokens(result.text)
+        return replace(result, prompt_tokens=prompt, completion_tokens=written)
+
     def _prompt(self, request: ChatRequest | ScoreRequest, needed: int) -> Rendered:
         from popi.backends.causal.admission import admitted
 
@@ -209,25 +219,28 @@ COUNTED: Any = {"include_usage": True, "continuous_usage_stats": True}
 """Asks a vLLM server to tell with every chunk how many tokens were written until then; others tell it in the end."""
 
 
-async def _pieces(model: str, chunks: AsyncStream[Any]) -> AsyncIterator[str]:
+async def _pieces(model: str, chunks: AsyncStream[Any], ended: Ended) -> AsyncIterator[str]:
     """The pieces of a stream, until its end; a stream without one has broken off.
 
     Chunks have no numbers. Where the server counts tokens as it goes, one that says again what the last one said and
     brings no new token has come twice; elsewhere that goes unnoticed.
     """
-    reason, last, refusal = None, (0, ""), ""
+    reason, last, refusal, text, spent = None, (0, ""), "", "", (0, 0)
     async with chunks:
         async for sent in chunks:
             chunk = read(Chunk, sent)
+            spent = (chunk.read, chunk.written) if chunk.usage else spent
             if not chunk.choices:
                 continue
             piece = chunk.choices[0]
             reason, refusal = piece.finish_reason or reason, refusal + piece.refusal
             told = (chunk.written, piece.content)
             if piece.content and (told != last or not chunk.usage):
+                text += piece.content
                 yield piece.content
             last = told
     if reason is None:
         raise Malformed("the stream broke off")
-    if _finish(reason) == "filtered" or refusal:
+    if (finish := _finish(reason)) == "filtered" or refusal:
         raise BackendError(f"{model}: {REFUSED.format(refusal) if refusal else WITHHELD}", failure="withheld")
+    ended(ChatResult(text, finish, *spent, model))

@@ -11,7 +11,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from popi.backends.base import Backend, ChatRequest, ChatResult, ScoreRequest, ScoreResult
+from popi.backends.base import Backend, ChatRequest, ChatResult, Ended, ScoreRequest, ScoreResult, unheard
 from popi.backends.together import held
 from popi.backends.wrappers.base import Request, Result, Wrapper
 from popi.errors import BackendError, InputError
@@ -69,8 +69,8 @@ class Cache(Wrapper):
         """
         return await self._each(requests, self.inner.score, ScoreResult)
 
-    async def stream(self, request: ChatRequest) -> AsyncIterator[str]:
-        """Continues one conversation; an answer that is there comes in one piece, one that is not is not kept.
+    async def stream(self, request: ChatRequest, ended: Ended = unheard) -> AsyncIterator[str]:
+        """Continues one conversation; an answer that is there comes in one piece.
 
         Raises:
             BackendError: If the answer cannot be had or breaks off.
@@ -80,9 +80,15 @@ class Cache(Wrapper):
             self.hits += 1
             if known["text"]:
                 yield known["text"]
+            ended(ChatResult(**known))
             return
         self.misses += 1
-        async with held(self.inner.stream(request)) as pieces:
+
+        def answered(result: ChatResult) -> None:
+            self._keep(key, result)
+            ended(result)
+
+        async with held(self.inner.stream(request, answered)) as pieces:
             async for piece in pieces:
                 yield piece
 

@@ -5,7 +5,16 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 
-from popi.backends.base import Backend, ChatRequest, ChatResult, FailureKind, ScoreRequest, ScoreResult
+from popi.backends.base import (
+    Backend,
+    ChatRequest,
+    ChatResult,
+    Ended,
+    FailureKind,
+    ScoreRequest,
+    ScoreResult,
+    unheard,
+)
 from popi.backends.ledger import Ledger, Price, Spent
 from popi.backends.together import held
 from popi.backends.wrappers.base import Request, Result, Wrapper
@@ -23,8 +32,8 @@ class Cost(Wrapper):
     """Enters every request into the accounts of a run, and refuses those that might pass its cap.
 
     What a request can cost at most is set aside before it is sent: no token is shorter than a byte, and no answer is
-    longer than it may be. What it did cost is what the server says; where it says nothing, for streams and for requests
-    that failed on their way, that most stays in the accounts as unsure, and counts towards the cap.
+    longer than it may be. What it did cost is what the server says; where it says nothing, and for requests that failed
+    on their way and streams that were left, that most stays in the accounts as unsure, and counts towards the cap.
 
     Args:
         inner: The backend that is asked.
@@ -45,7 +54,7 @@ class Cost(Wrapper):
         """See :meth:`Backend.score`."""
         return await self._all(requests, self.inner.score, ScoreResult)
 
-    async def stream(self, request: ChatRequest) -> AsyncIterator[str]:
+    async def stream(self, request: ChatRequest, ended: Ended = unheard) -> AsyncIterator[str]:
         """Continues one conversation, piece by piece.
 
         Raises:
@@ -55,8 +64,14 @@ class Cost(Wrapper):
         if not await self._ledger.reserve(most):
             raise BackendError(f"{self.model}: {self._refusal(most)}", failure="budget")
         spent = Spent(requests=1, unsure=most)
+
+        def answered(result: ChatResult) -> None:
+            nonlocal spent
+            spent = self._of(result, most)
+            ended(result)
+
         try:
-            async with held(self.inner.stream(request)) as pieces:
+            async with held(self.inner.stream(request, answered)) as pieces:
                 async for piece in pieces:
                     yield piece
         except BackendError as error:

@@ -7,7 +7,17 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequen
 from contextlib import AsyncExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 
-from popi.backends.base import Backend, Capabilities, ChatRequest, ChatResult, FailureKind, ScoreRequest, ScoreResult
+from popi.backends.base import (
+    Backend,
+    Capabilities,
+    ChatRequest,
+    ChatResult,
+    Ended,
+    FailureKind,
+    ScoreRequest,
+    ScoreResult,
+    unheard,
+)
 from popi.backends.ledger import MILLION, Price
 from popi.backends.together import held, together
 from popi.backends.wrappers.base import Request, Result
@@ -87,7 +97,7 @@ class Fallback(Backend):
             raise BackendError(f"{self.model}: none of these gives log-probabilities", failure="request")
         return await self._each(requests, able, lambda backend, some: backend.score(some), ScoreResult)
 
-    async def stream(self, request: ChatRequest) -> AsyncIterator[str]:
+    async def stream(self, request: ChatRequest, ended: Ended = unheard) -> AsyncIterator[str]:
         """Continues one conversation, piece by piece; until the first one has come the next backend may be asked.
 
         Raises:
@@ -98,9 +108,13 @@ class Fallback(Backend):
             if not route.backend.capabilities.stream or not (admission := route.breaker.admit(1)).count:
                 continue
             begun = False
+
+            def served(result: ChatResult, name: str = route.name) -> None:
+                ended(replace(result, route=name))
+
             try:
                 with _watched(route, admission):
-                    async with held(route.backend.stream(request)) as pieces:
+                    async with held(route.backend.stream(request, served)) as pieces:
                         async for piece in pieces:
                             begun = True
                             yield piece

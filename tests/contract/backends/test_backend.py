@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from popi.backends.base import Backend, ChatRequest, ScoreRequest
+from popi.backends.base import Backend, ChatRequest, ChatResult, ScoreRequest
 from popi.errors import BackendError
 from popi.prompts import Message
 from popi.testing import ScriptedBackend
@@ -64,12 +64,13 @@ async def test_no_request_no_result(backend: Backend) -> None:
 
 
 @pytest.mark.parametrize("text", TEXTS)
-async def test_the_pieces_of_a_stream_are_the_text_of_chat(backend: Backend, text: str) -> None:
+async def test_a_stream_gives_the_answer_of_chat_in_pieces(backend: Backend, text: str) -> None:
     request = ask(text)
     (result,) = await backend.chat([request])
-    pieces = await streamed(backend, request)
+    whole = list[ChatResult]()
+    pieces = [piece async for piece in backend.stream(request, whole.append)]
     assert "".join(pieces) == result.text
-    assert all(pieces)
+    assert all(pieces) and whole == [result]
 
 
 async def test_a_stream_comes_in_pieces(backend: Backend) -> None:
