@@ -118,7 +118,7 @@ async def test_a_thousand_requests_under_all_faults_end_well_in_time_and_within_
     async with backend(vllm_url, tokenizer=SERVED, concurrency=AT_ONCE) as known:
         expected = await all_done(known, jobs)
     # About nine tenths of what all of them cost: the last ones are not sent.
-    ledger = Ledger(cap=0.067)
+    ledger = Ledger(cap=0.053)
     with FaultyServer(vllm_url, SHARES, stall=TIMEOUT + 1).running() as faulty:
         counted = Cost(backend(faulty.url, tokenizer=SERVED, timeout=TIMEOUT), price=PRICE, ledger=ledger)
         async with Retry(
