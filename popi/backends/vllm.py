@@ -60,11 +60,12 @@ class VLLMBackend(Backend):
         context_length: The most tokens of a conversation and its answer; ``None`` is what the model can hold.
         cache_gib: Memory for keys and values; ``None`` leaves it to vLLM.
         adapters: Folders of LoRA adapters, by the names under which :meth:`adapted` gives them.
+        adapter: The one of them under which this backend answers; ``None`` is the bare model.
         options: Further engine arguments, by vLLM's names: ``{"tensor_parallel_size": 2}``.
 
     Raises:
         ModelError: If the model or an adapter is missing, broken, or without a chat template, or vLLM cannot run it.
-        ConfigError: If a number makes no sense.
+        ConfigError: If a number makes no sense, or there is no such adapter.
     """
 
     def __init__(
@@ -75,15 +76,20 @@ class VLLMBackend(Backend):
         context_length: int | None = None,
         cache_gib: float | None = None,
         adapters: Mapping[str, str] | None = None,
+        adapter: str | None = None,
         options: Mapping[str, Any] | None = None,
     ) -> None:
         if cache_gib is not None and cache_gib <= 0:
             raise ConfigError(f"{cache_gib} GiB hold no keys and values", field="cache_gib")
-        self.model, self._tokens = model, ChatTokens(load_tokenizer(model), model)
+        self.model = self._base = model
+        self._tokens = ChatTokens(load_tokenizer(model), model)
+        self._adapter: LoRARequest | None = None
         self._adapters = {
             name: LoRARequest(name, number, str(Path(folder).resolve()))
             for number, (name, folder) in enumerate((adapters or {}).items(), start=1)
         }
+        if adapter is not None:
+            self._take(adapter)
         arguments: dict[str, Any] = {"model": find(model), "dtype": dtype, "enable_prefix_caching": True}
         if context_length is not None:
             arguments["max_model_len"] = context_length
@@ -94,7 +100,6 @@ class VLLMBackend(Backend):
         self._engine = Engine(model, {**arguments, **(options or {})})
         self._end_tokens = self._tokens.end_tokens | self._engine.end_tokens
         self.capabilities = Capabilities(stream=True, score=True, context_length=self._engine.context_length)
-        self._adapter: LoRARequest | None = None
         # On a CPU vLLM 0.31 gives a request without an adapter that of a neighbour in its batch, and breaks down over
         # scores in a batch.
         self._turn = asyncio.Lock() if adapters and self._engine.on_cpu else None
@@ -106,11 +111,17 @@ class VLLMBackend(Backend):
         Raises:
             ConfigError: If there is no such adapter.
         """
-        if name not in self._adapters:
-            raise ConfigError(f"{self.model} has no adapter {name!r}", fix=did_you_mean(name, self._adapters))
         other = copy.copy(self)
-        other.model, other._adapter, other._owner = f"{self.model}:{name}", self._adapters[name], False
+        other._owner = False
+        other._take(name)
         return other
+
+    def _take(self, name: str) -> None:
+        if name not in self._adapters:
+            raise ConfigError(
+                f"{self._base} has no adapter {name!r}", field="adapter", fix=did_you_mean(name, self._adapters)
+            )
+        self.model, self._adapter = f"{self._base}:{name}", self._adapters[name]
 
     async def update_weights(self, folder: Path) -> None:
         """Goes on with other weights of the same model, as training saves them; what is under way is finished first.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import json
 import subprocess
 import sys
 import time
@@ -15,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from popi.assembly import open_backend
 from popi.backends.base import Backend, ChatRequest, ScoreRequest
 from popi.backends.transformers import TransformersBackend
 from popi.errors import BackendError, ConfigError, ModelError
@@ -102,6 +104,20 @@ async def test_adapters_by_name_answer_side_by_side(with_adapters: Backend, adap
     await assert_alike(with_adapters, TransformersBackend(SERVED))
     with pytest.raises(ConfigError, match="has no adapter 'smal'; did you mean small"):
         with_adapters.adapted("smal")
+
+
+async def test_a_file_names_the_adapter_under_which_its_backend_answers(
+    with_adapters: Backend, adapters: dict[str, str], tmp_path: Path
+) -> None:
+    file = tmp_path / "large.yaml"
+    options = {"context_length": 256, "cache_gib": 0.25, "adapters": adapters, "adapter": "large"}
+    file.write_text(json.dumps({"backend": "vllm", "model": SERVED, "options": options}))
+    backend, _ = open_backend(str(file))
+    async with backend:
+        assert await backend.chat(REQUESTS) == await with_adapters.adapted("large").chat(REQUESTS)
+    file.write_text(file.read_text().replace('"adapter": "large"', '"adapter": "lage"'))
+    with pytest.raises(ConfigError, match=r"field options\.adapter: .* has no adapter 'lage'; did you mean large"):
+        open_backend(str(file))
 
 
 async def test_closing_a_view_leaves_the_engine(with_adapters: Backend) -> None:
