@@ -6,7 +6,7 @@ Rows are what a generator is told, columns frozen generators, each through the b
 in this process, one that vLLM runs beside it, one that vLLM serves and that gives log-probabilities over HTTP, and
 a black box: a server that is asked by messages and gives text alone. Cells are preference accuracy where there are
 log-probabilities and the exact judge's win rate where there is text, with 95 % intervals by user, on users of unseen
-combinations of tastes. The mini world is a miniature.
+combinations of tastes. What a cell costs is what an answer under it reads and writes. The mini world is a miniature.
 
 Other generators are named by ``--generators``, as ``popi`` takes them: models, or YAML files that describe a backend.
 """
@@ -23,11 +23,11 @@ from itertools import combinations
 from pathlib import Path
 
 from popi import registry
-from popi.assembly import open_backend
-from popi.backends.ledger import Spent
+from popi.assembly import FILES, open_backend
+from popi.backends.ledger import Price, Spent
 from popi.cli.batches import identity
 from popi.cli.evaluate import column, run_config
-from popi.config import load_backend
+from popi.config import SingleConfig, load_backend
 from popi.evaluation.folder import Folder
 from popi.evaluation.report import markdown
 from popi.evaluation.results import Cell, Results
@@ -83,6 +83,7 @@ def main() -> None:
     folder.write("results.md", markdown(results, figure=False))
     print(f"{results.users} users, {given.seeds} samples; {results.notes[0]}\n")
     print_matrix(results)
+    print_costs(results, {name: price_of(model) for name, model in columns.items()})
     print_gains(results)
     print_orders(results)
     for name, account in spent.items():
@@ -170,6 +171,29 @@ def print_matrix(results: Results) -> None:
     for row in ROWS:
         cells = [cell for cell in results.cells if cell.row == row]
         print("|", " | ".join([row, *(told(worth(cell)) for cell in cells)]), f"| {cells[0].context_tokens:.0f} |")
+
+
+def price_of(model: str) -> Price:
+    """What a generator's file says of its price."""
+    config = load_backend(Path(model)) if model.endswith(FILES) else None
+    return Price(**(config.price or {})) if isinstance(config, SingleConfig) else Price()
+
+
+def print_costs(results: Results, prices: Mapping[str, Price]) -> None:
+    """The tokens that a judged answer reads and writes, and the money for a thousand such answers."""
+    print("\n| tokens of an answer, read + written |", " | ".join(prices), "|\n|", "---|" * (len(prices) + 1))
+    for row in ROWS:
+        cells = {cell.column: cell for cell in results.cells if cell.row == row}
+        print(f"| {row} |", " | ".join(cost_of(cells[name], price) for name, price in prices.items()), "|")
+
+
+def cost_of(cell: Cell, price: Price) -> str:
+    """As a text."""
+    if cell.prompt_tokens is None or cell.completion_tokens is None:
+        return "not counted"
+    tokens = f"{cell.prompt_tokens:.0f} + {cell.completion_tokens:.0f}"
+    money = price.of(1, 0) * cell.prompt_tokens + price.of(0, 1) * cell.completion_tokens
+    return f"{tokens}, {1000 * money:.3f}" if money else tokens
 
 
 def print_gains(results: Results) -> None:

@@ -168,6 +168,11 @@ def test_transfer_has_a_column_for_every_kind_of_backend(tmp_path):
     }
     assert "popi-mini-reader-phi-as-text (win rate)" in done.stdout
     assert done.stdout.count("of the oracle's gain") == 5
+    costs = {(cell.row, cell.column): (cell.prompt_tokens, cell.completion_tokens) for cell in results.cells}
+    for name in dict.fromkeys(cell.column for cell in results.cells):
+        read = {row: costs[row, name][0] for row in ("no-context", "popi-summary", "raw-signals")}
+        assert read["no-context"] < read["popi-summary"] < read["raw-signals"]
+    assert costs["popi-summary", "popi-mini-reader-phi"] == costs["popi-summary", "popi-mini-reader-phi-as-text"]
     assert done.stdout.startswith("4 users, 1 samples; ")
 
 

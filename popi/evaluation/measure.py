@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
@@ -38,9 +39,21 @@ class Column:
 
 
 class _Record(BaseModel):
+    """What is kept of a user.
+
+    Attributes:
+        user_id: The user.
+        answer: The answer to the first test prompt; ``None`` when it was not asked, or failed.
+        prompt_tokens: That were read for that answer, what was told of the user included.
+        completion_tokens: That were written.
+    """
+
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     user_id: str
+    answer: str | None = None
+    prompt_tokens: int | None = None
+    completion_tokens: int | None = None
 
 
 class Plain(_Record):
@@ -48,11 +61,9 @@ class Plain(_Record):
 
     Attributes:
         differences: log pi(y_w | x) - log pi(y_l | x) of each test pair; none from a backend without log-probabilities.
-        answer: Its answer to the first test prompt; ``None`` when it was not asked, or failed.
     """
 
     differences: tuple[Failable, ...]
-    answer: str | None = None
 
 
 class Measured(_Record):
@@ -61,14 +72,12 @@ class Measured(_Record):
     Attributes:
         margins: h of each test pair; none from a backend without log-probabilities.
         context_tokens: Length of what it was told of the user, by its own tokenizer.
-        answer: Its answer to the first test prompt; ``None`` when it was not asked, or failed.
-        won: Whether the judge prefers that answer to the bare prompt's: 1, 0, or 1/2 for a tie; ``None`` for a user
+        won: Whether the judge prefers the answer to the bare prompt's: 1, 0, or 1/2 for a tie; ``None`` for a user
             who was not judged. A failed answer ties.
     """
 
     margins: tuple[Failable, ...]
     context_tokens: int
-    answer: str | None = None
     won: float | None = None
 
 
@@ -80,7 +89,7 @@ async def measure_plain(column: Column, examples: Sequence[PersonalizationExampl
     answers = await _answers(reference, examples[:judged], nothing[:judged])
     answers += nothing[judged:]
     return [
-        Plain(user_id=example.user.user_id, differences=tuple(found), answer=answer)
+        Plain(user_id=example.user.user_id, differences=tuple(found), **_kept(answer))
         for example, found, answer in zip(examples, differences, answers, strict=True)
     ]
 
@@ -89,10 +98,9 @@ def measure_nothing(plain: Sequence[Plain], *, judged: int) -> list[Measured]:
     """The bare prompt of a generator that is its own reference: every margin is zero and every answer ties."""
     return [
         Measured(
-            user_id=bare.user_id,
+            **bare.model_dump(exclude={"differences"}),
             margins=(0.0,) * len(bare.differences),
             context_tokens=0,
-            answer=bare.answer,
             won=0.5 if place < judged else None,
         )
         for place, bare in enumerate(plain)
@@ -121,14 +129,15 @@ async def measure(
     asked = judged if judge else 0
     differences = await _differences(column, column.generator, examples, summaries)
     answers = await _answers(column.generator, examples[:asked], summaries[:asked])
-    won = await _compare(judge, examples[:asked], answers, plain[:asked]) if judge else []
+    texts = [None if answer is None else answer.text for answer in answers]
+    won = await _compare(judge, examples[:asked], texts, plain[:asked]) if judge else []
     return [
         Measured(
             user_id=example.user.user_id,
             margins=tuple(map(_minus, differences[place], plain[place].differences)),
             context_tokens=0 if told is None else column.backend.count_tokens(told.text),
-            answer=answers[place] if place < asked else None,
             won=won[place] if place < asked else None,
+            **_kept(answers[place] if place < asked else None),
         )
         for place, (example, told) in enumerate(zip(examples, summaries, strict=True))
     ]
@@ -157,14 +166,27 @@ async def _answers(
     generator: ConditionedGenerator,
     examples: Sequence[PersonalizationExample],
     summaries: Sequence[PreferenceSummary | None],
-) -> list[str | None]:
-    """The answer to each user's first test prompt."""
+) -> list[ChatResult | None]:
+    """The answer to each user's first test prompt; ``None`` where it failed."""
     if not examples:
         return []
     asked = [
         Conditioned(example.tests[0].prompt, summary) for example, summary in zip(examples, summaries, strict=True)
     ]
-    return [None if _failed(result) else result.text for result in await generator.respond(asked)]
+    return [None if _failed(result) else result for result in await generator.respond(asked)]
+
+
+def _kept(answer: ChatResult | None) -> dict[str, Any]:
+    """The fields of a record that are of an answer."""
+    if answer is None:
+        return {}
+    if not answer.prompt_tokens:  # no prompt is empty: this server counts none
+        return {"answer": answer.text}
+    return {
+        "answer": answer.text,
+        "prompt_tokens": answer.prompt_tokens,
+        "completion_tokens": answer.completion_tokens,
+    }
 
 
 def _failed(result: ChatResult | ScoreResult) -> bool:

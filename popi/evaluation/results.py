@@ -28,6 +28,9 @@ class Cell(_Figures):
         win_rate: Of its answers against its own answers to the bare prompt, a tie counting one half.
         judged: Number of answers behind the win rate.
         context_tokens: Mean length of what it was told, by its tokenizer.
+        prompt_tokens: Mean number of tokens that it read for a judged answer, what it was told included; ``None``, as
+            the next, if its server counts none.
+        completion_tokens: Mean number that it wrote.
         context_quantiles: How that length spreads, see ``statistics.QUANTILES``.
         accuracy_quantiles: How the accuracy of single users spreads.
         pairs: Number of test pairs with a margin.
@@ -42,6 +45,8 @@ class Cell(_Figures):
     win_rate: Estimate | None
     judged: int
     context_tokens: float
+    prompt_tokens: float | None
+    completion_tokens: float | None
     context_quantiles: list[float]
     accuracy_quantiles: list[float]
     pairs: int

@@ -119,6 +119,8 @@ class Tabulator:
             win_rate=self._win_rate(row, column),
             judged=sum(found.won is not None for found in measured),
             context_tokens=float(np.mean(lengths)),
+            prompt_tokens=_mean([found.prompt_tokens for found in measured]),
+            completion_tokens=_mean([found.completion_tokens for found in measured]),
             context_quantiles=quantiles(lengths),
             accuracy_quantiles=quantiles(hits / self._pairs) if scores else [],
             pairs=int(self._pairs.sum()) if scores else 0,
@@ -180,6 +182,12 @@ class Tabulator:
             precision=self._bootstrap.ratio(right, [len(ours) for ours in claims]),
             recall=self._bootstrap.ratio(right, [len(theirs) for theirs in truth]),
         )
+
+
+def _mean(counts: Sequence[int | None]) -> float | None:
+    """Of those that are known."""
+    known = [count for count in counts if count is not None]
+    return float(np.mean(known)) if known else None
 
 
 def _longest(user: MeasuredUser) -> float:

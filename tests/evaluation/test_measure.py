@@ -12,7 +12,7 @@ from popi.backends.base import ChatRequest, ChatResult, ScoreRequest, ScoreResul
 from popi.data.example import PersonalizationExample
 from popi.errors import BackendError
 from popi.evaluation.judges import Comparison
-from popi.evaluation.measure import Column, Plain, measure, measure_nothing, measure_plain
+from popi.evaluation.measure import Column, Measured, Plain, measure, measure_nothing, measure_plain
 from popi.prompts import OPEN
 from popi.registry import generator
 from popi.summary import Author, PreferenceSummary, Provenance
@@ -94,11 +94,19 @@ async def test_a_backend_without_log_probabilities_has_answers_and_no_margins(ma
     backend.capabilities = replace(backend.capabilities, score=False)
     ann = make_example("ann", PAIR)
     plain = await measure_plain(column_of(backend), [ann], judged=1)
-    assert plain == [Plain(user_id="ann", differences=(), answer="an answer")]
+    answered = {"answer": "an answer", "prompt_tokens": 2, "completion_tokens": 2}
+    assert plain == [Plain(user_id="ann", differences=(), **answered)]
     [measured] = await measure(column_of(backend), [ann], [summary_of(ann)], plain, judge=PrefersFirst(), judged=1)
     assert measured.margins == () and measured.won is not None and backend.scored == []
     [bare] = measure_nothing(plain, judged=1)
-    assert bare.margins == ()
+    assert bare == Measured(user_id="ann", margins=(), context_tokens=0, won=0.5, **answered)
+    assert measured.prompt_tokens > 2 and measured.completion_tokens == 2
+
+
+async def test_a_server_that_counts_no_tokens_says_nothing_of_costs(make_example: Make) -> None:
+    column = column_of(ScriptedBackend(lambda _: ChatResult("an answer", "stop", completion_tokens=2)))
+    [plain] = await measure_plain(column, [make_example("ann", PAIR)], judged=1)
+    assert (plain.answer, plain.prompt_tokens, plain.completion_tokens) == ("an answer", None, None)
 
 
 async def test_the_order_of_answers_is_random_and_undone(make_example: Make) -> None:

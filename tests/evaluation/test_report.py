@@ -28,6 +28,8 @@ def cell(row: str, column: str, accuracy: float) -> Cell:
         win_rate=None if column == "stranger" else estimate(0.5),
         judged=0,
         context_tokens=12.34,
+        prompt_tokens=40.0,
+        completion_tokens=9.5,
         context_quantiles=[1, 2, 3, 4, 5],
         accuracy_quantiles=[0, 0.25, 0.5, 0.75, 1],
         pairs=4,

@@ -25,11 +25,14 @@ def user(
     seed: int = 0,
     won: float | None = None,
     tokens: int = 5,
+    read: int | None = None,
 ) -> MeasuredUser:
     pairs = len(next(iter(margins.values())))
     example = PersonalizationExample(user=UserSignals(user_id=name), tests=(PAIR,) * pairs)
     cells = {
-        (row, "model"): Measured(user_id=name, margins=found, context_tokens=tokens, won=won)
+        (row, "model"): Measured(
+            user_id=name, margins=found, context_tokens=tokens, won=won, prompt_tokens=read, completion_tokens=read
+        )
         for row, found in margins.items()
     }
     plain = {"model": Plain(user_id=name, differences=(-1.0,) * pairs)}
@@ -37,8 +40,8 @@ def user(
 
 
 FOUR = [
-    user("ann", {"told": (2.0,), "other": (1.0,)}, won=1.0, tokens=10),
-    user("bob", {"told": (-1.0,), "other": (-1.0,)}, won=0.5, tokens=20),
+    user("ann", {"told": (2.0,), "other": (1.0,)}, won=1.0, tokens=10, read=30),
+    user("bob", {"told": (-1.0,), "other": (-1.0,)}, won=0.5, tokens=20, read=41),
     user("cho", {"told": (0.0,), "other": (-3.0,)}, seed=1, tokens=30),
     user("dee", {"told": (None,), "other": (-3.0,)}, seed=1, tokens=0),
 ]
@@ -52,6 +55,7 @@ def test_a_cell() -> None:
     assert cell.win_rate is not None
     assert (cell.win_rate.value, cell.judged) == (0.75, 2)
     assert (cell.context_tokens, cell.pairs, cell.unscored) == (15, 4, 1)
+    assert (cell.prompt_tokens, cell.completion_tokens) == (35.5, 35.5)  # of the two that were judged
 
 
 def test_differences_are_paired_and_told_from_the_references_that_are_there() -> None:
