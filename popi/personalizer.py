@@ -11,8 +11,9 @@ from weakref import WeakValueDictionary
 
 from popi import registry
 from popi.assembly import open_backend
-from popi.backends.base import Backend
+from popi.backends.base import Backend, Ended, unheard
 from popi.backends.ledger import Ledger, Spent
+from popi.backends.together import held
 from popi.errors import BackendError
 from popi.prompts import template_hash
 from popi.roles import Conditioned, ConditionedGenerator, PreferenceInference
@@ -137,15 +138,21 @@ class Personalizer:
             raise BackendError(f"no answer for user {user_id!r}: {result.error}")
         return result.text
 
-    async def stream(self, user_id: str, prompt: str) -> AsyncIterator[str]:
+    async def stream(self, user_id: str, prompt: str, ended: Ended = unheard) -> AsyncIterator[str]:
         """Answers a prompt under the user's summary, piece by piece.
+
+        Args:
+            user_id: The user.
+            prompt: What is asked.
+            ended: Told the whole answer in the end, with its tokens and why it ended.
 
         Raises:
             BackendError: If the summary or the answer cannot be had, or the answer breaks off.
         """
         summary = await self.infer(user_id)
-        async for piece in self._generator.stream(Conditioned(prompt, summary)):
-            yield piece
+        async with held(self._generator.stream(Conditioned(prompt, summary), ended)) as pieces:
+            async for piece in pieces:
+                yield piece
 
     def spent(self, user_id: str | None = None) -> Spent:
         """What was spent so far on a user, or on all, where a backend's file keeps the accounts."""

@@ -6,6 +6,7 @@ import logging
 from collections.abc import AsyncIterator, Sequence
 
 from popi.backends.base import Backend, ChatRequest, ChatResult, Ended, ScoreRequest, ScoreResult, unheard
+from popi.backends.together import held
 from popi.prompts import Message, answer_messages
 from popi.roles import Candidate, Conditioned, ConditionedGenerator, context_tokens
 from popi.summary import PreferenceSummary, cap_tokens
@@ -52,8 +53,9 @@ class PromptedGenerator(ConditionedGenerator):
 
     async def stream(self, item: Conditioned, ended: Ended = unheard) -> AsyncIterator[str]:
         """See :meth:`ConditionedGenerator.stream`."""
-        async for piece in self._backend.stream(self._request(item, self._shown([item])), ended):
-            yield piece
+        async with held(self._backend.stream(self._request(item, self._shown([item])), ended)) as pieces:
+            async for piece in pieces:
+                yield piece
 
     async def score(self, items: Sequence[Candidate]) -> list[ScoreResult]:
         """See :meth:`ConditionedGenerator.score`."""
