@@ -181,7 +181,7 @@ def price_of(model: str) -> Price:
 
 def print_costs(results: Results, prices: Mapping[str, Price]) -> None:
     """The tokens that a judged answer reads and writes, and the money for a thousand such answers."""
-    print("\n| tokens of an answer, read + written |", " | ".join(prices), "|\n|", "---|" * (len(prices) + 1))
+    print("\n| tokens of an answer, read + written |", " | ".join(prices), f"|\n|{'---|' * (len(prices) + 1)}")
     for row in ROWS:
         cells = {cell.column: cell for cell in results.cells if cell.row == row}
         print(f"| {row} |", " | ".join(cost_of(cells[name], price) for name, price in prices.items()), "|")
