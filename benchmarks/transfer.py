@@ -192,8 +192,8 @@ def cost_of(cell: Cell, price: Price) -> str:
     if cell.prompt_tokens is None or cell.completion_tokens is None:
         return "not counted"
     tokens = f"{cell.prompt_tokens:.0f} + {cell.completion_tokens:.0f}"
-    money = price.of(1, 0) * cell.prompt_tokens + price.of(0, 1) * cell.completion_tokens
-    return f"{tokens}, {1000 * money:.3f}" if money else tokens
+    money = 1000 * price.of(cell.prompt_tokens, cell.completion_tokens)
+    return f"{tokens}, {money:.3f}" if money else tokens
 
 
 def print_gains(results: Results) -> None:

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ from transformers import get_cosine_schedule_with_warmup
 
 from popi.cli import main
 from popi.config import load
-from popi.evaluation.results import Results
+from popi.evaluation.results import Cell, Results
 from popi.models import find
 from popi.testing import free_port
 from tests.servers import needs_vllm
@@ -174,6 +175,16 @@ def test_transfer_has_a_column_for_every_kind_of_backend(tmp_path):
         assert read["no-context"] < read["popi-summary"] < read["raw-signals"]
     assert costs["popi-summary", "popi-mini-reader-phi"] == costs["popi-summary", "popi-mini-reader-phi-as-text"]
     assert done.stdout.startswith("4 users, 1 samples; ")
+
+
+def test_a_price_tells_what_a_thousand_answers_cost(tmp_path):
+    transfer = runpy.run_path(str(ROOT / "benchmarks" / "transfer.py"))
+    (file := tmp_path / "api.yaml").write_text("{backend: openai, model: m, price: {prompt: 0.5, completion: 2}}")
+    cell = Cell.model_construct(prompt_tokens=58.0, completion_tokens=38.0)
+    told = [transfer["cost_of"](cell, transfer["price_of"](model)) for model in (str(file), "popi-mini-base")]
+    assert told == ["58 + 38, 0.105", "58 + 38"]
+    unknown = Cell.model_construct(prompt_tokens=None, completion_tokens=None)
+    assert transfer["cost_of"](unknown, transfer["price_of"](str(file))) == "not counted"
 
 
 def test_the_backends_benchmark_finds_equal_texts():

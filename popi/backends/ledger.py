@@ -31,8 +31,8 @@ class Price:
         if not min(self.prompt, self.completion) >= 0:
             raise ConfigError("a price is no less than nothing")
 
-    def of(self, prompt_tokens: int, completion_tokens: int) -> float:
-        """The price of so many tokens."""
+    def of(self, prompt_tokens: float, completion_tokens: float) -> float:
+        """The price of so many tokens, which may be a mean."""
         return (prompt_tokens * self.prompt + completion_tokens * self.completion) / MILLION
 
 
