@@ -1,14 +1,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from popi import registry
-from popi.backends.base import ChatRequest, ChatResult, Ended, unheard
+from popi.backends.base import ChatRequest, ChatResult
 from popi.errors import BackendError
 from popi.personalizer import Personalizer
 from popi.signals import Statement
@@ -52,24 +51,13 @@ async def test_observes_infers_and_responds(personalizer: Personalizer) -> None:
     assert (len(whole), whole[0].finish_reason) == (1, "stop")
 
 
-async def test_a_stream_that_is_left_is_closed_down_to_the_backend() -> None:
-    streams = 0
-
-    class Counting(ScriptedBackend):
-        async def stream(self, request: ChatRequest, ended: Ended = unheard) -> AsyncIterator[str]:
-            nonlocal streams
-            streams += 1
-            try:
-                async for piece in super().stream(request, ended):
-                    yield piece
-            finally:
-                streams -= 1
-
-    backend = Counting(script)
-    pieces = Personalizer(LLMSummarizer(backend), PromptedGenerator(backend)).stream("ann", "How?")
-    assert await anext(pieces) and streams == 1
+async def test_a_stream_that_is_left_is_closed_down_to_the_backend(
+    personalizer: Personalizer, backend: ScriptedBackend
+) -> None:
+    pieces = personalizer.stream("ann", "How?")
+    assert await anext(pieces) and backend.streams == 1
     await pieces.aclose()
-    assert streams == 0
+    assert backend.streams == 0
 
 
 async def test_infers_again_only_when_the_signals_changed(personalizer: Personalizer, backend: ScriptedBackend) -> None:

@@ -41,6 +41,7 @@ class ScriptedBackend(Backend):
     Attributes:
         chats: Every request of ``chat`` and ``stream``, in order.
         scored: Every request of ``score``, in order.
+        streams: How many streams are open.
         dead: Set to a reason, it makes every call raise a :class:`popi.errors.BackendError` that gives it.
     """
 
@@ -56,6 +57,7 @@ class ScriptedBackend(Backend):
         self.capabilities = Capabilities(stream=True, score=True, context_length=context_length)
         self.chats: list[ChatRequest] = []
         self.scored: list[ScoreRequest] = []
+        self.streams = 0
         self.dead: str | None = None
         self._answers, self._scores = answers, scores
 
@@ -78,8 +80,12 @@ class ScriptedBackend(Backend):
         (result,) = await self.chat([request])
         if result.error is not None:
             raise BackendError(result.error)
-        for piece in _pieces(result.text):
-            yield piece
+        self.streams += 1
+        try:
+            for piece in _pieces(result.text):
+                yield piece
+        finally:
+            self.streams -= 1
         ended(result)
 
     async def score(self, requests: Sequence[ScoreRequest]) -> list[ScoreResult]:

@@ -2,33 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
 import pytest
 
-from popi.backends.base import Backend, ChatRequest, ChatResult, Ended, unheard
+from popi.backends.base import Backend, ChatRequest, ChatResult
 from popi.backends.ledger import Ledger, Price
 from popi.backends.wrappers import Cache, Cost, Fallback, Limit, Retry, Route, Wrapper
 from popi.errors import BackendError
 from popi.prompts import Message
 from popi.testing import ScriptedBackend
-
-
-class Counting(ScriptedBackend):
-    """Knows how many of its streams are open."""
-
-    streams = 0
-
-    async def stream(self, request: ChatRequest, ended: Ended = unheard) -> AsyncIterator[str]:
-        self.streams += 1
-        try:
-            async for piece in super().stream(request, ended):
-                yield piece
-        finally:
-            self.streams -= 1
-
 
 WRAPPERS: dict[str, Callable[[Backend], Backend]] = {
     "wrapper": Wrapper,
@@ -42,16 +27,17 @@ WRAPPERS: dict[str, Callable[[Backend], Backend]] = {
 
 @pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS)
 async def test_a_stream_that_is_left_is_closed_behind_the_wrapper(wrap: Callable[[Backend], Backend]) -> None:
-    backend = wrap(counting := Counting())
+    backend = wrap(inner := ScriptedBackend())
     stream = backend.stream(ChatRequest([Message("user", "a long question")]))
-    assert await anext(stream) and counting.streams == 1
+    assert await anext(stream) and inner.streams == 1
     await stream.aclose()
-    assert counting.streams == 0
+    assert inner.streams == 0
 
 
 @pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS)
 async def test_a_stream_tells_its_whole_answer_through_the_wrapper(wrap: Callable[[Backend], Backend]) -> None:
-    backend, request, whole = wrap(Counting()), ChatRequest([Message("user", "a long question")]), list[ChatResult]()
+    backend, request = wrap(ScriptedBackend()), ChatRequest([Message("user", "a long question")])
+    whole = list[ChatResult]()
     pieces = [piece async for piece in backend.stream(request, whole.append)]
     [answer] = await backend.chat([request])
     assert whole == [answer] and "".join(pieces) == answer.text
