@@ -110,7 +110,8 @@ class JointRecipe(Section):
         pairs_per_summary: Held-out pairs of the user that judge a summary, or all where a user of a file has fewer; the
             generator learns from one of them.
         warmup: Steps of each phase of the schedule until the learning rates have risen.
-        batch_tokens: The most tokens of one forward pass. The writer's update holds those of all summaries of a step.
+        batch_tokens: The most tokens of one forward pass, and the most whose activations are kept for a gradient. The
+            summaries of one user are sampled together even where they take more.
         evaluate_every: Steps between two looks at held-out users.
         evaluate_users: How many these are.
         checkpoint_every: Steps between two checkpoints.

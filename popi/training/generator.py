@@ -69,7 +69,7 @@ class GeneratorTrainer(Saves):
         """The mean loss of a batch of pairs."""
         items: list[Judged] = inputs["items"]
         read = self._scorer.tokens
-        margins = torch.cat([found for _, found in self._scorer.passes(items)])
+        margins = self._scorer.margins_for_gradient(items)
         loss = self._objective(margins, self._beta).mean()
         check_finite("the loss", loss.item(), self._first + self.state.global_step)
         figures = {**margin_figures(margins, loss.item()), "tokens/update": float(self._scorer.tokens - read)}

@@ -50,8 +50,8 @@ REFERENCE, PHASES, SAMPLES, CURVES = "reference.json", "phases", "samples", "cur
 ONE_GPU = "show it one: CUDA_VISIBLE_DEVICES=0 popi train ..."
 ONE_PROCESS = "start it without torchrun or accelerate launch: popi train ..."
 NO_MEMORY = (
-    "out of memory; there may be room with a lower batch_tokens, or, in the writer's update, whose summaries are held "
-    "together, with a lower users_per_step, writer.samples or writer.max_tokens"
+    "out of memory; there may be room with a lower batch_tokens, or, as the summaries of a user are sampled together, "
+    "with a lower writer.samples or writer.max_tokens"
 )
 LIBRARIES = ("torch", "transformers", "tokenizers", "numpy", "trl", "accelerate")
 

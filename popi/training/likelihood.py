@@ -7,18 +7,24 @@ computed where a response's token is predicted and nowhere else.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
+from itertools import accumulate
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from popi.backends.causal.packing import Row, Scored, pack, tokens_of
 from popi.backends.causal.scoring import ResponseLogits, response_logits
 from popi.training.objective import Over
+
+Found = TypeVar("Found")
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +55,22 @@ def computing(model: PreTrainedModel) -> Iterator[None]:
         model.train(training)
 
 
+def in_memory_for(batch_tokens: int, compute: Callable[[list[Row]], Found], passes: Sequence[list[Row]]) -> list[Found]:
+    """Computes passes whose gradient is taken together, in memory for so many tokens or for the largest pass.
+
+    The gradient runs through the last passes first, whose activations are kept; those of the others are computed again.
+
+    Args:
+        batch_tokens: The most tokens whose activations are kept.
+        compute: Computes a pass; the same each time.
+        passes: What to compute.
+    """
+    read = accumulate(tokens_of(rows) for rows in reversed(passes))
+    kept = max(1, sum(tokens <= batch_tokens for tokens in read))
+    again = partial(checkpoint, compute, use_reentrant=False, preserve_rng_state=False)
+    return [*map(again, passes[:-kept]), *map(compute, passes[-kept:])]
+
+
 def token_likelihood(
     model: PreTrainedModel,
     items: Sequence[Scored],
@@ -62,24 +84,25 @@ def token_likelihood(
     Args:
         model: The writer.
         items: Prompts and what was sampled behind them.
-        batch_tokens: The most tokens of the rows of one forward pass.
+        batch_tokens: The most tokens of the rows of one forward pass, and of those that a gradient keeps in memory.
         share: Whether the model has a plain cache; without one whole sequences are computed.
         temperature: Divides the logits, as it did when the responses were sampled.
     """
     width = max(len(item.response) for item in items)
-    parts: list[tuple[Tensor, Tensor, Tensor]] = []
-    tokens = 0
-    for rows in pack(model, items, batch_tokens=batch_tokens, share=share):
+    passes = list(pack(model, items, batch_tokens=batch_tokens, share=share))
+
+    def of_pass(rows: list[Row]) -> tuple[Tensor, Tensor, Tensor]:
         with computing(model):
-            found = response_logits(model, items, rows)
-        tokens += tokens_of(rows)
-        parts.append((found.items_N * width + found.offsets_N, *_of_logits(found, temperature)))
-    places_N, logps_N, entropies_N = (torch.cat(part) for part in zip(*parts, strict=True))
+            predicted = response_logits(model, items, rows)
+        return (predicted.items_N * width + predicted.offsets_N, *_of_logits(predicted, temperature))
+
+    found = in_memory_for(batch_tokens, of_pass, passes)
+    places_N, logps_N, entropies_N = map(torch.cat, zip(*found, strict=True))
     blank = logps_N.new_zeros(len(items) * width)
     return TokenLikelihood(
         blank.index_put((places_N,), logps_N).view(len(items), width),
         blank.index_put((places_N,), entropies_N).view(len(items), width),
-        tokens,
+        sum(map(tokens_of, passes)),
     )
 
 

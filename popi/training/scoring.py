@@ -8,6 +8,7 @@ import logging
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,12 +17,12 @@ from torch import Tensor
 
 from popi.backends.causal.cache import has_plain_cache
 from popi.backends.causal.chat_tokens import ChatTokens
-from popi.backends.causal.packing import Scored, pack, tokens_of
+from popi.backends.causal.packing import Row, Scored, pack, tokens_of
 from popi.data.example import PersonalizationExample, TestPair
 from popi.errors import InputError
 from popi.io import read_json, write_text
 from popi.prompts import answer_messages, template_hash
-from popi.training.likelihood import response_logps
+from popi.training.likelihood import in_memory_for, response_logps
 from popi.training.objective import Over, margin
 
 if TYPE_CHECKING:
@@ -108,14 +109,15 @@ class PairScorer:
         Raises:
             InputError: If a conversation cannot be rendered or has no room in the model's context.
         """
-        answers = self._encode(items, within=math.inf if self._context is None else self._context)
-        for rows in pack(self._model, answers, batch_tokens=self._batch_tokens, share=self._share, together=2):
-            self.tokens += tokens_of(rows)
-            logps = response_logps(self._model, answers, rows, over=self.over)
-            chosen = sorted({place // 2 for row in rows for place in row.items})
-            reference = logps.new_tensor([items[index].reference for index in chosen])
-            found = logps.view(-1, 2)[chosen]
-            yield chosen, margin(found[:, 0], found[:, 1], reference)
+        answers, passes = self._packed(items)
+        for rows in passes:
+            yield self._of_pass(items, answers, rows)
+
+    def margins_for_gradient(self, items: Sequence[Judged]) -> Tensor:
+        """Margins whose gradient is taken together, in memory for ``batch_tokens``: (items,), in nats, in any order."""
+        answers, passes = self._packed(items)
+        found = in_memory_for(self._batch_tokens, partial(self._of_pass, items, answers), passes)
+        return torch.cat([margins for _, margins in found])
 
     @torch.no_grad()
     def margins(self, items: Sequence[Judged]) -> Tensor:
@@ -124,6 +126,19 @@ class PairScorer:
         for chosen, margins in self.passes(items):
             found[chosen] = margins.cpu()
         return found
+
+    def _packed(self, items: Sequence[Judged]) -> tuple[list[Scored], list[list[Row]]]:
+        answers = self._encode(items, within=math.inf if self._context is None else self._context)
+        passes = list(pack(self._model, answers, batch_tokens=self._batch_tokens, share=self._share, together=2))
+        self.tokens += sum(map(tokens_of, passes))
+        return answers, passes
+
+    def _of_pass(self, items: Sequence[Judged], answers: list[Scored], rows: list[Row]) -> tuple[list[int], Tensor]:
+        logps = response_logps(self._model, answers, rows, over=self.over)
+        chosen = sorted({place // 2 for row in rows for place in row.items})
+        reference = logps.new_tensor([items[index].reference for index in chosen])
+        found = logps.view(-1, 2)[chosen]
+        return chosen, margin(found[:, 0], found[:, 1], reference)
 
     def _encode(self, items: Sequence[Judged], *, within: float) -> list[Scored]:
         """The chosen and the rejected answer of each item, one after the other."""

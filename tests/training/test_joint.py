@@ -408,7 +408,7 @@ def test_out_of_memory_is_one_line(recipe, tmp_path, monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB")
 
     monkeypatch.setattr("popi.training.scoring.PairScorer.passes", full)
-    with pytest.raises(PopiError, match=r"a lower users_per_step, writer\.samples or writer\.max_tokens$"):
+    with pytest.raises(PopiError, match=r"a lower batch_tokens, or, .* writer\.samples or writer\.max_tokens$"):
         train(recipe(), tmp_path / "run")
 
 

@@ -52,6 +52,36 @@ def test_tokens_are_those_of_whole_sequences_and_so_are_gradients(family, batch_
         assert (ours[name] - gradient).abs().max() <= 1e-5 * gradient.abs().max(), name
 
 
+def kept(compute):
+    """How many numbers are kept for a gradient, weights not counted, and what was computed."""
+    seen = {}
+
+    def keep(value):
+        seen[value.data_ptr()] = 0 if isinstance(value, torch.nn.Parameter) else value.numel()
+        return value
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda value: value):
+        result = compute()
+    return sum(seen.values()), result
+
+
+@pytest.mark.parametrize("share", [True, False])
+def test_a_gradient_keeps_the_activations_of_so_many_tokens(share):
+    model, _ = tiny_model()
+    given = items(groups=9)
+
+    def found(batch_tokens):
+        return token_likelihood(model, given, batch_tokens=batch_tokens, share=share).logps_R_T
+
+    whole, logps = kept(lambda: found(100_000))
+    expected = gradients(model, logps.sum())
+    of_one, logps = kept(lambda: found(150))
+    assert of_one < whole / 2
+    assert of_one < kept(lambda: found(400))[0] < whole
+    for name, gradient in gradients(model, logps.sum()).items():
+        assert (expected[name] - gradient).abs().max() <= 1e-5 * gradient.abs().max(), name
+
+
 def test_what_a_prompt_costs_is_counted_once():
     model, _ = tiny_model()
     given = items(groups=2, samples=3)

@@ -54,15 +54,20 @@ async def test_margins_are_those_of_single_responses(tiny, batch_tokens, over):
 def test_gradients_pass_by_pass_add_up_to_those_of_all_at_once(tiny):
     model, tokens, _ = tiny
 
-    def gradient(batch_tokens):
+    def gradient(batch_tokens, *, apart):
         model.zero_grad()
-        for _, margins in PairScorer(model, tokens, batch_tokens=batch_tokens).passes(ITEMS):
+        scorer = PairScorer(model, tokens, batch_tokens=batch_tokens)
+        for margins in (found for _, found in scorer.passes(ITEMS)) if apart else [scorer.margins_for_gradient(ITEMS)]:
             margins.sigmoid().sum().backward()
-        return torch.cat([value.grad.flatten() for value in model.parameters()])
+        return torch.cat([value.grad.flatten() for value in model.parameters()]), scorer.tokens
 
-    together, apart = gradient(100_000), gradient(1)
-    # A margin is a small difference of large sums: their rounding weighs more in it.
-    assert (together - apart).abs().max() <= 1e-4 * together.abs().max()
+    expected, _ = gradient(100_000, apart=True)
+    for apart in (True, False):
+        found, read = gradient(1, apart=apart)
+        # A margin is a small difference of large sums: their rounding weighs more in it.
+        assert (expected - found).abs().max() <= 1e-4 * expected.abs().max()
+        # What is computed again for the gradient is not counted as read.
+        assert read == gradient(1, apart=not apart)[1]
 
 
 def test_a_pair_that_has_no_room_is_bad_input(tiny):
