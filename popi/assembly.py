@@ -19,7 +19,7 @@ from popi.backends.wrappers import Breaker, Cache, Cost, Fallback, Limit, Retry,
 from popi.config import ModelConfig, RouteConfig, RoutesConfig, load_backend
 from popi.errors import ConfigError, InputError, ModelError, did_you_mean
 from popi.io import validate
-from popi.models import find, shipped
+from popi.models import shipped
 
 Part = TypeVar("Part")
 
@@ -60,8 +60,8 @@ def open_backend(model: str, *, role: str = "") -> tuple[Backend, Ledger]:
         raise
 
 
-def answers_rest_on(file: Path) -> tuple[str, list[Path]]:
-    """What of a backend's file its answers depend on, and the folders of models that it names.
+def answers_rest_on(file: Path) -> tuple[str, list[str]]:
+    """What of a backend's file its answers depend on, and the models that it names, as far as they lie in folders.
 
     How the model is asked, by whom, how often and at what price is no part of it.
 
@@ -75,8 +75,7 @@ def answers_rest_on(file: Path) -> tuple[str, list[Path]]:
         for model in models
     ]
     named = sorted({*_texts(asked)})
-    folders = [Path(find(name)) for name in named if name in shipped() or Path(name).expanduser().is_dir()]
-    return json.dumps(asked), folders
+    return json.dumps(asked), [name for name in named if name in shipped() or Path(name).expanduser().is_dir()]
 
 
 def _texts(value: object) -> Iterator[str]:

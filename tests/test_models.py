@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import pytest
 from popi import models
 from popi.errors import ModelError
 from popi.models import origin
+from tests.hub import in_hub_cache
 
 
 @pytest.fixture(autouse=True)
@@ -55,6 +57,23 @@ def test_what_is_nowhere_is_an_error_of_one_line(name: str) -> None:
 def test_a_slip_of_the_finger_gets_a_hint() -> None:
     with pytest.raises(ModelError, match="did you mean popi-mini-base"):
         models.find("popi-mini-bass")
+
+
+def test_a_model_is_known_by_its_files_and_one_of_the_hub_by_its_commit(
+    shelf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = models.fingerprint("popi-mini-base")
+    assert before == models.fingerprint(str(shelf / "popi-mini-base"))
+    (shelf / "popi-mini-base" / "config.json").write_text('{"hidden_size": 8}')
+    assert models.fingerprint("popi-mini-base") != before
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    assert models.fingerprint("org/name") is None
+    for commit in ("0a1b", "2c3d"):
+        in_hub_cache(tmp_path / "cache", "org/name", commit, shelf / "popi-mini-base")
+        assert models.fingerprint("org/name") == commit
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    assert models.fingerprint("org/name") is None
 
 
 def test_the_origin_of_a_trained_model_stands_beside_it(tmp_path):

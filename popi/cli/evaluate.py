@@ -196,13 +196,12 @@ def run_config(
 def _fingerprint(model: str) -> str | None:
     """Of the files of a model, or of a backend's file as far as answers depend on it: on what it names."""
     from popi.assembly import FILES, answers_rest_on
-    from popi.io import fingerprint
-    from popi.models import find
+    from popi.models import fingerprint
 
     if not model.endswith(FILES):
-        return fingerprint(Path(find(model)))
+        return fingerprint(model)
     what, models = answers_rest_on(Path(model))
-    parts = [what, *(fingerprint(folder) for folder in models)]
+    parts = [what, *map(fingerprint, models)]
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 

@@ -143,7 +143,8 @@ def _first_difference(before: RunConfig, now: RunConfig) -> str | None:
         if old != new:
             return f"{name} {old}, not {new}"
     for name, old_files in before.models.items():
-        if now.models.get(name, old_files) != old_files:
+        # A model that had to be fetched first was not known before.
+        if None not in (old_files, new_files := now.models.get(name)) and new_files != old_files:
             return f"other files of the model {name}"
     return None
 

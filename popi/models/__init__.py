@@ -9,6 +9,7 @@ import json
 import re
 from pathlib import Path
 
+from popi import io
 from popi.errors import ModelError, did_you_mean
 
 FOLDER = Path(__file__).parent
@@ -39,6 +40,25 @@ def find(name_or_path: str) -> str:
         f"no model {name_or_path!r}: neither shipped with popi nor a path here nor a hub id (org/name)",
         fix=did_you_mean(name_or_path, shipped()),
     )
+
+
+def fingerprint(name_or_path: str) -> str | None:
+    """Tells a model from others of the same name: by its files, or by the commit of a hub id as it lies in the cache.
+
+    ``None`` where nothing of it is on this machine yet.
+
+    Raises:
+        ModelError: If there is no such model.
+    """
+    where = find(name_or_path)
+    if Path(where).exists():
+        return io.fingerprint(Path(where))
+    try:
+        from huggingface_hub import try_to_load_from_cache
+    except ImportError:
+        return None
+    cached = try_to_load_from_cache(where, "config.json")
+    return Path(cached).parent.name if isinstance(cached, str) else None
 
 
 def origin(name_or_path: str) -> str | None:

@@ -23,9 +23,8 @@ from transformers import (
 from popi.backends.causal.loading import quiet
 from popi.config import JointRecipe
 from popi.errors import ConfigError, MissingExtra, PopiError
-from popi.io import fingerprint as file_fingerprint
 from popi.io import write_text
-from popi.models import find
+from popi.models import fingerprint as model_fingerprint
 from popi.training.card import joint_card
 from popi.training.checkpoints import BESIDE, Beside, last_complete
 from popi.training.contexts import Contexts
@@ -82,7 +81,7 @@ def run(recipe: JointRecipe, out: Path, *, source: str, report: Report) -> None:
         try:
             begun = _Run(recipe, folder, people, report)
             models = {"writer_model": recipe.writer.model, "generator_model": recipe.generator.model}
-            files = {role: file_fingerprint(Path(find(name))) for role, name in models.items()}
+            files = {role: model_fingerprint(name) for role, name in models.items()}
             folder.begin({"data": people.digest(), **files})
             begun.all(source)
         except torch.OutOfMemoryError as error:

@@ -81,6 +81,16 @@ def test_the_same_settings_open_a_folder_again_and_its_time_adds_up(tmp_path: Pa
     assert again.seconds == 5.0
 
 
+def test_a_model_that_was_fetched_meanwhile_is_not_another(tmp_path: Path) -> None:
+    folder = Folder(tmp_path)
+    (tmp_path / "users").mkdir()
+    folder.open(CONFIG)
+    fetched = CONFIG.model_copy(update={"models": {"b": "4455"}})
+    folder.open(fetched)
+    with pytest.raises(InputError, match="other files of the model b"):
+        folder.open(fetched.model_copy(update={"models": {"b": "6677"}}))
+
+
 @pytest.mark.parametrize(
     ("change", "says"),
     [

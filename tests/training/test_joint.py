@@ -23,6 +23,7 @@ from popi.signals import PreferencePair, Statement, UserSignals
 from popi.testing import tiny_model
 from popi.training.run_folder import RunFolder, load_state
 from popi.training.users import read_people
+from tests.hub import in_hub_cache
 
 pytestmark = pytest.mark.slow
 
@@ -358,6 +359,20 @@ def test_a_model_of_other_files_is_another_run(recipe, models, tmp_path, role):
         train(resolved, tmp_path / "run")
     template.write_text(before)
     train(resolved, tmp_path / "run")
+
+
+def test_a_model_of_another_commit_of_the_hub_is_another_run(recipe, models, tmp_path):
+    recipe()
+    values = ["--set", "writer.model=org/one", "--set", "steps=2"]
+    command = [sys.executable, "-m", "popi", "train", str(tmp_path / "recipe.yaml"), *values]
+    environment = {**os.environ, "HF_HUB_CACHE": str(tmp_path / "hub")}
+    process = partial(subprocess.run, [*command, "--out", str(tmp_path / "run")], env=environment, capture_output=True)
+    in_hub_cache(tmp_path / "hub", "org/one", "0a1b", models / "one")
+    process(check=True, timeout=300)
+    in_hub_cache(tmp_path / "hub", "org/one", "2c3d", models / "one")
+    refused = process(timeout=300)
+    assert refused.returncode == 2
+    assert "holds a run with another writer model; put the writer model back" in refused.stderr.decode()
 
 
 def test_no_two_phases_draw_the_same(recipe, tmp_path, monkeypatch):
