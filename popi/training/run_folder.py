@@ -100,7 +100,8 @@ class RunFolder:
             raise InputError("is not the configuration of a run", file=file, fix="choose another folder")
         for key, value in wanted.items():
             if known.get(key) != value:
-                raise InputError(f"holds a run with another {key.replace('_', ' ')}", file=file, fix=fix)
+                other = f"another {key.replace('_', ' ')}{_difference(known.get(key), value)}"
+                raise InputError(f"holds a run with {other}", file=file, fix=fix)
         self.config = known
 
     def _sweep(self) -> None:
@@ -199,10 +200,19 @@ class RunFolder:
             temporary = Path(hidden) / name
             temporary.mkdir(mode=0o755)
             write(str(temporary))
-            for file in temporary.iterdir():
-                file.chmod(0o644)
+            for path in temporary.rglob("*"):
+                path.chmod(0o755 if path.is_dir() else 0o644)
             shutil.rmtree(self.path / name, ignore_errors=True)
             os.replace(temporary, self.path / name)
+
+
+def _difference(known: object, wanted: object, at: str = "") -> str:
+    """The first value that differs in two trees, behind a colon; nothing of what has no parts."""
+    if isinstance(known, dict) and isinstance(wanted, dict):
+        for name in {**known, **wanted}:
+            if known.get(name) != wanted.get(name):
+                return _difference(known.get(name), wanted.get(name), f"{at}.{name}" if at else name)
+    return f": {at} {known}, not {wanted}" if at else ""
 
 
 @contextmanager

@@ -67,3 +67,25 @@ def test_memory_that_runs_out_in_writing_is_no_full_disk(tmp_path):
         raise torch.OutOfMemoryError("CUDA out of memory")
     with pytest.raises(PopiError, match=r"cannot write .*model: no room; once that is"), writing(tmp_path / "model"):
         raise RuntimeError("no room")
+
+
+def test_everyone_may_read_a_model_and_its_folders(tmp_path):
+    def write(hidden):
+        (Path(hidden) / "templates").mkdir(mode=0o700)
+        (Path(hidden) / "templates" / "tool_use.jinja").touch(mode=0o600)
+
+    with opened(tmp_path) as folder:
+        folder.save("writer", write)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "writer").rglob("*")}
+    assert modes == {"templates": 0o755, "tool_use.jinja": 0o644}
+
+
+def test_a_folder_of_another_run_tells_the_first_difference(tmp_path):
+    with opened(tmp_path) as folder:
+        folder.begin({"data": "0a1b"})
+    with pytest.raises(InputError, match="holds a run with another recipe: steps 1, not 2; choose another folder"):
+        RunFolder.open(tmp_path, Recipe(steps=2), libraries=())
+    with pytest.raises(InputError, match=r"another versions: numpy None, not \d+\.[^;]*; choose"):
+        RunFolder.open(tmp_path, Recipe(), libraries=["numpy"])
+    with opened(tmp_path) as folder, pytest.raises(InputError, match="another data; put the data back"):
+        folder.begin({"data": "2c3d"})
