@@ -82,7 +82,8 @@ class Folder:
                     file=self.path,
                     fix="name another folder with --out, or remove this one to measure anew",
                 )
-            models = {**before.models, **config.models}
+            named = {**before.models, **config.models}
+            models = {name: config.models.get(name) or before.models.get(name) for name in named}
             earlier = {"models": models, "started": before.started, "seconds": before.seconds}
             config = config.model_copy(update=earlier)
         self.write("config.json", config.model_dump_json(indent=2) + "\n")
