@@ -100,7 +100,8 @@ class JointRecipe(Section):
         generator: The conditioned generator.
         train: Both, or one of them alone.
         shared: One set of weights plays both roles; then both name the same model. Interleaved, one update follows both
-            gradients, with the writer's learning rate and clip.
+            gradients, with the writer's learning rate and clip; otherwise what a phase updates is also what judges in
+            it, and so the generator is not frozen while the writer learns.
         schedule: ``sequential`` trains the writer against the frozen generator, then the generator on fixed summaries;
             ``alternating`` does so in ``rounds``; ``interleaved`` updates both in each step, on the same samples.
         rounds: Of the alternating schedule.

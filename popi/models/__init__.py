@@ -42,23 +42,35 @@ def find(name_or_path: str) -> str:
     )
 
 
-def fingerprint(name_or_path: str) -> str | None:
-    """Tells a model from others of the same name: by its files, or by the commit of a hub id as it lies in the cache.
-
-    ``None`` where nothing of it is on this machine yet.
+def folder_of(name_or_path: str) -> Path | None:
+    """The folder of a model's files, for a hub id that of its commit in the cache; ``None`` where none are here yet.
 
     Raises:
         ModelError: If there is no such model.
     """
     where = find(name_or_path)
     if Path(where).exists():
-        return io.fingerprint(Path(where))
+        return Path(where)
     try:
         from huggingface_hub import try_to_load_from_cache
     except ImportError:
         return None
     cached = try_to_load_from_cache(where, "config.json")
-    return Path(cached).parent.name if isinstance(cached, str) else None
+    return Path(cached).parent if isinstance(cached, str) else None
+
+
+def fingerprint(name_or_path: str) -> str | None:
+    """Tells a model from others of the same name: by its files, or by the commit of a hub id.
+
+    ``None`` where its files are not here yet.
+
+    Raises:
+        ModelError: If there is no such model.
+    """
+    folder = folder_of(name_or_path)
+    if folder is None:
+        return None
+    return io.fingerprint(folder) if Path(find(name_or_path)).exists() else folder.name
 
 
 def origin(name_or_path: str) -> str | None:

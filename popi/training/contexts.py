@@ -3,20 +3,34 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import logging
 import time
+from collections import Counter
 from collections.abc import Sequence
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
 
 from popi import registry
 from popi.backends.base import Backend
 from popi.backends.ledger import Ledger, Price
 from popi.backends.wrappers.cost import Cost
 from popi.data.example import PersonalizationExample
+from popi.io import read_json, write_text
 from popi.roles import PreferenceInference
 from popi.training.pair import Pair
+from popi.training.scoring import Judged, Reference
 from popi.training.seeds import seed_of
+from popi.training.users import in_turn
+
+log = logging.getLogger(__name__)
 
 Kind = Literal["summary", "raw-signals", "none"]
+SUMMARIES = "summaries"
+CHUNK = 1024
+"""Users whose summaries are sampled and kept together: a run that is stopped loses no more."""
 
 
 class Contexts:
@@ -48,26 +62,68 @@ class Contexts:
         """What tells the generator of users who are not learned from, or ``None`` if nothing does."""
         return self._inference(self._pair.writer_backend, temperature=0.0, purpose="look")
 
-    def sampled(
-        self, users: Sequence[PersonalizationExample], *, temperature: float, purpose: str
-    ) -> tuple[list[str | None], dict[str, float]]:
-        """What the generator is told of users under contexts that stay as they are.
+    def lessons(
+        self,
+        users: Sequence[PersonalizationExample],
+        count: int,
+        reference: Reference,
+        *,
+        temperature: float,
+        phase: str,
+        folder: Path,
+    ) -> tuple[list[Judged], dict[str, float]]:
+        """Pairs under contexts that stay as they are, for a phase of the generator: one of each user in turn.
 
         Args:
             users: The users.
+            count: How many pairs.
+            reference: Of these pairs.
             temperature: Of the sampling of summaries.
-            purpose: The same one samples the same.
+            phase: Its name decides what is drawn.
+            folder: Keeps summaries that are sampled; the same call reads them there.
 
         Returns:
-            What it is told of each, and what sampling it took: ``tokens/rollout`` and ``seconds/rollout``.
+            The pairs, and what sampling took: ``tokens/rollout`` and ``seconds/rollout``.
         """
+        seed = seed_of(self._seed, "items", phase)
+        rng, order = np.random.default_rng(seed), in_turn(len(users), count, seed=seed)
+        places = sorted(set(order))
+        contexts, spent = self._fixed(
+            [users[place] for place in places], temperature=temperature, phase=phase, folder=folder
+        )
+        told = dict(zip(places, contexts, strict=True))
+        items = []
+        for place in order:
+            pairs = users[place].tests
+            pair = pairs[int(rng.integers(len(pairs)))]
+            items.append(Judged(told[place], pair, reference[pair]))
+        return items, spent
+
+    def _fixed(
+        self, users: Sequence[PersonalizationExample], *, temperature: float, phase: str, folder: Path
+    ) -> tuple[list[str | None], dict[str, float]]:
+        if self._kind != "summary":
+            return _told(users, self.inference()), {}
+        told: list[str | None] = []
+        spent: Counter[str] = Counter()
+        for start in range(0, len(users), CHUNK):
+            file = folder / f"{SUMMARIES}-{start:06d}.json"
+            if not file.exists():
+                chunk = self._chunk(users[start : start + CHUNK], temperature=temperature, phase=phase)
+                write_text(file, json.dumps(chunk, ensure_ascii=False) + "\n")
+            kept = read_json(file)
+            told += kept["told"]
+            spent.update(kept["spent"])
+            log.info("summaries for the generator: %d of %d users", len(told), len(users))
+        return told, dict(spent)
+
+    def _chunk(self, users: Sequence[PersonalizationExample], *, temperature: float, phase: str) -> dict[str, Any]:
         ledger, began = Ledger(), time.perf_counter()
         writer = Cost(self._pair.writer_backend, price=Price(), ledger=ledger)
-        told = _told(users, self._inference(writer, temperature=temperature, purpose=purpose))
-        if self._kind != "summary":
-            return told, {}
+        told = _told(users, self._inference(writer, temperature=temperature, purpose=phase))
         seconds = time.perf_counter() - began
-        return told, {"tokens/rollout": float(ledger.total.completion_tokens), "seconds/rollout": seconds}
+        spent = {"tokens/rollout": float(ledger.total.completion_tokens), "seconds/rollout": seconds}
+        return {"told": told, "spent": spent}
 
     def _inference(self, writer: Backend, *, temperature: float, purpose: str) -> PreferenceInference | None:
         if self._kind == "none":

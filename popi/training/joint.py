@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import logging
 import shutil
@@ -11,7 +12,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import PartialState
 from transformers import (
@@ -22,12 +22,13 @@ from transformers import (
 
 from popi.backends.causal.loading import quiet
 from popi.config import JointRecipe
-from popi.errors import ConfigError, MissingExtra, PopiError
+from popi.errors import BackendError, ConfigError, MissingExtra, PopiError
 from popi.io import write_text
 from popi.models import fingerprint as model_fingerprint
+from popi.training.arguments import common_arguments
 from popi.training.card import joint_card
 from popi.training.checkpoints import BESIDE, Beside, last_complete
-from popi.training.contexts import Contexts
+from popi.training.contexts import SUMMARIES, Contexts
 from popi.training.curves import draw_curves
 from popi.training.generator import GeneratorTrainer, GeneratorUpdate
 from popi.training.look import Look, look
@@ -35,8 +36,7 @@ from popi.training.pair import Pair, fingerprint
 from popi.training.reward import PairReward
 from popi.training.run_folder import METRICS, RunFolder, load_state, now, save_state
 from popi.training.schedule import Phase, phases_of
-from popi.training.scoring import Judged, Reference
-from popi.training.seeds import seed_of
+from popi.training.scoring import Reference
 from popi.training.trl import GRPOConfig
 from popi.training.users import People, conversations, in_turn, make_people, read_people
 from popi.training.watch import Watch
@@ -49,8 +49,8 @@ REFERENCE, PHASES, SAMPLES, CURVES = "reference.json", "phases", "samples", "cur
 ONE_GPU = "show it one: CUDA_VISIBLE_DEVICES=0 popi train ..."
 ONE_PROCESS = "start it without torchrun or accelerate launch: popi train ..."
 NO_MEMORY = (
-    "out of memory; there may be room with a lower batch_tokens, or, as the summaries of a user are sampled together, "
-    "with a lower writer.samples or writer.max_tokens"
+    "out of memory; there may be room with a lower batch_tokens, with a lower writer.samples or writer.max_tokens, as "
+    "the summaries of a user are sampled together, or for a smaller model"
 )
 LIBRARIES = ("torch", "transformers", "tokenizers", "numpy", "trl", "accelerate")
 
@@ -78,13 +78,18 @@ def run(recipe: JointRecipe, out: Path, *, source: str, report: Report) -> None:
         raise ConfigError(f"{processes} processes were started, and a run is one", fix=ONE_PROCESS)
     with RunFolder.open(out, recipe, libraries=LIBRARIES) as folder, quiet():
         people = _gathered(recipe)
+        if recipe.warmup >= (shortest := min(recipe.steps_of_rounds())):
+            log.info("learning rates rise for %d steps, and a phase has %d: they have no peak", recipe.warmup, shortest)
         try:
             begun = _Run(recipe, folder, people, report)
             models = {"writer_model": recipe.writer.model, "generator_model": recipe.generator.model}
             files = {role: model_fingerprint(name) for role, name in models.items()}
             folder.begin({"data": people.digest(), **files})
             begun.all(source)
-        except torch.OutOfMemoryError as error:
+        except (torch.OutOfMemoryError, BackendError) as error:
+            # A backend makes one error of all that its model raises.
+            if isinstance(error, BackendError) and not isinstance(error.__cause__, torch.OutOfMemoryError):
+                raise
             raise PopiError(NO_MEMORY) from error
 
 
@@ -156,6 +161,8 @@ class _Run:
         for left in (*earlier, *last.glob("checkpoint-*")):
             if left.exists():
                 shutil.rmtree(left)
+        for left in last.glob(f"{SUMMARIES}-*"):
+            left.unlink()
 
     def _weights_of(self, phase: Phase) -> Path:
         return self._folder.path / PHASES / phase.name / "weights.pt"
@@ -177,6 +184,9 @@ class _Run:
         trainer.remove_callback(PrinterCallback)
         trainer.remove_callback(ProgressCallback)
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        # A trainer refers to itself: without this the next phase would begin beside its optimizer and its reference.
+        del trainer, update, make
+        gc.collect()
 
     def _writer_trainer(self, phase: Phase, folder: Path) -> tuple[WriterTrainer, GeneratorUpdate | None]:
         recipe, users = self._recipe, self._people.train
@@ -226,7 +236,7 @@ class _Run:
     def _writer_arguments(self, phase: Phase, folder: Path) -> GRPOConfig:
         writer = self._recipe.writer
         return GRPOConfig(
-            **self._arguments(folder, phase.steps),
+            **self._arguments(phase, folder),
             per_device_train_batch_size=writer.samples * self._recipe.users_per_step,
             learning_rate=writer.learning_rate,
             max_grad_norm=writer.clip,
@@ -241,11 +251,19 @@ class _Run:
 
     def _generator_trainer(self, phase: Phase, folder: Path) -> tuple[GeneratorTrainer, None]:
         recipe, generator = self._recipe, self._recipe.generator
-        items, spent = self._items(phase)
+        # As many as beside the writer, which learns from a pair under each of its summaries.
+        items, spent = self._contexts.lessons(
+            self._people.train,
+            phase.steps * recipe.users_per_step * recipe.writer.samples,
+            self._reference,
+            temperature=recipe.writer.temperature,
+            phase=phase.name,
+            folder=folder,
+        )
         trainer = GeneratorTrainer(
             self._pair.generator,
             TrainingArguments(
-                **self._arguments(folder, phase.steps),
+                **self._arguments(phase, folder),
                 per_device_train_batch_size=recipe.users_per_step,
                 gradient_accumulation_steps=recipe.writer.samples,
                 learning_rate=generator.learning_rate,
@@ -260,47 +278,17 @@ class _Run:
         )
         return trainer, None
 
-    def _arguments(self, folder: Path, steps: int) -> dict[str, Any]:
+    def _arguments(self, phase: Phase, folder: Path) -> dict[str, Any]:
+        recipe = self._recipe
         on_cpu = self._pair.writer.device.type == "cpu"
-        return {
-            "output_dir": str(folder),
-            "max_steps": steps,
-            "lr_scheduler_type": "cosine",
-            "warmup_steps": self._recipe.warmup,
-            "weight_decay": 0.0,
-            "seed": self._recipe.seed,
-            "logging_steps": 1,
-            "save_steps": self._recipe.checkpoint_every,
-            "save_total_limit": 2,
-            "report_to": [],
-            "disable_tqdm": True,
-            "remove_unused_columns": False,
-            "use_cpu": on_cpu,
-            # The models are computed with by our own code, which knows its precision; accelerate's would cling to them.
-            "bf16": False,
-            "gradient_checkpointing": False,
-        }
-
-    def _items(self, phase: Phase) -> tuple[list[Judged], dict[str, float]]:
-        """The pairs of a generator's phase under fixed contexts, one of each user in turn, and what the contexts took.
-
-        As many as beside the writer, which learns from a pair under each of its summaries.
-        """
-        recipe, users = self._recipe, self._people.train
-        count = phase.steps * recipe.users_per_step * recipe.writer.samples
-        seed = seed_of(recipe.seed, "items", phase.name)
-        rng, order = np.random.default_rng(seed), in_turn(len(users), count, seed=seed)
-        places = sorted(set(order))
-        contexts, spent = self._contexts.sampled(
-            [users[place] for place in places], temperature=recipe.writer.temperature, purpose=phase.name
+        return common_arguments(
+            folder,
+            steps=phase.steps,
+            warmup=recipe.warmup,
+            seed=recipe.seed,
+            checkpoint_every=recipe.checkpoint_every,
+            on_cpu=on_cpu,
         )
-        told = dict(zip(places, contexts, strict=True))
-        items = []
-        for place in order:
-            pairs = users[place].tests
-            pair = pairs[int(rng.integers(len(pairs)))]
-            items.append(Judged(told[place], pair, self._reference[pair]))
-        return items, spent
 
     def _watch(self, phase: Phase, before: dict[str, float]) -> Watch:
         return Watch(phase, look=self._look, every=self._recipe.evaluate_every, log=self._log, before=before)

@@ -8,18 +8,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from transformers import GenerationConfig
 
 from popi.backends.causal.chat_tokens import ChatTokens
 from popi.backends.causal.loading import load
 from popi.backends.transformers import TransformersBackend
 from popi.io import write_text
-from popi.models import ORIGIN
+from popi.models import ORIGIN, folder_of
 from popi.training.objective import Over
 from popi.training.run_folder import save_model
 from popi.training.scoring import PairScorer
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 WRITER, GENERATOR = "writer", "generator"
 
@@ -46,9 +47,9 @@ class Pair:
     def __init__(self, writer: str, generator: str, *, shared: bool, batch_tokens: int, over: Over) -> None:
         self._names = {WRITER: writer, GENERATOR: generator}
         self._shared = shared
-        self.writer, self.writer_tokenizer = load(writer, None, "float32")
+        self.writer, self.writer_tokenizer = _loaded(writer)
         self.generator, self._generator_tokenizer = (
-            (self.writer, self.writer_tokenizer) if shared else load(generator, None, "float32")
+            (self.writer, self.writer_tokenizer) if shared else _loaded(generator)
         )
         self.writer_backend = TransformersBackend.from_model(
             self.writer, self.writer_tokenizer, writer, batch_tokens=batch_tokens
@@ -78,6 +79,20 @@ class Pair:
         )
         save_model(model, tokenizer, card, folder)
         write_text(Path(folder) / ORIGIN, json.dumps({"from": self._names[role]}) + "\n")
+
+
+def _loaded(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A model that can be trained: it can be saved, and read anew from the very files that it was read from."""
+    model, tokenizer = load(name, None, "float32")
+    # The hub may have another model of that name by the time that TRL asks for the reference of the KL divergence.
+    model.config.name_or_path = str(folder_of(name) or name)
+    try:
+        model.generation_config.validate(strict=True)
+    except ValueError:
+        # Some models come with settings of sampling that stay unused, and such a file cannot be written.
+        ends = model.generation_config.eos_token_id
+        model.generation_config = GenerationConfig(eos_token_id=ends)
+    return model, tokenizer
 
 
 def fingerprint(model: PreTrainedModel) -> str:

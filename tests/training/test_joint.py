@@ -1,5 +1,6 @@
 """Joint training with tiny models: what moves, what stays, and that an interruption changes nothing."""
 
+import gc
 import json
 import os
 import resource
@@ -8,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from functools import partial
 from types import SimpleNamespace
 
@@ -21,8 +23,11 @@ from popi.errors import ConfigError, InputError, PopiError
 from popi.io import read_jsonl, write_jsonl
 from popi.signals import PreferencePair, Statement, UserSignals
 from popi.testing import tiny_model
+from popi.training.contexts import Contexts
+from popi.training.generator import GeneratorTrainer
 from popi.training.run_folder import RunFolder, load_state
 from popi.training.users import read_people
+from popi.training.writer import WriterTrainer
 from tests.hub import in_hub_cache
 
 pytestmark = pytest.mark.slow
@@ -119,6 +124,7 @@ SCHEDULES = [
     {"schedule": "alternating", "steps": 4},
     {"schedule": "interleaved"},
     {"schedule": "interleaved", "shared": True},
+    {"schedule": "alternating", "steps": 4, "shared": True},
 ]
 
 
@@ -198,7 +204,8 @@ def stop_at(step):
 def test_a_resumed_run_ends_with_the_weights_of_a_straight_one(recipe, models, tmp_path, changes):
     resolved = same_model(recipe, models, changes)
     straight = train(resolved, tmp_path / "straight")
-    for step in (2, 3):
+    steps = len((tmp_path / "straight" / "metrics.jsonl").read_text().splitlines())
+    for step in sorted({2, 3, steps - 1}):
         with pytest.raises(Stopped):
             train(resolved, tmp_path / "resumed", stop_at(step))
     train(resolved, tmp_path / "resumed")
@@ -318,7 +325,7 @@ def test_a_pair_of_a_held_out_user_that_is_too_long_is_known_before_the_first_st
 
 def test_a_folder_of_another_recipe_is_refused(recipe, tmp_path):
     train(recipe(steps=1), tmp_path / "run")
-    with pytest.raises(InputError, match="another recipe"):
+    with pytest.raises(InputError, match="another recipe: steps 1, not 2; choose"):
         train(recipe(steps=2), tmp_path / "run")
 
 
@@ -361,18 +368,88 @@ def test_a_model_of_other_files_is_another_run(recipe, models, tmp_path, role):
     train(resolved, tmp_path / "run")
 
 
-def test_a_model_of_another_commit_of_the_hub_is_another_run(recipe, models, tmp_path):
+def test_a_model_of_the_hub_is_its_commit_for_the_whole_run(recipe, models, tmp_path):
     recipe()
     values = ["--set", "writer.model=org/one", "--set", "steps=2"]
-    command = [sys.executable, "-m", "popi", "train", str(tmp_path / "recipe.yaml"), *values]
-    environment = {**os.environ, "HF_HUB_CACHE": str(tmp_path / "hub")}
-    process = partial(subprocess.run, [*command, "--out", str(tmp_path / "run")], env=environment, capture_output=True)
+    command = ["-m", "popi", "train", str(tmp_path / "recipe.yaml"), *values, "--out", str(tmp_path / "run")]
+
+    def python(*words):
+        environment = {**os.environ, "HF_HUB_CACHE": str(tmp_path / "hub")}
+        return subprocess.run([sys.executable, *words], env=environment, capture_output=True, text=True, timeout=300)
+
     in_hub_cache(tmp_path / "hub", "org/one", "0a1b", models / "one")
-    process(check=True, timeout=300)
+    assert python(*command).returncode == 0
+    # The reference of the KL divergence is read from where the model says that it comes from.
+    told = "pair.Pair('org/one', 'org/one', shared=True, batch_tokens=256, over='sum').writer.config.name_or_path"
+    assert python("-c", f"from popi.training import pair; print({told})").stdout.endswith("snapshots/0a1b\n")
     in_hub_cache(tmp_path / "hub", "org/one", "2c3d", models / "one")
-    refused = process(timeout=300)
+    refused = python(*command)
     assert refused.returncode == 2
-    assert "holds a run with another writer model; put the writer model back" in refused.stderr.decode()
+    assert "holds a run with another writer model; put the writer model back" in refused.stderr
+
+
+def test_a_model_whose_settings_of_sampling_stay_unused_can_be_saved(recipe, models, tmp_path):
+    copy = shutil.copytree(models / "one", tmp_path / "model")
+    (copy / "generation_config.json").write_text('{"temperature": 0.9, "top_p": 0.6, "eos_token_id": [2, 7]}')
+    train(recipe(**{"writer.model": str(copy), "generator.model": str(copy), "steps": 1}), tmp_path / "run")
+    for role in ("writer", "generator"):
+        written = json.loads((tmp_path / "run" / role / "generation_config.json").read_text())
+        assert {2, 7} <= set(written["eos_token_id"]) and "top_p" not in written
+
+
+def test_a_writer_is_measured_against_the_initial_one_in_every_round_and_leaves_no_trainer_behind(
+    recipe, models, tmp_path, monkeypatch
+):
+    from popi.training import joint
+
+    initial, trainers = weights(models / "one"), []
+
+    def watched(kind):
+        def make(*args, **options):
+            assert all(trainer() is None for trainer in trainers)
+            trainer = kind(*args, **options)
+            trainers.append(weakref.ref(trainer))
+            if kind is WriterTrainer:
+                reference = trainer.ref_model.state_dict()
+                assert all(torch.equal(value, reference[name]) for name, value in initial.items())
+            return trainer
+
+        return make
+
+    for kind in (WriterTrainer, GeneratorTrainer):
+        monkeypatch.setattr(joint, kind.__name__, watched(kind))
+    gc.disable()
+    try:
+        train(recipe(schedule="alternating", steps=4), tmp_path / "run")
+    finally:
+        gc.enable()
+    assert len(trainers) == 4
+
+
+def test_summaries_that_the_generator_learns_from_are_sampled_once(recipe, tmp_path, monkeypatch):
+    monkeypatch.setattr("popi.training.contexts.CHUNK", 2)
+    resolved = recipe(schedule="sequential", steps=4)
+    straight = train(resolved, tmp_path / "straight")
+    sample = Contexts._chunk
+    sampled = []
+
+    def counted(self, users, **options):
+        if len(sampled) == 2 and not (tmp_path / "resumed" / "mended").exists():
+            raise Stopped
+        sampled.append([user.user.user_id for user in users])
+        return sample(self, users, **options)
+
+    monkeypatch.setattr(Contexts, "_chunk", counted)
+    with pytest.raises(Stopped):
+        train(resolved, tmp_path / "resumed")
+    (tmp_path / "resumed" / "mended").touch()
+    with pytest.raises(Stopped):
+        train(resolved, tmp_path / "resumed", stop_at(6))
+    resumed = train(resolved, tmp_path / "resumed")
+    asked = [user for chunk in sampled for user in chunk]
+    assert len(sampled) > 3 and len(asked) == len(set(asked))
+    for role in straight:
+        assert not moved(straight[role], resumed[role])
 
 
 def test_no_two_phases_draw_the_same(recipe, tmp_path, monkeypatch):
@@ -418,12 +495,13 @@ def test_who_comes_second_into_a_folder_changes_nothing(recipe, tmp_path):
     RunFolder.open(tmp_path / "run", first).__exit__(None, None, None)
 
 
-def test_out_of_memory_is_one_line(recipe, tmp_path, monkeypatch):
-    def full(self, items):
+@pytest.mark.parametrize("where", ["popi.training.scoring.PairScorer.passes", "popi.backends.transformers.decode"])
+def test_out_of_memory_is_one_line(recipe, tmp_path, monkeypatch, where):
+    def full(*args, **options):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB")
 
-    monkeypatch.setattr("popi.training.scoring.PairScorer.passes", full)
-    with pytest.raises(PopiError, match=r"a lower batch_tokens, or, .* writer\.samples or writer\.max_tokens$"):
+    monkeypatch.setattr(where, full)
+    with pytest.raises(PopiError, match=r"^out of memory; there may be room with a lower batch_tokens, .* model$"):
         train(recipe(), tmp_path / "run")
 
 

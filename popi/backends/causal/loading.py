@@ -73,6 +73,8 @@ def _told(what: str) -> Iterator[None]:
         yield
     except ModelError:
         raise
+    except torch.OutOfMemoryError as error:
+        raise ModelError(f"{what} has no room in memory", fix="free the device, or take a smaller model") from error
     # Configurations, weights and tokenizers are read by many libraries, each with errors of its own.
     except Exception as error:
         raise ModelError(
