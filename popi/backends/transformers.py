@@ -8,7 +8,7 @@ import secrets
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Self, TypeVar
 
 import torch
@@ -42,6 +42,7 @@ BATCH_TOKENS = 16384
 
 Result = TypeVar("Result")
 Check = Callable[[], None]
+Within = Callable[[], AbstractContextManager[None]]
 
 
 class TransformersBackend(Backend):
@@ -81,20 +82,34 @@ class TransformersBackend(Backend):
         name: str,
         *,
         batch_tokens: int = BATCH_TOKENS,
+        within: Within = nullcontext,
     ) -> Self:
         """Makes a backend of a live model, which it shares: what training does to the weights shows at once.
+
+        Args:
+            model: The model.
+            tokenizer: Its tokenizer, with a chat template.
+            name: What it is called.
+            batch_tokens: The most tokens in a batch.
+            within: Makes what the model computes within, such as an autocast.
 
         Raises:
             ModelError: If the tokenizer has no chat template.
         """
         backend = cls.__new__(cls)
-        backend._take(model, tokenizer, name=name, batch_tokens=batch_tokens)
+        backend._take(model, tokenizer, name=name, batch_tokens=batch_tokens, within=within)
         return backend
 
     def _take(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, name: str, batch_tokens: int
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        name: str,
+        batch_tokens: int,
+        within: Within = nullcontext,
     ) -> None:
-        self.model = name
+        self.model, self._within = name, within
         self._model, self._tokens, self._batch_tokens = model, ChatTokens(tokenizer, name), batch_tokens
         self._end_tokens = end_tokens_of(model, self._tokens)
         self._share = has_plain_cache(model)
@@ -158,7 +173,7 @@ class TransformersBackend(Backend):
         def run() -> Result:
             check()
             try:
-                with evaluating(self._model):
+                with evaluating(self._model), self._within():
                     return job(check)
             except (BackendError, _Cancelled):
                 raise

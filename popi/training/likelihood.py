@@ -44,7 +44,7 @@ class TokenLikelihood:
 
 @contextmanager
 def computing(model: PreTrainedModel) -> Iterator[None]:
-    """Within it a model computes as rollouts, rewards and updates do: without dropout, and on a GPU in bfloat16."""
+    """Within it a model computes as everywhere in joint training: without dropout, and on a GPU in bfloat16."""
     training, on_gpu = model.training, model.device.type == "cuda"
     model.train(False)
     try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ from popi.backends.causal.loading import load
 from popi.backends.transformers import TransformersBackend
 from popi.io import write_text
 from popi.models import ORIGIN, folder_of
+from popi.training.likelihood import computing
 from popi.training.objective import Over
 from popi.training.run_folder import save_model
 from popi.training.scoring import PairScorer
@@ -52,10 +54,18 @@ class Pair:
             (self.writer, self.writer_tokenizer) if shared else _loaded(generator)
         )
         self.writer_backend = TransformersBackend.from_model(
-            self.writer, self.writer_tokenizer, writer, batch_tokens=batch_tokens
+            self.writer,
+            self.writer_tokenizer,
+            writer,
+            batch_tokens=batch_tokens,
+            within=partial(computing, self.writer),
         )
         self.generator_backend = TransformersBackend.from_model(
-            self.generator, self._generator_tokenizer, generator, batch_tokens=batch_tokens
+            self.generator,
+            self._generator_tokenizer,
+            generator,
+            batch_tokens=batch_tokens,
+            within=partial(computing, self.generator),
         )
         self.scorer = PairScorer(
             self.generator, ChatTokens(self._generator_tokenizer, generator), batch_tokens=batch_tokens, over=over

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import math
 import time
+from contextlib import nullcontext
+from functools import partial
 
 import pytest
 import torch
@@ -140,6 +142,15 @@ async def test_a_model_that_gives_no_numbers_is_an_exception(make, tiny) -> None
         await make().chat(chats()[:2])
     with pytest.raises(BackendError, match=r"tiny: .*not numbers"):
         await make().score(ratings()[:2])
+
+
+async def test_a_live_model_computes_within_what_its_owner_says(tiny) -> None:
+    model, tokenizer = tiny
+    seen = []
+    model.lm_head.register_forward_hook(lambda module, args, logits: seen.append(logits.dtype))
+    for within in (nullcontext, partial(torch.autocast, "cpu", torch.bfloat16)):
+        await TransformersBackend.from_model(model, tokenizer, "tiny", within=within).score(ratings()[:1])
+    assert seen == [torch.float32, torch.bfloat16]
 
 
 async def test_out_of_memory_is_an_exception_of_one_line(make, tiny) -> None:
