@@ -53,6 +53,9 @@ class WriterTrainer(Saves, GRPOTrainer):
         batch_tokens: The most tokens of one forward pass; the summaries of one user are sampled together even where
             they take more.
         callbacks: Of transformers.
+
+    Raises:
+        torch.OutOfMemoryError: If the device has no room for the reference.
     """
 
     def __init__(
@@ -94,6 +97,9 @@ class WriterTrainer(Saves, GRPOTrainer):
                 callbacks=list(callbacks),
                 rollout_func=_roll_out,  # type: ignore[arg-type]
             )
+        # Where a GPU has no room for the reference, TRL leaves parts of it elsewhere, and steps take many times longer.
+        if {"cpu", "disk"} & set(map(str, getattr(self.ref_model, "hf_device_map", {}).values())):
+            raise torch.OutOfMemoryError("no room for the initial writer beside the one that learns")
 
     @property
     def _steps_done(self) -> int:

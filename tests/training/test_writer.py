@@ -11,15 +11,14 @@ from popi.testing import tiny_model
 pytestmark = pytest.mark.slow
 
 
-@pytest.fixture
-def trainer(tmp_path):
+def make(folder, **options):
     from trl.trainer.grpo_config import GRPOConfig
 
     from popi.training.writer import WriterTrainer
 
     model, tokenizer = tiny_model()
     arguments = GRPOConfig(
-        output_dir=str(tmp_path),
+        output_dir=str(folder),
         per_device_train_batch_size=6,
         num_generations=3,
         max_completion_length=8,
@@ -28,6 +27,7 @@ def trainer(tmp_path):
         bf16=False,
         report_to=[],
         gradient_checkpointing=False,
+        **options,
     )
     return WriterTrainer(
         model,
@@ -39,6 +39,11 @@ def trainer(tmp_path):
         earn=lambda users, summaries, tokens, step: ([float(n) for n in tokens], {}),
         batch_tokens=4096,
     )
+
+
+@pytest.fixture
+def trainer(tmp_path):
+    return make(tmp_path)
 
 
 def batch(trainer):
@@ -168,3 +173,12 @@ def test_citations_cost_nothing(trainer):
     trainer._reward(trainer._chat.encode(["- likes lists", "- likes lists [1, 2, 3]"]), user=[0, 0])
     [[bare, cited]] = asked
     assert bare == cited == len(trainer._chat.encode(["- likes lists"])[0])
+
+
+def test_a_reference_that_is_not_wholly_on_the_device_is_no_room(tmp_path, monkeypatch):
+    reference, _ = tiny_model()
+    monkeypatch.setattr("trl.trainer.grpo_trainer.create_model_from_path", lambda name, **options: reference)
+    make(tmp_path, beta=0.1)
+    reference.hf_device_map = {"model.layers.0": 0, "model.layers.1": "cpu"}
+    with pytest.raises(torch.OutOfMemoryError, match="no room for the initial writer beside the one that learns"):
+        make(tmp_path, beta=0.1)
