@@ -138,8 +138,7 @@ def test_the_peak_of_a_side_does_not_depend_on_what_was_measured_before(monkeypa
     peak = importlib.import_module("reward_scoring").peak
     shape = 1, 2, 2, 128
     ours, usual, again = (peak(side, "popi-mini-base", shape) for side in ("ours", "usual", "ours"))
-    # What a process has left free already would be missing whole, and not a quarter of it, by which peaks differ.
-    assert ours == pytest.approx(again, rel=0.5)
+    assert ours == pytest.approx(again, rel=0.2, abs=2)
     assert min(ours, usual) > 1
 
 
