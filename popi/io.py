@@ -225,6 +225,25 @@ def write_jsonl(path: Path, values: Iterable[BaseModel]) -> int:
     return count
 
 
+def first_difference(known: object, wanted: object, at: str = "") -> str | None:
+    """Names the first value that differs in two trees, as ``a.b 1, not 2``; ``None`` where none does.
+
+    What is absent is as good as ``None``.
+
+    Args:
+        known: What was.
+        wanted: What is.
+        at: Where both stand.
+    """
+    if not (isinstance(known, dict) and isinstance(wanted, dict)):
+        return f"{at} {known}, not {wanted}" if known != wanted else None
+    for name in {**known, **wanted}:
+        inner = first_difference(known.get(name), wanted.get(name), f"{at}.{name}" if at else name)
+        if inner is not None:
+            return inner
+    return None
+
+
 def fingerprint(path: Path) -> str | None:
     """A fingerprint of the files of a model, or of one file; ``None`` where there are no files at hand, 16 hex digits.
 

@@ -23,7 +23,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ConfigDict
 
 from popi.errors import InputError
-from popi.io import read_jsonl, validate, write_jsonl, write_text
+from popi.io import first_difference, read_jsonl, validate, write_jsonl, write_text
 
 PIECES = "users"
 
@@ -82,8 +82,7 @@ class Folder:
                     file=self.path,
                     fix="name another folder with --out, or remove this one to measure anew",
                 )
-            named = {**before.models, **config.models}
-            models = {name: config.models.get(name) or before.models.get(name) for name in named}
+            models = {**before.models, **config.models}
             earlier = {"models": models, "started": before.started, "seconds": before.seconds}
             config = config.model_copy(update=earlier)
         self.write("config.json", config.model_dump_json(indent=2) + "\n")
@@ -139,13 +138,11 @@ def _read_config(path: Path) -> RunConfig:
 
 def _first_difference(before: RunConfig, now: RunConfig) -> str | None:
     """Names the first setting that differs, or the first model of both whose files do."""
-    for name in {**before.settings, **now.settings}:
-        old, new = before.settings.get(name), now.settings.get(name)
-        if old != new:
-            return f"{name} {old}, not {new}"
+    if (setting := first_difference(before.settings, now.settings)) is not None:
+        return setting
     for name, old_files in before.models.items():
-        # A model that had to be fetched first was not known before.
-        if None not in (old_files, new_files := now.models.get(name)) and new_files != old_files:
+        # A model that had to be fetched first was not known then.
+        if old_files is not None and now.models.get(name, old_files) != old_files:
             return f"other files of the model {name}"
     return None
 

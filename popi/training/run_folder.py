@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 
 from popi import __version__
 from popi.errors import InputError, PopiError
-from popi.io import UNFINISHED, lock, read_json, replacing, write_text
+from popi.io import UNFINISHED, first_difference, lock, read_json, replacing, write_text
 from popi.prompts import template_hash
 
 if TYPE_CHECKING:
@@ -100,7 +100,8 @@ class RunFolder:
             raise InputError("is not the configuration of a run", file=file, fix="choose another folder")
         for key, value in wanted.items():
             if known.get(key) != value:
-                other = f"another {key.replace('_', ' ')}{_difference(known.get(key), value)}"
+                what = first_difference(known.get(key) or {}, value) if isinstance(value, dict) else None
+                other = f"another {key.replace('_', ' ')}" + (f": {what}" if what else "")
                 raise InputError(f"holds a run with {other}", file=file, fix=fix)
         self.config = known
 
@@ -204,15 +205,6 @@ class RunFolder:
                 path.chmod(0o755 if path.is_dir() else 0o644)
             shutil.rmtree(self.path / name, ignore_errors=True)
             os.replace(temporary, self.path / name)
-
-
-def _difference(known: object, wanted: object, at: str = "") -> str:
-    """The first value that differs in two trees, behind a colon; nothing of what has no parts."""
-    if isinstance(known, dict) and isinstance(wanted, dict):
-        for name in {**known, **wanted}:
-            if known.get(name) != wanted.get(name):
-                return _difference(known.get(name), wanted.get(name), f"{at}.{name}" if at else name)
-    return f": {at} {known}, not {wanted}" if at else ""
 
 
 @contextmanager
