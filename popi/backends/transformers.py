@@ -72,7 +72,7 @@ class TransformersBackend(Backend):
         dtype: str = "auto",
         batch_tokens: int = BATCH_TOKENS,
     ) -> None:
-        self._take(*load(model, device, dtype), name=model, batch_tokens=batch_tokens)
+        self._take(*load(model, device, dtype), name=model, batch_tokens=batch_tokens, within=nullcontext)
 
     @classmethod
     def from_model(
@@ -107,7 +107,7 @@ class TransformersBackend(Backend):
         *,
         name: str,
         batch_tokens: int,
-        within: Within = nullcontext,
+        within: Within,
     ) -> None:
         self.model, self._within = name, within
         self._model, self._tokens, self._batch_tokens = model, ChatTokens(tokenizer, name), batch_tokens

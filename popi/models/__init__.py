@@ -60,17 +60,18 @@ def folder_of(name_or_path: str) -> Path | None:
 
 
 def fingerprint(name_or_path: str) -> str | None:
-    """Tells a model from others of the same name: by its files, or by the commit of a hub id.
+    """Tells a model from others of the same name: 16 hex digits of its files, or the commit of a hub id.
 
     ``None`` where its files are not here yet.
 
     Raises:
         ModelError: If there is no such model.
     """
+    where = Path(find(name_or_path))
+    if where.exists():
+        return io.fingerprint(where)
     folder = folder_of(name_or_path)
-    if folder is None:
-        return None
-    return io.fingerprint(folder) if Path(find(name_or_path)).exists() else folder.name
+    return None if folder is None else folder.name
 
 
 def origin(name_or_path: str) -> str | None:

@@ -108,12 +108,13 @@ class Contexts:
         spent: Counter[str] = Counter()
         for start in range(0, len(users), CHUNK):
             file = folder / f"{SUMMARIES}-{start:06d}.json"
-            if not file.exists():
+            if file.exists():
+                chunk = read_json(file)
+            else:
                 chunk = self._chunk(users[start : start + CHUNK], temperature=temperature, phase=phase)
                 write_text(file, json.dumps(chunk, ensure_ascii=False) + "\n")
-            kept = read_json(file)
-            told += kept["told"]
-            spent.update(kept["spent"])
+            told += chunk["told"]
+            spent.update(chunk["spent"])
             log.info("summaries for the generator: %d of %d users", len(told), len(users))
         return told, dict(spent)
 

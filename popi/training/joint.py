@@ -25,7 +25,6 @@ from popi.config import JointRecipe
 from popi.errors import BackendError, ConfigError, MissingExtra, PopiError
 from popi.io import write_text
 from popi.models import fingerprint as model_fingerprint
-from popi.training.arguments import common_arguments
 from popi.training.card import joint_card
 from popi.training.checkpoints import BESIDE, Beside, last_complete
 from popi.training.contexts import SUMMARIES, Contexts
@@ -88,7 +87,7 @@ def run(recipe: JointRecipe, out: Path, *, source: str, report: Report) -> None:
             begun.all(source)
         except (torch.OutOfMemoryError, BackendError) as error:
             # A backend makes one error of all that its model raises.
-            if isinstance(error, BackendError) and not isinstance(error.__cause__, torch.OutOfMemoryError):
+            if not any(isinstance(each, torch.OutOfMemoryError) for each in (error, error.__cause__)):
                 raise
             raise PopiError(NO_MEMORY) from error
 
@@ -185,7 +184,7 @@ class _Run:
         trainer.remove_callback(ProgressCallback)
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         # A trainer refers to itself: without this the next phase would begin beside its optimizer and its reference.
-        del trainer, update, make
+        del trainer, update
         gc.collect()
 
     def _writer_trainer(self, phase: Phase, folder: Path) -> tuple[WriterTrainer, GeneratorUpdate | None]:
@@ -279,16 +278,26 @@ class _Run:
         return trainer, None
 
     def _arguments(self, phase: Phase, folder: Path) -> dict[str, Any]:
-        recipe = self._recipe
+        """What the trainers of both roles are told alike."""
         on_cpu = self._pair.writer.device.type == "cpu"
-        return common_arguments(
-            folder,
-            steps=phase.steps,
-            warmup=recipe.warmup,
-            seed=recipe.seed,
-            checkpoint_every=recipe.checkpoint_every,
-            on_cpu=on_cpu,
-        )
+        return {
+            "output_dir": str(folder),
+            "max_steps": phase.steps,
+            "lr_scheduler_type": "cosine",
+            "warmup_steps": self._recipe.warmup,
+            "weight_decay": 0.0,
+            "seed": self._recipe.seed,
+            "logging_steps": 1,
+            "save_steps": self._recipe.checkpoint_every,
+            "save_total_limit": 2,
+            "report_to": [],
+            "disable_tqdm": True,
+            "remove_unused_columns": False,
+            "use_cpu": on_cpu,
+            # The models are computed with by our own code, which knows its precision; accelerate's would cling to them.
+            "bf16": False,
+            "gradient_checkpointing": False,
+        }
 
     def _watch(self, phase: Phase, before: dict[str, float]) -> Watch:
         return Watch(phase, look=self._look, every=self._recipe.evaluate_every, log=self._log, before=before)

@@ -53,19 +53,14 @@ class Pair:
         self.generator, self._generator_tokenizer = (
             (self.writer, self.writer_tokenizer) if shared else _loaded(generator)
         )
-        self.writer_backend = TransformersBackend.from_model(
-            self.writer,
-            self.writer_tokenizer,
-            writer,
-            batch_tokens=batch_tokens,
-            within=partial(computing, self.writer),
-        )
-        self.generator_backend = TransformersBackend.from_model(
-            self.generator,
-            self._generator_tokenizer,
-            generator,
-            batch_tokens=batch_tokens,
-            within=partial(computing, self.generator),
+        self.writer_backend, self.generator_backend = (
+            TransformersBackend.from_model(
+                model, tokenizer, name, batch_tokens=batch_tokens, within=partial(computing, model)
+            )
+            for model, tokenizer, name in (
+                (self.writer, self.writer_tokenizer, writer),
+                (self.generator, self._generator_tokenizer, generator),
+            )
         )
         self.scorer = PairScorer(
             self.generator, ChatTokens(self._generator_tokenizer, generator), batch_tokens=batch_tokens, over=over

@@ -114,7 +114,11 @@ class PairScorer:
             yield self._of_pass(items, answers, rows)
 
     def margins_for_gradient(self, items: Sequence[Judged]) -> Tensor:
-        """Margins whose gradient is taken together, in memory for ``batch_tokens``: (items,), in nats, in any order."""
+        """Margins whose gradient is taken together, in memory for ``batch_tokens``: (items,), in nats, in any order.
+
+        Raises:
+            InputError: As :meth:`passes`.
+        """
         answers, passes = self._packed(items)
         found = in_memory_for(self._batch_tokens, partial(self._of_pass, items, answers), passes)
         return torch.cat([margins for _, margins in found])

@@ -23,6 +23,7 @@ from popi.errors import ConfigError, InputError, PopiError
 from popi.io import read_jsonl, write_jsonl
 from popi.signals import PreferencePair, Statement, UserSignals
 from popi.testing import tiny_model
+from popi.training import joint
 from popi.training.contexts import Contexts
 from popi.training.generator import GeneratorTrainer
 from popi.training.run_folder import RunFolder, load_state
@@ -400,8 +401,6 @@ def test_a_model_whose_settings_of_sampling_stay_unused_can_be_saved(recipe, mod
 def test_a_writer_is_measured_against_the_initial_one_in_every_round_and_leaves_no_trainer_behind(
     recipe, models, tmp_path, monkeypatch
 ):
-    from popi.training import joint
-
     initial, trainers = weights(models / "one"), []
 
     def watched(kind):
@@ -501,8 +500,10 @@ def test_out_of_memory_is_one_line(recipe, tmp_path, monkeypatch, where):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB")
 
     monkeypatch.setattr(where, full)
-    with pytest.raises(PopiError, match=r"^out of memory; there may be room with a lower batch_tokens, .* model$"):
+    with pytest.raises(PopiError) as caught:
         train(recipe(), tmp_path / "run")
+    assert str(caught.value) == joint.NO_MEMORY and "\n" not in str(caught.value)
+    assert "a lower batch_tokens, with a lower writer.samples or writer.max_tokens" in joint.NO_MEMORY
 
 
 def test_one_gpu_at_a_time(recipe, tmp_path, monkeypatch):
@@ -525,6 +526,15 @@ def test_without_matplotlib_the_run_says_once_that_there_are_no_curves(recipe, t
     said = [message for message in caplog.messages if "curves.png" in message]
     assert said == ["no curves.png: matplotlib is not installed; install it with: pip install 'popi[bench]'"]
     assert not (tmp_path / "run" / "curves.png").exists()
+
+
+def test_a_warmup_that_no_phase_outlasts_is_told(recipe, tmp_path, caplog):
+    caplog.set_level("INFO", logger="popi.training.joint")
+    train(recipe(schedule="alternating", steps=4, warmup=2), tmp_path / "run")
+    assert "learning rates rise for 2 steps, and a phase has 2: they have no peak" in caplog.messages
+    caplog.clear()
+    train(recipe(steps=2), tmp_path / "another")
+    assert not any("peak" in message for message in caplog.messages)
 
 
 def test_users_of_a_file_with_fewer_pairs_than_wanted_are_counted(recipe, tmp_path, caplog):

@@ -17,6 +17,8 @@ def make(folder, **options):
     from popi.training.writer import WriterTrainer
 
     model, tokenizer = tiny_model()
+    model.save_pretrained(folder / "initial")
+    model.config.name_or_path = str(folder / "initial")
     arguments = GRPOConfig(
         output_dir=str(folder),
         per_device_train_batch_size=6,
@@ -182,3 +184,17 @@ def test_a_reference_that_is_not_wholly_on_the_device_is_no_room(tmp_path, monke
     reference.hf_device_map = {"model.layers.0": 0, "model.layers.1": "cpu"}
     with pytest.raises(torch.OutOfMemoryError, match="no room for the initial writer beside the one that learns"):
         make(tmp_path, beta=0.1)
+
+
+def test_memory_is_what_the_guide_says(tmp_path):
+    trainer = make(tmp_path, beta=0.1, max_steps=1, save_strategy="no", logging_strategy="no", disable_tqdm=True)
+    held = []
+    trainer.create_optimizer().register_step_pre_hook(
+        lambda optimizer, *_: held.append(sum(value.grad.nbytes for value in trainer.model.parameters()))
+    )
+    trainer.train()
+    parameters = sum(value.numel() for value in trainer.model.parameters())
+    moments = [state[name] for state in trainer.optimizer.state.values() for name in ("exp_avg", "exp_avg_sq")]
+    held += [sum(value.nbytes for value in values) for values in (trainer.model.parameters(), moments)]
+    assert sum(held) == 16 * parameters
+    assert sum(value.nbytes for value in trainer.ref_model.parameters()) == 4 * parameters
