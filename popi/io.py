@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import secrets
@@ -223,41 +222,3 @@ def write_jsonl(path: Path, values: Iterable[BaseModel]) -> int:
             stream.write(as_line(value))
             count += 1
     return count
-
-
-def first_difference(known: object, wanted: object, at: str = "") -> str | None:
-    """Names the first value that differs in two trees, as ``a.b 1, not 2``; ``None`` where none does.
-
-    What is absent is as good as ``None``.
-
-    Args:
-        known: What was.
-        wanted: What is.
-        at: Where both stand.
-    """
-    if not (isinstance(known, dict) and isinstance(wanted, dict)):
-        return f"{at} {known}, not {wanted}" if known != wanted else None
-    for name in {**known, **wanted}:
-        inner = first_difference(known.get(name), wanted.get(name), f"{at}.{name}" if at else name)
-        if inner is not None:
-            return inner
-    return None
-
-
-def fingerprint(path: Path) -> str | None:
-    """A fingerprint of the files of a model, or of one file; ``None`` where there are no files at hand, 16 hex digits.
-
-    A model that is trained anew in the same folder has another one.
-    """
-    if path.is_file():
-        return _digest([path])
-    return _digest(sorted(file for file in path.iterdir() if file.is_file())) if path.is_dir() else None
-
-
-def _digest(files: Iterable[Path]) -> str:
-    digest = hashlib.sha256()
-    for file in files:
-        with file.open("rb") as stream:
-            digest.update(f"{file.name}\0".encode())
-            digest.update(hashlib.file_digest(stream, "sha256").digest())
-    return digest.hexdigest()[:16]

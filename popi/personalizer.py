@@ -11,7 +11,7 @@ from weakref import WeakValueDictionary
 
 from popi import registry
 from popi.assembly import open_backend
-from popi.backends.base import Backend, Ended, unheard
+from popi.backends.base import Backend, OnComplete, ignore_result
 from popi.backends.ledger import Ledger, Spent
 from popi.backends.together import held
 from popi.errors import BackendError
@@ -138,19 +138,19 @@ class Personalizer:
             raise BackendError(f"no answer for user {user_id!r}: {result.error}")
         return result.text
 
-    async def stream(self, user_id: str, prompt: str, ended: Ended = unheard) -> AsyncIterator[str]:
+    async def stream(self, user_id: str, prompt: str, on_complete: OnComplete = ignore_result) -> AsyncIterator[str]:
         """Answers a prompt under the user's summary, piece by piece.
 
         Args:
             user_id: The user.
             prompt: What is asked.
-            ended: Told the whole answer in the end, with its tokens and why it ended.
+            on_complete: Told the whole answer in the end, with its tokens and why it ended.
 
         Raises:
             BackendError: If the summary or the answer cannot be had, or the answer breaks off.
         """
         summary = await self.infer(user_id)
-        async with held(self._generator.stream(Conditioned(prompt, summary), ended)) as pieces:
+        async with held(self._generator.stream(Conditioned(prompt, summary), on_complete)) as pieces:
             async for piece in pieces:
                 yield piece
 

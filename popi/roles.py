@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 
-from popi.backends.base import Backend, ChatResult, Ended, ScoreResult, unheard
+from popi.backends.base import Backend, ChatResult, OnComplete, ScoreResult, ignore_result
 from popi.errors import ConfigError, ModelError
 from popi.prompts import Message
 from popi.signals import UserSignals
@@ -87,12 +87,12 @@ class ConditionedGenerator(ABC):
         """
 
     @abstractmethod
-    def stream(self, item: Conditioned, ended: Ended = unheard) -> AsyncIterator[str]:
+    def stream(self, item: Conditioned, on_complete: OnComplete = ignore_result) -> AsyncIterator[str]:
         """Answers one prompt, piece by piece.
 
         Args:
             item: The prompt.
-            ended: Told the whole answer in the end, as :meth:`respond` gives it.
+            on_complete: Told the whole answer in the end, as :meth:`respond` gives it.
 
         Raises:
             BackendError: If the answer cannot be had or breaks off.

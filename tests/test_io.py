@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 from popi.errors import InputError, PopiError
 from popi.io import (
     as_line,
-    first_difference,
     read_json_lines,
     read_jsonl,
     replacing,
@@ -209,16 +208,3 @@ def test_half_a_surrogate_pair_is_written_as_json_escapes_it(tmp_path: Path) -> 
 
 def test_a_value_is_one_line() -> None:
     assert as_line(Statement(id="s", text="a\nb\u2028c")).count("\n") == 1
-
-
-@pytest.mark.parametrize(
-    ("known", "wanted", "says"),
-    [
-        ({"a": {"b": 1, "c": 2}}, {"a": {"b": 1, "c": 3}}, "a.c 2, not 3"),
-        ({"a": 1}, {"a": 1, "b": 2}, "b None, not 2"),
-        ({"a": {"b": 1}}, {"a": 1}, "a {'b': 1}, not 1"),
-        ({"a": None}, {}, None),
-    ],
-)
-def test_the_first_difference_of_two_trees_is_named(known: object, wanted: object, says: str | None) -> None:
-    assert first_difference(known, wanted) == says

@@ -37,12 +37,12 @@ import torch
 from openai import AsyncOpenAI
 
 from popi.backends.base import Backend, ChatRequest, ChatResult, ScoreRequest, ScoreResult
-from popi.backends.causal.chat_tokens import ChatTokens
-from popi.backends.causal.loading import load_tokenizer
 from popi.backends.openai import OpenAIBackend
 from popi.backends.transformers import TransformersBackend
 from popi.backends.vllm import VLLMBackend
 from popi.data.miniworld import generate
+from popi.engine.chat_tokens import ChatTokens
+from popi.engine.loading import load_tokenizer
 from popi.models import find
 from popi.prompts import answer_messages, inference_messages
 from popi.render import render_signals

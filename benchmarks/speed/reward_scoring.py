@@ -29,10 +29,10 @@ import torch
 from torch import Tensor
 from usual import differences, laid_out
 
-from popi.backends.causal.chat_tokens import ChatTokens
-from popi.backends.causal.loading import load
-from popi.data.example import TestPair
+from popi.data.example import HeldOutPair
 from popi.data.miniworld import generate
+from popi.engine.chat_tokens import ChatTokens
+from popi.engine.loading import load
 from popi.training.objective import dpo_loss, rewards
 from popi.training.scoring import Judged, PairScorer
 
@@ -80,7 +80,7 @@ def batch(tokens: ChatTokens, users: int, pairs: int, samples: int, length: int)
     items = []
     for place, example in enumerate(generate(split="train", users=users, seed=0, tests=pairs)):
         long = [
-            TestPair(
+            HeldOutPair(
                 prompt=pair.prompt,
                 chosen=stretch(tokens, pair.chosen, length),
                 rejected=stretch(tokens, pair.rejected, length),

@@ -29,11 +29,11 @@ from torch import Tensor
 from transformers.utils import logging as transformers_logging
 from usual import differences
 
-from popi.backends.causal.chat_tokens import ChatTokens
-from popi.backends.causal.decoding import Draft, decode
-from popi.backends.causal.loading import load
 from popi.data.example import PersonalizationExample
 from popi.data.miniworld import generate
+from popi.engine.chat_tokens import ChatTokens
+from popi.engine.decoding import Draft, decode
+from popi.engine.loading import load
 from popi.prompts import Message, inference_messages
 from popi.render import render_signals
 from popi.summary import PreferenceSummary

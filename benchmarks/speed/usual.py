@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from popi.backends.causal.chat_tokens import ChatTokens
+from popi.engine.chat_tokens import ChatTokens
 from popi.prompts import answer_messages
 from popi.training.scoring import Judged
 

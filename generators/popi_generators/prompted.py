@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import AsyncIterator, Sequence
 
-from popi.backends.base import Backend, ChatRequest, ChatResult, Ended, ScoreRequest, ScoreResult, unheard
+from popi.backends.base import Backend, ChatRequest, ChatResult, OnComplete, ScoreRequest, ScoreResult, ignore_result
 from popi.backends.together import held
 from popi.prompts import Message, answer_messages
 from popi.roles import Candidate, Conditioned, ConditionedGenerator, context_tokens
@@ -51,9 +51,9 @@ class PromptedGenerator(ConditionedGenerator):
         shown = self._shown(items)
         return await self._backend.chat([self._request(item, shown) for item in items])
 
-    async def stream(self, item: Conditioned, ended: Ended = unheard) -> AsyncIterator[str]:
+    async def stream(self, item: Conditioned, on_complete: OnComplete = ignore_result) -> AsyncIterator[str]:
         """See :meth:`ConditionedGenerator.stream`."""
-        async with held(self._backend.stream(self._request(item, self._shown([item])), ended)) as pieces:
+        async with held(self._backend.stream(self._request(item, self._shown([item])), on_complete)) as pieces:
             async for piece in pieces:
                 yield piece
 

@@ -1,4 +1,4 @@
-"""The seam between roles and models: what a backend is asked, what it answers, what it can do."""
+"""The seam between roles and models: requests, results and the capabilities of a backend."""
 
 from __future__ import annotations
 
@@ -13,34 +13,54 @@ from popi.prompts import Message
 
 FinishReason = Literal["stop", "length", "refused", "filtered", "error"]
 
-FailureKind = Literal[
-    "request", "denied", "rate_limit", "timeout", "unreachable", "server", "malformed", "budget", "withheld"
-]
-"""Why an item has failed.
+InterfaceKind = Literal["summary", "embedding"]
+"""The kinds of :data:`popi.interface.Interface`."""
 
-``request``: it cannot be served as it stands, by this model at least. ``denied``: nor can any other, for the key, the
-model or the account. ``rate_limit``: not now. ``timeout``: not in time. ``unreachable``: nobody answered, or the
-connection broke. ``server``: the server failed. ``malformed``: what came back is no answer. ``budget``: it might have
-cost more than may be spent, and was not sent. ``withheld``: a stream ended in a refusal or by a content filter; an
-answer that is no stream tells that by how it ended, and has not failed.
+FailureKind = Literal[
+    "request",
+    "denied",
+    "rate_limit",
+    "timeout",
+    "unreachable",
+    "server",
+    "malformed",
+    "empty",
+    "budget",
+    "withheld",
+]
+"""Why an item failed.
+
+- ``request``: this model cannot serve the request as it is.
+- ``denied``: the key, the account or the model name was rejected; every other request would fail too.
+- ``rate_limit``: too many requests.
+- ``timeout``: no response in time.
+- ``unreachable``: the connection failed or broke.
+- ``server``: the server failed.
+- ``malformed``: malformed response.
+- ``empty``: the response has no text, for example because reasoning used up ``max_tokens``.
+- ``budget``: the request might exceed the budget and was not sent.
+- ``withheld``: a stream ended in a refusal or was stopped by a content filter. Without streaming this is a finish
+  reason, not a failure.
 """
 
 PASSING: frozenset[FailureKind] = frozenset({"rate_limit", "timeout", "unreachable", "server", "malformed"})
-"""Failures that may be gone when the same is asked again; asking again changes nothing but the cost."""
+"""Transient failures: the same request may succeed later."""
 
 
 @dataclass(frozen=True, slots=True)
 class ChatRequest:
-    """A conversation to be continued.
+    """A conversation to continue.
 
     Attributes:
-        messages: The conversation; the last turn is not the assistant's.
-        max_tokens: The most new tokens.
-        temperature: 0 is greedy.
-        top_p: Nucleus of the sampling.
-        seed: Seeds the sampling of this request, whatever it is batched with; ``None`` draws a seed.
-        stop: Texts that end the answer and are not part of it.
-        user: For whom it is, in the accounts alone: no model is told.
+        messages: The conversation. The last turn is not the assistant's.
+        max_tokens: Maximum number of new tokens.
+        temperature: Sampling temperature; 0 is greedy.
+        top_p: Nucleus sampling threshold.
+        seed: Seed for sampling. The result does not depend on the batch. ``None`` draws a random seed.
+        stop: Strings that end the response. They are not part of it.
+        response_prefix: Text that the response starts with: the model continues it. It is part of ``ChatResult.text``.
+            Needs ``Capabilities.response_prefix``.
+        user: The user on whose account the cost is booked. It is not sent to the model.
     """
 
     messages: Sequence[Message]
@@ -49,25 +69,25 @@ class ChatRequest:
     top_p: float = 1.0
     seed: int | None = None
     stop: tuple[str, ...] = ()
+    response_prefix: str = ""
     user: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True, slots=True)
 class ChatResult:
-    """An answer, or why there is none.
+    """A response, or the reason why there is none.
 
     Attributes:
-        text: The new text.
-        finish_reason: ``length`` when it was cut by ``max_tokens``; ``refused`` when the model would not answer and
-            ``filtered`` when the server withheld the answer, ``error`` when there is none for another reason:
-            ``error`` says more of these three.
+        text: The response. Empty only if the item failed or the model refused.
+        finish_reason: ``stop``; ``length`` if ``max_tokens`` was reached; ``refused`` if the model refused;
+            ``filtered`` if a content filter removed the response or its end; ``error`` for any other failure.
         prompt_tokens: Length of the rendered conversation.
-        completion_tokens: Number of new tokens, end token included.
-        model: The model that served it.
-        error: One line, or ``None``.
-        failure: Of what kind the error is; ``None`` if there is none, or the model itself withheld the answer.
-        retry_after: After how many seconds the server wants to be asked again, if it said so.
-        route: By which of several backends it was served, where there was a choice.
+        completion_tokens: Number of new tokens, including the end token.
+        model: The model that responded.
+        error: One line, or ``None``. Also set for ``refused`` and ``filtered``.
+        failure: The kind of failure; ``None`` if there is none, or for ``refused`` and ``filtered``.
+        retry_after: Seconds after which the server accepts a retry, if it said so.
+        route: The route that served the request, if there are several.
     """
 
     text: str
@@ -90,25 +110,25 @@ class ChatResult:
         prompt_tokens: int = 0,
         retry_after: float | None = None,
     ) -> Self:
-        """An item that failed."""
+        """Makes the result of a failed item."""
         return cls("", "error", prompt_tokens, 0, model, error, failure, retry_after)
 
 
-Ended = Callable[[ChatResult], None]
-"""Told how a stream has ended: with the whole answer, as ``chat`` gives it."""
+OnComplete = Callable[[ChatResult], None]
+"""Called once at the end of a stream, with the result that ``chat`` would return."""
 
 
-def unheard(result: ChatResult) -> None:
-    """For those who want the pieces alone."""
+def ignore_result(result: ChatResult) -> None:
+    """The default ``on_complete``: does nothing."""
 
 
 @dataclass(frozen=True, slots=True)
 class ScoreRequest:
-    """A response whose probability under a conversation is asked.
+    """A response to score under a conversation.
 
     Attributes:
-        messages: The conversation; the last turn is not the assistant's.
-        response: What follows it.
+        messages: The conversation. The last turn is not the assistant's.
+        response: The response that follows it.
         user: As in :class:`ChatRequest`.
     """
 
@@ -119,17 +139,17 @@ class ScoreRequest:
 
 @dataclass(frozen=True, slots=True)
 class ScoreResult:
-    """A score, or why there is none.
+    """A score, or the reason why there is none.
 
     Attributes:
-        logprob: Sum over the tokens of the response and the end of its turn, in nats.
-        tokens: The number of tokens in that sum.
-        prompt_tokens: Length of the rendered conversation in front.
-        model: The model that served it.
-        error: One line, or ``None``; then ``logprob`` is NaN.
-        failure: Of what kind the error is.
-        retry_after: After how many seconds the server wants to be asked again, if it said so.
-        route: By which of several backends it was served, where there was a choice.
+        logprob: Sum over the tokens of the response and its end of turn, in nats. Always finite unless the item failed.
+        tokens: Number of tokens in the sum.
+        prompt_tokens: Length of the rendered conversation.
+        model: The model that scored the response.
+        error: One line, or ``None``. If set, ``logprob`` is NaN.
+        failure: The kind of failure.
+        retry_after: Seconds after which the server accepts a retry, if it said so.
+        route: The route that served the request, if there are several.
     """
 
     logprob: float
@@ -151,74 +171,86 @@ class ScoreResult:
         prompt_tokens: int = 0,
         retry_after: float | None = None,
     ) -> Self:
-        """An item that failed."""
+        """Makes the result of a failed item."""
         return cls(math.nan, 0, prompt_tokens, model, error, failure, retry_after)
 
 
 @dataclass(frozen=True, slots=True)
 class Capabilities:
-    """What a backend can do.
+    """What a backend supports.
 
     Attributes:
-        stream: Whether text comes in pieces as it is made.
-        score: Whether log-probabilities of a given response can be had.
-        context_length: The most tokens of a conversation and its answer, or ``None`` if it is not known.
+        stream: Whether text arrives in pieces while it is generated.
+        score: Whether given responses can be scored.
+        context_length: Maximum number of tokens of a conversation and its response; ``None`` if unknown.
+        response_prefix: Whether a response can be made to start with a given text.
+        interfaces: The kinds of interface that a generator on this backend accepts.
     """
 
     stream: bool = True
     score: bool = False
     context_length: int | None = None
+    response_prefix: bool = False
+    interfaces: frozenset[InterfaceKind] = frozenset({"summary"})
 
 
 class Backend(ABC):
-    """Moves messages to text and text to log-probabilities, in batches.
+    """Turns messages into text, and text into log-probabilities, in batches.
 
-    An item that fails is data in its result; a backend that is dead raises :class:`popi.errors.BackendError`.
-    Results come in the order of the requests. A backend is an asynchronous context manager that closes itself.
+    A failed item is data in its result. A dead backend raises :class:`popi.errors.BackendError`. Results are in the
+    order of the requests. A backend is an asynchronous context manager; leaving the block closes it.
 
     Attributes:
-        model: The name of the model, as it stands in provenance and tables.
-        capabilities: What this backend can do.
+        model: Name of the model, used in provenance and tables.
+        capabilities: What this backend supports.
     """
 
     model: str
     capabilities: Capabilities
+
+    @property
+    def identity(self) -> str:
+        """Identifies everything that determines a response: address, weights, dtype and tokenizer.
+
+        Two backends with the same identity give the same response to the same request. Caches use it as a key.
+        """
+        return self.model
 
     @abstractmethod
     async def chat(self, requests: Sequence[ChatRequest]) -> list[ChatResult]:
         """Continues each conversation.
 
         Raises:
-            BackendError: If the backend as a whole cannot serve.
+            BackendError: If the backend as a whole is not available.
         """
 
     @abstractmethod
-    def stream(self, request: ChatRequest, ended: Ended = unheard) -> AsyncIterator[str]:
-        """Continues one conversation, piece by piece; the pieces joined are the text that ``chat`` gives.
+    def stream(self, request: ChatRequest, on_complete: OnComplete = ignore_result) -> AsyncIterator[str]:
+        """Continues one conversation. The concatenated pieces equal the text that ``chat`` returns.
 
         Args:
             request: The conversation.
-            ended: Told, once the last piece was taken, the whole answer with its tokens and how it ended. Of a stream
-                that is left or breaks off it hears nothing.
+            on_complete: Called with the whole result after the last piece. It is not called if the stream fails or is
+                closed early.
 
         Raises:
-            BackendError: If the answer cannot be had or breaks off.
+            BackendError: If the request fails or the stream breaks.
         """
 
     @abstractmethod
     async def score(self, requests: Sequence[ScoreRequest]) -> list[ScoreResult]:
-        """Sums the log-probabilities of each response, end of turn included, given its conversation.
+        """Scores each response, including its end of turn, given its conversation.
 
         Raises:
-            BackendError: If the backend as a whole cannot serve, or cannot score at all.
+            BackendError: If the backend as a whole is not available, or does not support scoring.
         """
 
     @abstractmethod
     def count_tokens(self, text: str) -> int:
-        """The length of a bare text by this model's tokenizer, without special tokens."""
+        """Counts the tokens of a plain text with the model's tokenizer, without special tokens."""
 
     async def close(self) -> None:
-        """Releases what the backend holds. Closing twice is harmless."""
+        """Releases all resources. Closing twice is harmless."""
         return None
 
     async def __aenter__(self) -> Self:

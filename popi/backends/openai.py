@@ -16,10 +16,10 @@ from popi.backends.base import (
     Capabilities,
     ChatRequest,
     ChatResult,
-    Ended,
+    OnComplete,
     ScoreRequest,
     ScoreResult,
-    unheard,
+    ignore_result,
 )
 from popi.backends.deadline import turn
 from popi.backends.remote.endpoints import ByMessages, ByTokenIds, Endpoint
@@ -98,7 +98,7 @@ class OpenAIBackend(Backend):
         """
         return await self._each(requests, self._endpoint.chat, ChatResult)
 
-    async def stream(self, request: ChatRequest, ended: Ended = unheard) -> AsyncIterator[str]:
+    async def stream(self, request: ChatRequest, on_complete: OnComplete = ignore_result) -> AsyncIterator[str]:
         """Continues one conversation, piece by piece.
 
         Raises:
@@ -107,7 +107,7 @@ class OpenAIBackend(Backend):
         client, gate = self._connected()
         async with turn(gate):
             try:
-                async with held(self._endpoint.stream(client, request, ended)) as pieces:
+                async with held(self._endpoint.stream(client, request, on_complete)) as pieces:
                     while True:
                         async with asyncio.timeout(self._timeout):
                             piece = await anext(pieces)
@@ -195,8 +195,8 @@ def _by_messages(model: str, base_url: str | None, *, sampling: bool) -> Endpoin
 
 def _by_token_ids(model: str, tokenizer: str, context_length: int | None, *, scores: bool) -> Endpoint:
     try:
-        from popi.backends.causal.chat_tokens import ChatTokens
-        from popi.backends.causal.loading import load_tokenizer
+        from popi.engine.chat_tokens import ChatTokens
+        from popi.engine.loading import load_tokenizer
     except ModuleNotFoundError as error:
         raise MissingExtra(error.name or "transformers", "local") from error
     return ByTokenIds(model, ChatTokens(load_tokenizer(tokenizer), tokenizer), context=context_length, scores=scores)

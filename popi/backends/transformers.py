@@ -19,21 +19,21 @@ from popi.backends.base import (
     Capabilities,
     ChatRequest,
     ChatResult,
-    Ended,
+    OnComplete,
     ScoreRequest,
     ScoreResult,
-    unheard,
+    ignore_result,
 )
-from popi.backends.causal.admission import admitted
-from popi.backends.causal.answer import Answer
-from popi.backends.causal.cache import has_plain_cache
-from popi.backends.causal.chat_tokens import ChatTokens, Rendered
-from popi.backends.causal.decoding import Draft, decode, end_tokens_of
-from popi.backends.causal.loading import load
-from popi.backends.causal.packing import Scored
-from popi.backends.causal.scoring import score
-from popi.backends.causal.streaming import Emit, streamed
+from popi.backends.streaming import Emit, streamed
 from popi.backends.together import held
+from popi.engine.admission import admitted
+from popi.engine.answer import Answer
+from popi.engine.cache import has_plain_cache
+from popi.engine.chat_tokens import ChatTokens, Rendered
+from popi.engine.decoding import Draft, decode, end_tokens_of
+from popi.engine.loading import load
+from popi.engine.packing import Scored
+from popi.engine.scoring import score
 from popi.errors import BackendError
 
 log = logging.getLogger(__name__)
@@ -128,7 +128,7 @@ class TransformersBackend(Backend):
         """
         return await self._work(lambda check: self._chat(requests, check))
 
-    async def stream(self, request: ChatRequest, ended: Ended = unheard) -> AsyncIterator[str]:
+    async def stream(self, request: ChatRequest, on_complete: OnComplete = ignore_result) -> AsyncIterator[str]:
         """Continues one conversation, piece by piece, never half a character.
 
         Raises:
@@ -139,7 +139,7 @@ class TransformersBackend(Backend):
             [result] = await self._work(lambda check: self._chat([request], check, emit))
             return result
 
-        async with held(streamed(self.model, chat, ended)) as pieces:
+        async with held(streamed(self.model, chat, on_complete)) as pieces:
             async for piece in pieces:
                 yield piece
 

@@ -16,17 +16,14 @@ from popi.backends.base import (
     Capabilities,
     ChatRequest,
     ChatResult,
-    Ended,
+    OnComplete,
     ScoreRequest,
     ScoreResult,
-    unheard,
+    ignore_result,
 )
-from popi.backends.causal.admission import admitted
-from popi.backends.causal.answer import Answer
-from popi.backends.causal.chat_tokens import ChatTokens, Rendered
-from popi.backends.causal.loading import load_tokenizer
-from popi.backends.causal.streaming import Emit, streamed
-from popi.backends.engine import (
+from popi.backends.streaming import Emit, streamed
+from popi.backends.together import held, together
+from popi.backends.vllm_engine import (
     Engine,
     FlatLogprobs,
     LoRARequest,
@@ -34,7 +31,10 @@ from popi.backends.engine import (
     SamplingParams,
     VLLMClientError,
 )
-from popi.backends.together import held, together
+from popi.engine.admission import admitted
+from popi.engine.answer import Answer
+from popi.engine.chat_tokens import ChatTokens, Rendered
+from popi.engine.loading import load_tokenizer
 from popi.errors import BackendError, ConfigError, ModelError, did_you_mean
 from popi.models import find
 
@@ -146,7 +146,7 @@ class VLLMBackend(Backend):
         """
         return await self._run(self._chats(requests))
 
-    async def stream(self, request: ChatRequest, ended: Ended = unheard) -> AsyncIterator[str]:
+    async def stream(self, request: ChatRequest, on_complete: OnComplete = ignore_result) -> AsyncIterator[str]:
         """Continues one conversation, piece by piece, never half a character.
 
         Raises:
@@ -157,7 +157,7 @@ class VLLMBackend(Backend):
             [result] = await self._run(self._chats([request], emit))
             return result
 
-        async with held(streamed(self.model, chat, ended)) as pieces:
+        async with held(streamed(self.model, chat, on_complete)) as pieces:
             async for piece in pieces:
                 yield piece
 

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import json
-import platform
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from itertools import islice, takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -16,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from popi.cli import Interrupted
 from popi.cli.output import note
 from popi.errors import InputError, PopiError
+from popi.provenance import check_unchanged, now, versions
 
 if TYPE_CHECKING:
     from popi.backends.base import Backend
@@ -68,13 +66,9 @@ def check_settings(out: Path, settings: Mapping[str, Any]) -> None:
         InputError: If it was made with others.
     """
     path = _companion(out)
-    before = _read_settings(path) if path.exists() and _holds_anything(out) else _as_read(settings)
-    for name, value in _as_read(settings).items():
-        if before.get(name) != value:
-            raise InputError(
-                f"{out} was made with {name} {before.get(name)!r}, not {value!r}",
-                fix="give the same options or another --out",
-            )
+    if path.exists() and _holds_anything(out):
+        fix = "give the same options or another --out"
+        check_unchanged(_read_settings(path), _as_read(settings), file=out, fix=fix)
 
 
 def keep_settings(out: Path, settings: Mapping[str, Any]) -> None:
@@ -89,7 +83,7 @@ def keep_settings(out: Path, settings: Mapping[str, Any]) -> None:
 
     path = _companion(out)
     if not path.exists() or not _holds_anything(out):
-        meta = {"settings": _as_read(settings), "versions": versions(), "started": datetime.now(UTC).isoformat()}
+        meta = {"settings": _as_read(settings), "versions": versions(), "started": now()}
         write_text(path, json.dumps(meta, indent=2, ensure_ascii=False) + "\n")
 
 
@@ -113,19 +107,6 @@ def _read_settings(path: Path) -> dict[str, Any]:
         return dict(settings)
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise InputError(f"cannot be read ({error})", file=path, fix="restore it or give another --out") from error
-
-
-def versions() -> dict[str, str]:
-    """The versions that a result depends on, of what is installed."""
-    from popi import __version__
-
-    found = {"popi": __version__, "python": platform.python_version()}
-    for name in ("torch", "transformers"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
 
 
 async def closing(backend: Backend, work: Awaitable[Item]) -> Item:

@@ -140,7 +140,7 @@ def _samples(
 ) -> tuple[list[Sample], dict[str, object]]:
     """The users, and where they come from, as settings."""
     from popi.evaluation import samples
-    from popi.io import fingerprint
+    from popi.provenance import fingerprint_files
 
     if (data is None) == (world is None):
         raise ConfigError("the users come from --data FILE or from --world miniworld", fix="give one of the two")
@@ -148,7 +148,7 @@ def _samples(
         if split is not None:
             raise ConfigError("a file has no splits", field="split", fix="leave --split out")
         made = samples.from_file(data, users=users, seeds=seeds)
-        source = {"data": str(data.resolve()), "data_files": fingerprint(data), "dealt_by_seed": seeds[0]}
+        source = {"data": str(data.resolve()), "data_files": fingerprint_files(data), "dealt_by_seed": seeds[0]}
     else:
         assert world is not None
         split = split or "unseen-combinations"
@@ -168,9 +168,9 @@ def run_config(
     judged: int = JUDGED,
 ) -> RunConfig:
     """What the figures of a folder rest on."""
-    from popi.cli.batches import versions
     from popi.evaluation.folder import RunConfig
     from popi.prompts import template_hash
+    from popi.provenance import versions
     from popi.registry import load
 
     found = versions()
@@ -180,7 +180,7 @@ def run_config(
             "writer": writer,
             "judged": judged,
             # Margins subtract scores, which have to be of one precision.
-            "dtype": load("popi.backends.causal.loading:default_dtype")(),
+            "dtype": load("popi.engine.loading:default_dtype")(),
             "template_hash": template_hash(),
             "popi": found["popi"],
         },

@@ -128,11 +128,11 @@ def _record(item: Conditioned, result: ChatResult) -> dict[str, object]:
 async def _stream(answering: ConditionedGenerator, item: Conditioned, *, json: bool) -> None:
     """Prints the pieces: as text, which is what a stream is for also when piped, or as JSON lines, the answer last."""
 
-    def ended(result: ChatResult) -> None:
+    def on_complete(result: ChatResult) -> None:
         if json:
             print_json(_record(item, result))
 
-    async for piece in answering.stream(item, ended):
+    async for piece in answering.stream(item, on_complete):
         if json:
             print_json({"piece": piece})
         else:

@@ -81,7 +81,7 @@ class PretrainRecipe(Section):
         checkpoint_every: Steps between two checkpoints.
     """
 
-    RUN: ClassVar = "popi.training.pretrain:run"
+    RUN: ClassVar = "popi.pretraining.pretrain:run"
 
     task: Literal["pretrain"]
     name: Name

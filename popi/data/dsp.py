@@ -14,7 +14,7 @@ from random import Random
 from pydantic import BaseModel, ConfigDict
 
 from popi.data.convert import Conversion, Dropped, check_any, read_records
-from popi.data.example import PersonalizationExample, TestPair
+from popi.data.example import HeldOutPair, PersonalizationExample
 from popi.errors import InputError
 from popi.io import validate
 from popi.signals import PreferencePair, Text, UserSignals
@@ -125,7 +125,7 @@ def _read(path: Path) -> tuple[dict[int, _Record], list[Dropped]]:
 
 def _example(rng: Random, audience: str, number: int, block: list[_Record], signals: int) -> PersonalizationExample:
     pairs = [
-        TestPair(
+        HeldOutPair(
             prompt=record.query, chosen=record.by(audience), rejected=record.by(rng.choice(record.others(audience)))
         )
         for record in block

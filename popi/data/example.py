@@ -14,10 +14,8 @@ from popi.io import read_json_lines, validate
 from popi.signals import FROZEN, Text, UserSignals
 
 
-class TestPair(BaseModel):
+class HeldOutPair(BaseModel):
     """A prompt that the signals do not show, with the answer that the user prefers and the one they do not."""
-
-    __test__ = False  # not a test case, whatever pytest thinks of the name
 
     model_config = FROZEN
 
@@ -26,7 +24,7 @@ class TestPair(BaseModel):
     rejected: Text
 
     @model_validator(mode="after")
-    def _answers_differ(self) -> TestPair:
+    def _answers_differ(self) -> HeldOutPair:
         if self.chosen == self.rejected:
             raise ValueError("chosen and rejected are the same text, so the pair cannot test anything")
         return self
@@ -47,7 +45,7 @@ class PersonalizationExample(BaseModel):
     model_config = FROZEN
 
     user: UserSignals
-    tests: tuple[TestPair, ...] = ()
+    tests: tuple[HeldOutPair, ...] = ()
     oracles: dict[str, str] = Field(default_factory=dict)
     facts: dict[str, Any] = Field(default_factory=dict)
 

@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 from pydantic import BaseModel, ConfigDict, Field
 
 from popi.data.convert import Conversion, Dropped, check_any, read_records
-from popi.data.example import PersonalizationExample, TestPair
+from popi.data.example import HeldOutPair, PersonalizationExample
 from popi.errors import InputError
 from popi.io import validate
 from popi.signals import Conversation, Speaker, Statement, Text, Turn, UserSignals
@@ -183,7 +183,7 @@ def _example(file: Path, index: int, record: object, options: list[Any], seed: i
     rejected = Random(f"{seed}/{file.stem}/{index}").choice(violating)
     return PersonalizationExample(
         user=UserSignals(user_id=f"{item.form}-{file.stem}-{index:03d}", signals=(item.signal(),)),
-        tests=(TestPair(prompt=item.question, chosen=follows, rejected=rejected),),
+        tests=(HeldOutPair(prompt=item.question, chosen=follows, rejected=rejected),),
         oracles={"truth": as_text([Claim(text=item.preference)])},
         facts={"dataset": "prefeval", "topic": file.stem, "cluster": f"{file.stem}-{index:03d}", **item.facts()},
     )

@@ -23,7 +23,8 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ConfigDict
 
 from popi.errors import InputError
-from popi.io import first_difference, read_jsonl, validate, write_jsonl, write_text
+from popi.io import read_jsonl, validate, write_jsonl, write_text
+from popi.provenance import check_unchanged
 
 PIECES = "users"
 
@@ -75,13 +76,8 @@ class Folder:
         if path.exists():
             before = _read_config(path)
             # Settings with which nothing was measured bind nobody.
-            changed = _first_difference(before, config) if (self.path / PIECES).exists() else None
-            if changed is not None:
-                raise InputError(
-                    f"was made with {changed}",
-                    file=self.path,
-                    fix="name another folder with --out, or remove this one to measure anew",
-                )
+            if (self.path / PIECES).exists():
+                _check_unchanged(before, config, self.path)
             models = {**before.models, **config.models}
             earlier = {"models": models, "started": before.started, "seconds": before.seconds}
             config = config.model_copy(update=earlier)
@@ -136,15 +132,12 @@ def _read_config(path: Path) -> RunConfig:
     return validate(RunConfig, found, file=path)
 
 
-def _first_difference(before: RunConfig, now: RunConfig) -> str | None:
-    """Names the first setting that differs, or the first model of both whose files do."""
-    if (setting := first_difference(before.settings, now.settings)) is not None:
-        return setting
-    for name, old_files in before.models.items():
-        # A model that had to be fetched first was not known then.
-        if old_files is not None and now.models.get(name, old_files) != old_files:
-            return f"other files of the model {name}"
-    return None
+def _check_unchanged(before: RunConfig, now: RunConfig, folder: Path) -> None:
+    fix = "name another folder with --out, or remove this one to measure anew"
+    check_unchanged(before.settings, now.settings, file=folder, fix=fix)
+    # A model that had to be fetched first was not known then.
+    both = {name: files for name, files in before.models.items() if files is not None and name in now.models}
+    check_unchanged({"models": both}, {"models": {name: now.models[name] for name in both}}, file=folder, fix=fix)
 
 
 def _file_name(name: str) -> str:

@@ -9,7 +9,7 @@ import json
 import re
 from pathlib import Path
 
-from popi import io
+from popi import provenance
 from popi.errors import ModelError, did_you_mean
 
 FOLDER = Path(__file__).parent
@@ -69,7 +69,7 @@ def fingerprint(name_or_path: str) -> str | None:
     """
     where = Path(find(name_or_path))
     if where.exists():
-        return io.fingerprint(where)
+        return provenance.fingerprint_files(where)
     folder = folder_of(name_or_path)
     return None if folder is None else folder.name
 

@@ -10,13 +10,13 @@ from popi.backends.base import (
     Capabilities,
     ChatRequest,
     ChatResult,
-    Ended,
     FinishReason,
+    OnComplete,
     ScoreRequest,
     ScoreResult,
-    unheard,
+    ignore_result,
 )
-from popi.backends.causal.answer import first_stop
+from popi.engine.answer import first_stop
 from popi.errors import BackendError
 from popi.prompts import Message
 
@@ -71,7 +71,7 @@ class ScriptedBackend(Backend):
         self.chats.extend(requests)
         return [self._answer(request) for request in requests]
 
-    async def stream(self, request: ChatRequest, ended: Ended = unheard) -> AsyncIterator[str]:
+    async def stream(self, request: ChatRequest, on_complete: OnComplete = ignore_result) -> AsyncIterator[str]:
         """Gives the answer word by word.
 
         Raises:
@@ -86,7 +86,7 @@ class ScriptedBackend(Backend):
                 yield piece
         finally:
             self.streams -= 1
-        ended(result)
+        on_complete(result)
 
     async def score(self, requests: Sequence[ScoreRequest]) -> list[ScoreResult]:
         """Scores each response from the script.

@@ -10,7 +10,7 @@ from typing import Any
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from popi.io import write_text
-from popi.training.run_folder import save_state, writing
+from popi.run_folder import save_state, writing
 
 BESIDE, COMPLETE = "beside.pt", "complete"
 

@@ -20,9 +20,9 @@ from popi.backends.wrappers.cost import Cost
 from popi.data.example import PersonalizationExample
 from popi.io import read_json, write_text
 from popi.roles import PreferenceInference
+from popi.seeds import seed_of
 from popi.training.pair import Pair
 from popi.training.scoring import Judged, Reference
-from popi.training.seeds import seed_of
 from popi.training.users import in_turn
 
 log = logging.getLogger(__name__)

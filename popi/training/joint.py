@@ -20,20 +20,21 @@ from transformers import (
     TrainingArguments,
 )
 
-from popi.backends.causal.loading import quiet
 from popi.config import JointRecipe
+from popi.engine.loading import quiet
 from popi.errors import BackendError, ConfigError, MissingExtra, PopiError
 from popi.io import write_text
 from popi.models import fingerprint as model_fingerprint
+from popi.provenance import fingerprint_weights, now
+from popi.run_folder import METRICS, RunFolder, load_state, save_state
 from popi.training.card import joint_card
 from popi.training.checkpoints import BESIDE, Beside, last_complete
 from popi.training.contexts import SUMMARIES, Contexts
 from popi.training.curves import draw_curves
 from popi.training.generator import GeneratorTrainer, GeneratorUpdate
 from popi.training.look import Look, look
-from popi.training.pair import Pair, fingerprint
+from popi.training.pair import Pair
 from popi.training.reward import PairReward
-from popi.training.run_folder import METRICS, RunFolder, load_state, now, save_state
 from popi.training.schedule import Phase, phases_of
 from popi.training.scoring import Reference
 from popi.training.trl import GRPOConfig
@@ -57,7 +58,7 @@ LIBRARIES = ("torch", "transformers", "tokenizers", "numpy", "trl", "accelerate"
 def run(recipe: JointRecipe, out: Path, *, source: str, report: Report) -> None:
     """Trains what a recipe says, or goes on where an earlier run into the same folder was stopped.
 
-    The folder ends with ``writer`` and ``generator``, the models; see :class:`popi.training.run_folder.RunFolder` for
+    The folder ends with ``writer`` and ``generator``, the models; see :class:`popi.run_folder.RunFolder` for
     what stands beside. A resumed run ends with the same weights as an undisturbed one.
 
     Args:
@@ -134,7 +135,7 @@ class _Run:
         self._reference = Reference.of(
             self._people.pairs(),
             self._scorer,
-            fingerprint=fingerprint(self._pair.generator),
+            fingerprint=fingerprint_weights(self._pair.generator.state_dict()),
             file=self._folder.path / REFERENCE,
         )
         phases = phases_of(

@@ -20,8 +20,8 @@ from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from popi.backends.causal.packing import Row, Scored, pack, tokens_of
-from popi.backends.causal.scoring import ResponseLogits, response_logits
+from popi.engine.packing import Row, Scored, pack, tokens_of
+from popi.engine.scoring import ResponseLogits, response_logits
 from popi.training.objective import Over
 
 Found = TypeVar("Found")

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from transformers import GenerationConfig
 
-from popi.backends.causal.chat_tokens import ChatTokens
-from popi.backends.causal.loading import load
 from popi.backends.transformers import TransformersBackend
+from popi.engine.chat_tokens import ChatTokens
+from popi.engine.loading import load
 from popi.io import write_text
 from popi.models import ORIGIN, folder_of
+from popi.run_folder import save_model
 from popi.training.likelihood import computing
 from popi.training.objective import Over
-from popi.training.run_folder import save_model
 from popi.training.scoring import PairScorer
 
 if TYPE_CHECKING:
@@ -98,12 +96,3 @@ def _loaded(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         ends = model.generation_config.eos_token_id
         model.generation_config = GenerationConfig(eos_token_id=ends)
     return model, tokenizer
-
-
-def fingerprint(model: PreTrainedModel) -> str:
-    """A fingerprint of a model's weights, 16 hex digits."""
-    digest = hashlib.sha256()
-    for name, value in model.state_dict().items():
-        digest.update(f"{name}{tuple(value.shape)}{value.dtype}".encode())
-        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()[:16]

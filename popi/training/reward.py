@@ -8,12 +8,12 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from popi.data.example import TestPair
+from popi.data.example import HeldOutPair
+from popi.seeds import seed_of
 from popi.summary import PreferenceSummary
 from popi.training.generator import GeneratorUpdate, check_finite, margin_figures
 from popi.training.objective import LOSSES, Loss, rewards
 from popi.training.scoring import Judged, PairScorer, Reference
-from popi.training.seeds import seed_of
 
 
 class PairReward:
@@ -39,7 +39,7 @@ class PairReward:
     def __init__(
         self,
         scorer: PairScorer,
-        pairs: Sequence[Sequence[TestPair]],
+        pairs: Sequence[Sequence[HeldOutPair]],
         reference: Reference,
         *,
         loss: Loss,
@@ -86,7 +86,7 @@ class PairReward:
         ]
         return earned, figures
 
-    def _judges(self, user: int, step: int) -> list[TestPair]:
+    def _judges(self, user: int, step: int) -> list[HeldOutPair]:
         pairs = self._pairs[user]
         rng = np.random.default_rng(seed_of(self._seed, "pairs", step, user))
         return [pairs[place] for place in rng.permutation(len(pairs))[: self._count]]
@@ -102,7 +102,7 @@ class PairReward:
         return margins
 
 
-def _lessons(users: Sequence[int], judges: Sequence[Sequence[TestPair]]) -> list[int]:
+def _lessons(users: Sequence[int], judges: Sequence[Sequence[HeldOutPair]]) -> list[int]:
     """Which of the items teach: of the pairs under the n-th summary of a user, the n-th."""
     seen: Counter[int] = Counter()
     lessons, first = [], 0

@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from popi.backends.causal.cache import has_plain_cache
-from popi.backends.causal.chat_tokens import ChatTokens
-from popi.backends.causal.packing import Row, Scored, pack, tokens_of
-from popi.data.example import PersonalizationExample, TestPair
+from popi.data.example import HeldOutPair, PersonalizationExample
+from popi.engine.cache import has_plain_cache
+from popi.engine.chat_tokens import ChatTokens
+from popi.engine.packing import Row, Scored, pack, tokens_of
 from popi.errors import InputError
 from popi.io import read_json, write_text
 from popi.prompts import answer_messages, template_hash
@@ -43,7 +43,7 @@ class Judged:
     """
 
     context: str | None
-    pair: TestPair
+    pair: HeldOutPair
     reference: float
 
 
@@ -167,11 +167,11 @@ class PairScorer:
         return made
 
 
-def _named(pair: TestPair) -> str:
+def _named(pair: HeldOutPair) -> str:
     return f"the pair of the prompt {pair.prompt[:60]!r}"
 
 
-def reference_key(pair: TestPair) -> str:
+def reference_key(pair: HeldOutPair) -> str:
     """Names a pair by its content."""
     return hashlib.sha256(json.dumps([pair.prompt, pair.chosen, pair.rejected]).encode()).hexdigest()[:20]
 
@@ -188,13 +188,13 @@ class Reference:
     def __init__(self, differences: dict[str, float]) -> None:
         self._differences = differences
 
-    def __getitem__(self, pair: TestPair) -> float:
+    def __getitem__(self, pair: HeldOutPair) -> float:
         """The difference of a pair."""
         return self._differences[reference_key(pair)]
 
     @classmethod
     def of(
-        cls, pairs: Sequence[TestPair], scorer: PairScorer, *, fingerprint: str, file: Path, batch: int = 512
+        cls, pairs: Sequence[HeldOutPair], scorer: PairScorer, *, fingerprint: str, file: Path, batch: int = 512
     ) -> Reference:
         """Reads the file, or scores every pair and writes it.
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from popi.backends.base import Backend
-from popi.data.example import PersonalizationExample, TestPair, read_examples
+from popi.data.example import HeldOutPair, PersonalizationExample, read_examples
 from popi.errors import ConfigError, InputError
 from popi.prompts import Message, inference_messages
 from popi.render import render_signals
@@ -35,7 +35,7 @@ class People:
     held_out: Sequence[PersonalizationExample]
     left_out: dict[str, int]
 
-    def pairs(self) -> list[TestPair]:
+    def pairs(self) -> list[HeldOutPair]:
         """All pairs of all users."""
         return [pair for example in (*self.train, *self.held_out) for pair in example.tests]
 

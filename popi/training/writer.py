@@ -11,17 +11,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from popi.backends.causal.cache import has_plain_cache
-from popi.backends.causal.chat_tokens import ChatTokens
-from popi.backends.causal.decoding import Draft, decode, end_tokens_of
-from popi.backends.causal.packing import Scored
+from popi.engine.cache import has_plain_cache
+from popi.engine.chat_tokens import ChatTokens
+from popi.engine.decoding import Draft, decode, end_tokens_of
+from popi.engine.packing import Scored
 from popi.errors import InputError
 from popi.prompts import Message
+from popi.seeds import seed_of
 from popi.summary import Author, PreferenceSummary, Provenance, finished_part, read_reply
 from popi.training.checkpoints import Saves
 from popi.training.generator import diverged
 from popi.training.likelihood import computing, token_likelihood
-from popi.training.seeds import seed_of
 from popi.training.trl import GRPOConfig, GRPOTrainer
 
 if TYPE_CHECKING:

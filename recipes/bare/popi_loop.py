@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from popi.data.example import PersonalizationExample, TestPair
+from popi.data.example import HeldOutPair, PersonalizationExample
 from popi.data.miniworld import generate
 from popi.models import find
 from popi.prompts import Message, answer_messages, inference_messages
@@ -96,7 +96,7 @@ class Chat:
         logps_G_S_V = (torch.cat([first, rest], dim=1) / temperature).log_softmax(dim=-1)
         return logps_G_S_V.gather(2, tokens_G_S[:, :, None])[:, :, 0] * mask_G_S, mask_G_S
 
-    def preference(self, pair: TestPair, context: str | None) -> Tensor:
+    def preference(self, pair: HeldOutPair, context: str | None) -> Tensor:
         """Log pi(y_w|x,z) - log pi(y_l|x,z): a scalar, in nats."""
         answers = [self.response(pair.chosen), self.response(pair.rejected)]
         logps_2_S, _ = self.logps(self.prompt(answer_messages(pair.prompt, context)), answers)

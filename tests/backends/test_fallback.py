@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Sequence
 
 import pytest
 
-from popi.backends.base import Capabilities, ChatRequest, ChatResult, Ended, ScoreRequest, unheard
+from popi.backends.base import Capabilities, ChatRequest, ChatResult, OnComplete, ScoreRequest, ignore_result
 from popi.backends.ledger import Price
 from popi.backends.wrappers import Breaker, Fallback, Route
 from popi.errors import BackendError, ConfigError
@@ -149,7 +149,7 @@ async def test_scores_of_which_none_could_be_had_are_no_numbers(pair: Pair) -> N
 class Breaking(ScriptedBackend):
     """Breaks off behind its first piece."""
 
-    async def stream(self, request: ChatRequest, ended: Ended = unheard) -> AsyncIterator[str]:
+    async def stream(self, request: ChatRequest, on_complete: OnComplete = ignore_result) -> AsyncIterator[str]:
         yield "One"
         raise BackendError("broke off", failure="unreachable")
 
@@ -235,7 +235,7 @@ async def test_a_probe_that_hangs_holds_up_no_other_request() -> None:
 
 async def test_a_stream_that_was_withheld_is_an_answer() -> None:
     class Withholding(ScriptedBackend):
-        async def stream(self, request: ChatRequest, ended: Ended = unheard) -> AsyncIterator[str]:
+        async def stream(self, request: ChatRequest, on_complete: OnComplete = ignore_result) -> AsyncIterator[str]:
             raise BackendError("the model refuses: no", failure="withheld")
             yield ""
 

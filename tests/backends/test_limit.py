@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Sequence
 
 import pytest
 
-from popi.backends.base import ChatRequest, ChatResult, Ended, ScoreRequest, unheard
+from popi.backends.base import ChatRequest, ChatResult, OnComplete, ScoreRequest, ignore_result
 from popi.backends.wrappers import Limit, limit
 from popi.errors import BackendError, ConfigError
 from popi.prompts import Message
@@ -38,7 +38,7 @@ class Slow(ScriptedBackend):
         self.now -= 1
         return await super().chat(requests)
 
-    async def stream(self, request: ChatRequest, ended: Ended = unheard) -> AsyncIterator[str]:
+    async def stream(self, request: ChatRequest, on_complete: OnComplete = ignore_result) -> AsyncIterator[str]:
         [result] = await self.chat([request])
         yield result.text
 

@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Sequence
 
 import pytest
 
-from popi.backends.base import PASSING, ChatRequest, ChatResult, Ended, ScoreRequest, ScoreResult, unheard
+from popi.backends.base import PASSING, ChatRequest, ChatResult, OnComplete, ScoreRequest, ScoreResult, ignore_result
 from popi.backends.ledger import Ledger, Price
 from popi.backends.wrappers import Cost, Limit, Retry, limit
 from popi.errors import BackendError, ConfigError
@@ -147,7 +147,7 @@ async def test_a_stream_that_has_not_begun_is_asked_for_again_and_one_that_has_i
     class Breaking(ScriptedBackend):
         broken = 0
 
-        async def stream(self, request: ChatRequest, ended: Ended = unheard) -> AsyncIterator[str]:
+        async def stream(self, request: ChatRequest, on_complete: OnComplete = ignore_result) -> AsyncIterator[str]:
             self.broken += 1
             if self.broken == 1:
                 raise BackendError("reset", failure="unreachable")
@@ -185,7 +185,7 @@ def test_numbers_that_make_no_sense_are_refused(options: dict) -> None:
 
 async def test_a_stream_that_does_not_begin_in_time_is_given_up() -> None:
     class Stalled(ScriptedBackend):
-        async def stream(self, request: ChatRequest, ended: Ended = unheard) -> AsyncIterator[str]:
+        async def stream(self, request: ChatRequest, on_complete: OnComplete = ignore_result) -> AsyncIterator[str]:
             await asyncio.sleep(60)
             yield "too late"
 

@@ -16,8 +16,7 @@ from popi.backends.transformers import TransformersBackend
 from popi.errors import BackendError
 from popi.prompts import Message
 from popi.testing import tiny_model
-
-from .conftest import conversation, plain_score, plain_tokens
+from tests.plain_loops import conversation, plain_score, plain_tokens
 
 RESPONSES = ["Yes.", "A short answer with a friendly tone 🍚, and examples.", "", "如何煮米饭"]
 

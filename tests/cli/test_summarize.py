@@ -257,7 +257,7 @@ def test_a_file_made_with_other_settings_is_refused(
     before = out.read_bytes()
     ran = summarize([*USERS, says_more()], *args, model=model)
     assert ran.code == 2
-    assert ran.err == f"popi: {out} {says}; give the same options or another --out\n"
+    assert ran.err == f"popi: {out}: {says}; give the same options or another --out\n"
     assert out.read_bytes() == before
 
 

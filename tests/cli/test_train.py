@@ -29,19 +29,19 @@ def test_bad_input_is_one_line_and_exit_code_two(words, capsys, tmp_path):
 def test_a_folder_of_another_run_is_refused_before_any_work(capsys, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"recipe": {}}))
     assert main(["train", str(RECIPE), "--out", str(tmp_path)]) == 2
-    assert "another recipe" in capsys.readouterr().err
+    assert "was made with recipe" in capsys.readouterr().err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json"]
 
 
 def test_without_the_extra_it_is_named(capsys, monkeypatch):
-    monkeypatch.delitem(sys.modules, "popi.training.pretrain", raising=False)
+    monkeypatch.delitem(sys.modules, "popi.pretraining.pretrain", raising=False)
     monkeypatch.setitem(sys.modules, "torch", None)
     assert main(["train", str(RECIPE)]) == 2
     assert "pip install 'popi[local]'" in capsys.readouterr().err
 
 
 def test_an_architecture_that_makes_no_model_is_one_line(capsys, tmp_path, monkeypatch):
-    from popi.training import pretrain
+    from popi.pretraining import pretrain
 
     monkeypatch.setattr(pretrain, "TOKENIZER_LESSONS", 40)
     words = ["--set", "architecture.hidden_size=193", "--out", str(tmp_path / "run")]
@@ -53,7 +53,7 @@ def test_an_architecture_that_makes_no_model_is_one_line(capsys, tmp_path, monke
 
 def test_no_two_runs_in_one_folder(capsys, tmp_path):
     from popi.config import load
-    from popi.training.run_folder import RunFolder
+    from popi.run_folder import RunFolder
 
     with RunFolder.open(tmp_path / "run", load(RECIPE)):
         assert main(["train", str(RECIPE), "--out", str(tmp_path / "run")]) == 1

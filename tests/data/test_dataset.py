@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 
 from popi.data.dataset import FEATURES, as_row, from_row, load, save
-from popi.data.example import PersonalizationExample, TestPair, read_examples
+from popi.data.example import HeldOutPair, PersonalizationExample, read_examples
 from popi.errors import InputError, MissingExtra, PopiError
 from popi.signals import Comment, Rating, Statement, UserSignals
 
@@ -20,7 +20,7 @@ ADA = PersonalizationExample(
         user_id="ada",
         signals=(Statement(text="👩‍👩‍👧\x00"), Rating(prompt="p", response="r", score=10 / 3), Comment(text="no")),
     ),
-    tests=(TestPair(prompt="p", chosen="a", rejected="b"),),
+    tests=(HeldOutPair(prompt="p", chosen="a", rejected="b"),),
     oracles={"truth": "- lists"},
     facts={"world": "w", "third": 1 / 3, "nested": {"x": [None, -0.0]}},
 )

@@ -10,14 +10,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from popi.data.example import PersonalizationExample, TestPair, read_examples
+from popi.data.example import HeldOutPair, PersonalizationExample, read_examples
 from popi.errors import InputError
 from popi.io import write_jsonl
 from popi.signals import UserSignals
 from tests.strategies import users, words
 
 pairs = st.builds(
-    lambda prompt, answers: TestPair(prompt=prompt, chosen=answers[0], rejected=answers[1]),
+    lambda prompt, answers: HeldOutPair(prompt=prompt, chosen=answers[0], rejected=answers[1]),
     words,
     st.lists(words, min_size=2, max_size=2, unique_by=str.strip),
 )

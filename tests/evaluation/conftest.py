@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 
 from popi.backends.base import ChatRequest, ScoreRequest
-from popi.data.example import PersonalizationExample, TestPair
+from popi.data.example import HeldOutPair, PersonalizationExample
 from popi.data.miniworld import claimed_tastes, style_of, utility
 from popi.evaluation.measure import Column
 from popi.prompts import CLOSE, OPEN
@@ -57,7 +57,7 @@ def make_example() -> Callable[..., PersonalizationExample]:
         return PersonalizationExample(
             user=UserSignals(user_id=user_id, signals=(Statement(text=f"I am {user_id}."),)),
             tests=tuple(
-                TestPair(prompt=f"Question {place}?", chosen=chosen, rejected=rejected)
+                HeldOutPair(prompt=f"Question {place}?", chosen=chosen, rejected=rejected)
                 for place, (chosen, rejected) in enumerate(pairs)
             ),
             facts=facts,

@@ -9,13 +9,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from popi.data.example import PersonalizationExample, TestPair
+from popi.data.example import HeldOutPair, PersonalizationExample
 from popi.evaluation.measure import Measured, Plain
 from popi.evaluation.tabulate import MeasuredUser, Tabulator
 from popi.signals import UserSignals
 from popi.summary import Author, Claim, PreferenceSummary, Provenance, summarize_claims
 
-PAIR = TestPair(prompt="Why?", chosen="Because it is so.", rejected="So.")
+PAIR = HeldOutPair(prompt="Why?", chosen="Because it is so.", rejected="So.")
 
 
 def user(

@@ -4,15 +4,15 @@ import pytest
 import torch
 from transformers import TrainingArguments
 
-from popi.backends.causal.chat_tokens import ChatTokens
-from popi.data.example import TestPair
+from popi.data.example import HeldOutPair
+from popi.engine.chat_tokens import ChatTokens
 from popi.errors import PopiError
 from popi.testing import tiny_model
 from popi.training.generator import GeneratorTrainer, GeneratorUpdate
 from popi.training.scoring import Judged, PairScorer
 
 ITEMS = [
-    Judged(context, TestPair(prompt=f"What about {n}?", chosen=f"This {n}.", rejected="That, I think."), 0.1 * n)
+    Judged(context, HeldOutPair(prompt=f"What about {n}?", chosen=f"This {n}.", rejected="That, I think."), 0.1 * n)
     for n, context in enumerate(["- short", None, "- long answers", "- emoji"])
 ]
 

@@ -18,15 +18,15 @@ import torch
 import yaml
 
 from popi.config import load
-from popi.data.example import PersonalizationExample, TestPair
+from popi.data.example import HeldOutPair, PersonalizationExample
 from popi.errors import ConfigError, InputError, PopiError
 from popi.io import read_jsonl, write_jsonl
+from popi.run_folder import RunFolder, load_state
 from popi.signals import PreferencePair, Statement, UserSignals
 from popi.testing import tiny_model
 from popi.training import joint
 from popi.training.contexts import Contexts
 from popi.training.generator import GeneratorTrainer
-from popi.training.run_folder import RunFolder, load_state
 from popi.training.users import read_people
 from popi.training.writer import WriterTrainer
 from tests.hub import in_hub_cache
@@ -63,7 +63,8 @@ def people(tmp_path_factory):
                     * (n > 0),
                 ),
                 tests=tuple(
-                    TestPair(prompt=f"What about {n}{k}?", chosen=f"This {n}.", rejected="That, I think.") for k in "ab"
+                    HeldOutPair(prompt=f"What about {n}{k}?", chosen=f"This {n}.", rejected="That, I think.")
+                    for k in "ab"
                 ),
             )
             for n in range(12)
@@ -311,7 +312,7 @@ def test_a_pair_of_a_held_out_user_that_is_too_long_is_known_before_the_first_st
     resolved = recipe(**changes, **{"data.file": str(tmp_path / "users.jsonl")})
     held_out = read_people(people, users=None, held_out=resolved.evaluate_users, seed=resolved.seed).held_out[0]
     made = [example for _, example in read_jsonl(people, PersonalizationExample)]
-    long = TestPair(prompt="?", chosen="7" * answers, rejected="No.")
+    long = HeldOutPair(prompt="?", chosen="7" * answers, rejected="No.")
     write_jsonl(
         tmp_path / "users.jsonl",
         [
@@ -326,7 +327,7 @@ def test_a_pair_of_a_held_out_user_that_is_too_long_is_known_before_the_first_st
 
 def test_a_folder_of_another_recipe_is_refused(recipe, tmp_path):
     train(recipe(steps=1), tmp_path / "run")
-    with pytest.raises(InputError, match="another recipe: steps 1, not 2; choose"):
+    with pytest.raises(InputError, match=r"was made with recipe.steps 1, not 2; choose"):
         train(recipe(steps=2), tmp_path / "run")
 
 
@@ -336,7 +337,7 @@ def test_other_signals_are_other_data(recipe, people, tmp_path):
     resolved = recipe(**{"data.file": str(copy), "steps": 1})
     train(resolved, tmp_path / "run")
     copy.write_text(people.read_text().replace("I like answer", "I hate answer"))
-    with pytest.raises(InputError, match="holds a run with another data; put the data back, or choose another"):
+    with pytest.raises(InputError, match=r"was made with data .*; put the data back, or choose another"):
         train(resolved, tmp_path / "run")
 
 
@@ -386,7 +387,7 @@ def test_a_model_of_the_hub_is_its_commit_for_the_whole_run(recipe, models, tmp_
     in_hub_cache(tmp_path / "hub", "org/one", "2c3d", models / "one")
     refused = python(*command)
     assert refused.returncode == 2
-    assert "holds a run with another writer model; put the writer model back" in refused.stderr
+    assert "was made with writer_model " in refused.stderr and "; put the writer model back" in refused.stderr
 
 
 def test_a_model_whose_settings_of_sampling_stay_unused_can_be_saved(recipe, models, tmp_path):

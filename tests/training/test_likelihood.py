@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from popi.backends.causal.packing import Scored, pack
+from popi.engine.packing import Scored, pack
 from popi.testing import FAMILIES, tiny_model
 from popi.training.likelihood import response_logps, token_likelihood
 

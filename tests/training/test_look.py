@@ -3,13 +3,13 @@
 import pytest
 import torch
 
-from popi.data.example import PersonalizationExample, TestPair
+from popi.data.example import HeldOutPair, PersonalizationExample
 from popi.errors import BackendError, PopiError
 from popi.roles import PreferenceInference
 from popi.signals import UserSignals
 from popi.training.look import look
 
-PAIR = TestPair(prompt="How?", chosen="So.", rejected="No.")
+PAIR = HeldOutPair(prompt="How?", chosen="So.", rejected="No.")
 USERS = [PersonalizationExample(user=UserSignals(user_id="Ada"), tests=(PAIR,))]
 
 

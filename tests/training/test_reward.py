@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from popi.backends.causal.chat_tokens import ChatTokens
-from popi.data.example import TestPair
+from popi.data.example import HeldOutPair
+from popi.engine.chat_tokens import ChatTokens
 from popi.errors import PopiError
 from popi.summary import Author, PreferenceSummary, Provenance
 from popi.testing import tiny_model
@@ -13,7 +13,10 @@ from popi.training.reward import PairReward
 from popi.training.scoring import Judged, PairScorer, Reference, reference_key
 
 PAIRS = [
-    [TestPair(prompt=f"How do I {n}{k}?", chosen=f"Like so, {k} times.", rejected="No idea " * (n + 1)) for k in "abc"]
+    [
+        HeldOutPair(prompt=f"How do I {n}{k}?", chosen=f"Like so, {k} times.", rejected="No idea " * (n + 1))
+        for k in "abc"
+    ]
     for n in range(2)
 ]
 REFERENCE = Reference(

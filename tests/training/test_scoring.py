@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from popi.backends.base import ScoreRequest
-from popi.backends.causal.chat_tokens import ChatTokens
 from popi.backends.transformers import TransformersBackend
-from popi.data.example import PersonalizationExample, TestPair
+from popi.data.example import HeldOutPair, PersonalizationExample
+from popi.engine.chat_tokens import ChatTokens
 from popi.errors import InputError
 from popi.prompts import answer_messages
 from popi.signals import UserSignals
@@ -17,7 +17,7 @@ from popi.testing import tiny_model
 from popi.training.scoring import Judged, PairScorer, Reference
 
 PAIRS = [
-    TestPair(prompt=f"How do I {n}?", chosen=f"Like so, {n} times.", rejected="No idea " * (n + 1)) for n in range(4)
+    HeldOutPair(prompt=f"How do I {n}?", chosen=f"Like so, {n} times.", rejected="No idea " * (n + 1)) for n in range(4)
 ]
 CONTEXTS = [None, "- short answers", "- long answers\n- no emoji"]
 ITEMS = [Judged(context, pair, 0.5 * place) for place, pair in enumerate(PAIRS) for context in CONTEXTS]

@@ -3,7 +3,7 @@ import asyncio
 import pytest
 
 from popi import registry
-from popi.data.example import PersonalizationExample, TestPair
+from popi.data.example import HeldOutPair, PersonalizationExample
 from popi.data.miniworld import generate
 from popi.io import write_jsonl
 from popi.signals import Statement, UserSignals
@@ -31,7 +31,7 @@ def test_users_who_share_their_pairs_with_held_out_ones_are_counted(tmp_path):
     made = [
         PersonalizationExample(
             user=UserSignals(user_id=f"user {n}", signals=(Statement(text="I like tea."),)),
-            tests=(TestPair(prompt="How?", chosen="So.", rejected="No."),),
+            tests=(HeldOutPair(prompt="How?", chosen="So.", rejected="No."),),
             facts={"cluster": f"cluster {n % 3}"},
         )
         for n in range(30)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from popi.backends.causal import decoding
+from popi.engine import decoding
 from popi.errors import InputError
 from popi.prompts import inference_messages
 from popi.testing import tiny_model

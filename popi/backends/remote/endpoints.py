@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 from openai import AsyncOpenAI, AsyncStream
 
-from popi.backends.base import ChatRequest, ChatResult, Ended, FinishReason, ScoreRequest, ScoreResult
+from popi.backends.base import ChatRequest, ChatResult, FinishReason, OnComplete, ScoreRequest, ScoreResult
 from popi.backends.remote.wire import BrokenOff, ChatAnswer, Chunk, Malformed, TextAnswer, read
 from popi.backends.together import held
 from popi.errors import BackendError
 from popi.io import writable
 
 if TYPE_CHECKING:
-    from popi.backends.causal.chat_tokens import ChatTokens, Rendered
+    from popi.engine.chat_tokens import ChatTokens, Rendered
 
 BROKEN_OFF = {"abort", "error", "cancelled", "insufficient_system_resource"}
 """Reasons for which servers end an answer before the model does."""
@@ -48,7 +48,7 @@ class Endpoint(ABC):
         """Continues a conversation."""
 
     @abstractmethod
-    def stream(self, client: AsyncOpenAI, request: ChatRequest, ended: Ended) -> AsyncIterator[str]:
+    def stream(self, client: AsyncOpenAI, request: ChatRequest, on_complete: OnComplete) -> AsyncIterator[str]:
         """Continues a conversation, piece by piece, and tells the whole answer in the end."""
 
     @abstractmethod
@@ -81,12 +81,12 @@ class ByMessages(Endpoint):
         why = {"refused": REFUSED.format(refusal), "filtered": WITHHELD}.get(reason)
         return ChatResult(text, reason, answer.read, answer.written, self._model, why)
 
-    async def stream(self, client: AsyncOpenAI, request: ChatRequest, ended: Ended) -> AsyncIterator[str]:
+    async def stream(self, client: AsyncOpenAI, request: ChatRequest, on_complete: OnComplete) -> AsyncIterator[str]:
         """Continues a conversation, piece by piece, and tells the whole answer in the end."""
         chunks = await client.chat.completions.create(
             **self._arguments(request), stream=True, stream_options={"include_usage": True}
         )
-        async with held(_pieces(self._model, chunks, ended)) as pieces:
+        async with held(_pieces(self._model, chunks, on_complete)) as pieces:
             async for piece in pieces:
                 yield piece
 
@@ -150,7 +150,7 @@ class ByTokenIds(Endpoint):
         why = WITHHELD if reason == "filtered" else None
         return self._counted(ChatResult(text, reason, length, answer.written, self._model, why), length)
 
-    async def stream(self, client: AsyncOpenAI, request: ChatRequest, ended: Ended) -> AsyncIterator[str]:
+    async def stream(self, client: AsyncOpenAI, request: ChatRequest, on_complete: OnComplete) -> AsyncIterator[str]:
         """Continues a conversation, piece by piece, and tells the whole answer in the end."""
         prompt = self._prompt(request, min(request.max_tokens, 1))
         if prompt.error is not None:
@@ -160,7 +160,7 @@ class ByTokenIds(Endpoint):
         )
 
         def answered(result: ChatResult) -> None:
-            ended(self._counted(result, len(prompt.tokens)))
+            on_complete(self._counted(result, len(prompt.tokens)))
 
         async with held(_pieces(self._model, chunks, answered)) as pieces:
             async for piece in pieces:
@@ -200,7 +200,7 @@ class ByTokenIds(Endpoint):
         return replace(result, prompt_tokens=prompt, completion_tokens=written)
 
     def _prompt(self, request: ChatRequest | ScoreRequest, needed: int) -> Rendered:
-        from popi.backends.causal.admission import admitted
+        from popi.engine.admission import admitted
 
         return admitted(self._tokens, [request.messages], [needed], self._context)[0]
 
@@ -219,7 +219,7 @@ COUNTED: Any = {"include_usage": True, "continuous_usage_stats": True}
 """Asks a vLLM server to tell with every chunk how many tokens were written until then; others tell it in the end."""
 
 
-async def _pieces(model: str, chunks: AsyncStream[Any], ended: Ended) -> AsyncIterator[str]:
+async def _pieces(model: str, chunks: AsyncStream[Any], on_complete: OnComplete) -> AsyncIterator[str]:
     """The pieces of a stream, until its end; a stream without one has broken off.
 
     Chunks have no numbers. Where the server counts tokens as it goes, one that says again what the last one said and
@@ -243,4 +243,4 @@ async def _pieces(model: str, chunks: AsyncStream[Any], ended: Ended) -> AsyncIt
         raise Malformed("the stream broke off")
     if (finish := _finish(reason)) == "filtered" or refusal:
         raise BackendError(f"{model}: {REFUSED.format(refusal) if refusal else WITHHELD}", failure="withheld")
-    ended(ChatResult(text, finish, *spent, model))
+    on_complete(ChatResult(text, finish, *spent, model))

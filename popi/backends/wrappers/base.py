@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from functools import partial
 from typing import TypeVar
 
-from popi.backends.base import Backend, ChatRequest, ChatResult, Ended, ScoreRequest, ScoreResult, unheard
+from popi.backends.base import Backend, ChatRequest, ChatResult, OnComplete, ScoreRequest, ScoreResult, ignore_result
 from popi.backends.together import each, held
 
 Request = TypeVar("Request", ChatRequest, ScoreRequest)
@@ -29,9 +29,9 @@ class Wrapper(Backend):
         """See :meth:`Backend.chat`."""
         return await self.inner.chat(requests)
 
-    async def stream(self, request: ChatRequest, ended: Ended = unheard) -> AsyncIterator[str]:
+    async def stream(self, request: ChatRequest, on_complete: OnComplete = ignore_result) -> AsyncIterator[str]:
         """See :meth:`Backend.stream`."""
-        async with held(self.inner.stream(request, ended)) as pieces:
+        async with held(self.inner.stream(request, on_complete)) as pieces:
             async for piece in pieces:
                 yield piece
 

@@ -11,7 +11,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from popi.backends.base import Backend, ChatRequest, ChatResult, Ended, ScoreRequest, ScoreResult, unheard
+from popi.backends.base import Backend, ChatRequest, ChatResult, OnComplete, ScoreRequest, ScoreResult, ignore_result
 from popi.backends.together import held
 from popi.backends.wrappers.base import Request, Result, Wrapper
 from popi.errors import BackendError, InputError
@@ -69,7 +69,7 @@ class Cache(Wrapper):
         """
         return await self._each(requests, self.inner.score, ScoreResult)
 
-    async def stream(self, request: ChatRequest, ended: Ended = unheard) -> AsyncIterator[str]:
+    async def stream(self, request: ChatRequest, on_complete: OnComplete = ignore_result) -> AsyncIterator[str]:
         """Continues one conversation; an answer that is there comes in one piece.
 
         Raises:
@@ -80,13 +80,13 @@ class Cache(Wrapper):
             self.hits += 1
             if known["text"]:
                 yield known["text"]
-            ended(ChatResult(**known))
+            on_complete(ChatResult(**known))
             return
         self.misses += 1
 
         def answered(result: ChatResult) -> None:
             self._keep(key, result)
-            ended(result)
+            on_complete(result)
 
         async with held(self.inner.stream(request, answered)) as pieces:
             async for piece in pieces:

@@ -9,11 +9,11 @@ from popi.backends.base import (
     Backend,
     ChatRequest,
     ChatResult,
-    Ended,
     FailureKind,
+    OnComplete,
     ScoreRequest,
     ScoreResult,
-    unheard,
+    ignore_result,
 )
 from popi.backends.ledger import Ledger, Price, Spent
 from popi.backends.together import held
@@ -54,7 +54,7 @@ class Cost(Wrapper):
         """See :meth:`Backend.score`."""
         return await self._all(requests, self.inner.score, ScoreResult)
 
-    async def stream(self, request: ChatRequest, ended: Ended = unheard) -> AsyncIterator[str]:
+    async def stream(self, request: ChatRequest, on_complete: OnComplete = ignore_result) -> AsyncIterator[str]:
         """Continues one conversation, piece by piece.
 
         Raises:
@@ -68,7 +68,7 @@ class Cost(Wrapper):
         def answered(result: ChatResult) -> None:
             nonlocal spent
             spent = self._of(result, most)
-            ended(result)
+            on_complete(result)
 
         try:
             async with held(self.inner.stream(request, answered)) as pieces:

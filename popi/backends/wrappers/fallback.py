@@ -12,11 +12,11 @@ from popi.backends.base import (
     Capabilities,
     ChatRequest,
     ChatResult,
-    Ended,
     FailureKind,
+    OnComplete,
     ScoreRequest,
     ScoreResult,
-    unheard,
+    ignore_result,
 )
 from popi.backends.ledger import MILLION, Price
 from popi.backends.together import held, together
@@ -97,7 +97,7 @@ class Fallback(Backend):
             raise BackendError(f"{self.model}: none of these gives log-probabilities", failure="request")
         return await self._each(requests, able, lambda backend, some: backend.score(some), ScoreResult)
 
-    async def stream(self, request: ChatRequest, ended: Ended = unheard) -> AsyncIterator[str]:
+    async def stream(self, request: ChatRequest, on_complete: OnComplete = ignore_result) -> AsyncIterator[str]:
         """Continues one conversation, piece by piece; until the first one has come the next backend may be asked.
 
         Raises:
@@ -110,7 +110,7 @@ class Fallback(Backend):
             begun = False
 
             def served(result: ChatResult, name: str = route.name) -> None:
-                ended(replace(result, route=name))
+                on_complete(replace(result, route=name))
 
             try:
                 with _watched(route, admission):

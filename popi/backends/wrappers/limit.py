@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, nullcontext
 from weakref import WeakKeyDictionary
 
-from popi.backends.base import Backend, ChatRequest, Ended, ScoreRequest, unheard
+from popi.backends.base import Backend, ChatRequest, OnComplete, ScoreRequest, ignore_result
 from popi.backends.deadline import turn, waiting
 from popi.backends.together import held
 from popi.backends.wrappers.base import OneByOne, Request, Result
@@ -64,7 +64,7 @@ class Limit(OneByOne):
         async with self._turn(size):
             return await ask()
 
-    async def stream(self, request: ChatRequest, ended: Ended = unheard) -> AsyncIterator[str]:
+    async def stream(self, request: ChatRequest, on_complete: OnComplete = ignore_result) -> AsyncIterator[str]:
         """Continues one conversation, piece by piece.
 
         Raises:
@@ -73,7 +73,7 @@ class Limit(OneByOne):
         size = self._size(request)
         if error := self._too_much(size):
             raise BackendError(f"{self.model}: {error}", failure="request")
-        async with self._turn(size), held(self.inner.stream(request, ended)) as pieces:
+        async with self._turn(size), held(self.inner.stream(request, on_complete)) as pieces:
             async for piece in pieces:
                 yield piece
 

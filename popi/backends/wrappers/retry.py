@@ -13,7 +13,7 @@ from tenacity import (
     wait_random_exponential,
 )
 
-from popi.backends.base import PASSING, Backend, ChatRequest, ChatResult, Ended, ScoreResult, unheard
+from popi.backends.base import PASSING, Backend, ChatRequest, ChatResult, OnComplete, ScoreResult, ignore_result
 from popi.backends.deadline import Clock, within
 from popi.backends.together import held
 from popi.backends.wrappers.base import OneByOne, Request, Result
@@ -58,7 +58,7 @@ class Retry(OneByOne):
         except TimeoutError:
             return kind.failed(self._late(), "timeout", model=self.model)
 
-    async def stream(self, request: ChatRequest, ended: Ended = unheard) -> AsyncIterator[str]:
+    async def stream(self, request: ChatRequest, on_complete: OnComplete = ignore_result) -> AsyncIterator[str]:
         """Continues one conversation, piece by piece; until the first one has come it may be asked for again.
 
         Raises:
@@ -66,7 +66,7 @@ class Retry(OneByOne):
         """
 
         async def begin() -> tuple[AsyncIterator[str], str | None]:
-            pieces = self.inner.stream(request, ended)
+            pieces = self.inner.stream(request, on_complete)
             return pieces, await anext(pieces, None)
 
         try:

@@ -9,7 +9,7 @@ from functools import cache
 
 import numpy as np
 
-from popi.data.example import PersonalizationExample, TestPair
+from popi.data.example import HeldOutPair, PersonalizationExample
 from popi.data.miniworld.language import Question, all_prompts, as_sides, claims_for, draw_question
 from popi.data.miniworld.observe import Choice, Observation, draw_choice, draw_observation, draw_style
 from popi.data.miniworld.tastes import (
@@ -187,7 +187,7 @@ def as_example(user: User) -> PersonalizationExample:
     return PersonalizationExample(
         user=UserSignals(user_id=user.user_id, signals=tuple(seen.signal for seen in user.observations)),
         tests=tuple(
-            TestPair(prompt=choice.question.text, chosen=choice.chosen, rejected=choice.rejected)
+            HeldOutPair(prompt=choice.question.text, chosen=choice.chosen, rejected=choice.rejected)
             for choice in user.tests
         ),
         oracles={

@@ -5,8 +5,8 @@ import torch
 from popi.data.miniworld.curriculum import Dilution, lesson
 from popi.data.miniworld.language import as_vector, claimed_tastes, style_of
 from popi.data.miniworld.phrases import VAGUE
+from popi.pretraining.lessons import SignalHeads, batches, collate, encode, losses
 from popi.testing import tiny_model
-from popi.training.lessons import SignalHeads, batches, collate, encode, losses
 
 TASKS = ("write", "raw", "summary", "bare")
 

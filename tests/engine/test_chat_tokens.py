@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from popi.backends.causal.chat_tokens import ChatTokens
+from popi.engine.chat_tokens import ChatTokens
 from popi.errors import ModelError
 from popi.prompts import Message
 from popi.testing.tiny import SPECIAL, tiny_tokenizer

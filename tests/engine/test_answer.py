@@ -6,7 +6,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from popi.backends.causal.answer import Answer, settled
+from popi.engine.answer import Answer, settled
 
 END = 256
 

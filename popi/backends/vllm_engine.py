@@ -16,7 +16,7 @@ from multiprocessing import active_children
 from multiprocessing.process import BaseProcess
 from typing import Any, TypeVar
 
-from popi.backends import engine_worker
+from popi.backends import vllm_worker
 from popi.errors import BackendError, ModelError
 
 
@@ -57,7 +57,7 @@ DEFAULTS = {
     "skip_tokenizer_init": True,
     "disable_log_stats": True,
     "use_tqdm_on_load": False,
-    "worker_extension_cls": engine_worker.NAME,
+    "worker_extension_cls": vllm_worker.NAME,
 }
 
 SECONDS_TO_END = 2.0

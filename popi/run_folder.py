@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import os
-import platform
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
 from typing import IO, TYPE_CHECKING, Any, Self
@@ -18,16 +15,15 @@ from typing import IO, TYPE_CHECKING, Any, Self
 from pydantic import BaseModel
 from safetensors import SafetensorError
 
-from popi import __version__
 from popi.errors import InputError, PopiError
-from popi.io import UNFINISHED, first_difference, lock, read_json, replacing, write_text
+from popi.io import UNFINISHED, lock, read_json, replacing, write_text
 from popi.prompts import template_hash
+from popi.provenance import LIBRARIES, check_unchanged, machine, now, versions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 CONFIG, METRICS, CHECKPOINT, LOCK = "config.json", "metrics.jsonl", "checkpoint.pt", ".lock"
-LIBRARIES = ("torch", "transformers", "tokenizers", "numpy")
 
 
 class RunFolder:
@@ -69,7 +65,7 @@ class RunFolder:
         config = {
             "recipe": recipe.model_dump(mode="json"),
             "template_hash": template_hash(),
-            "versions": {"popi": __version__, **{name: importlib.metadata.version(name) for name in libraries}},
+            "versions": versions(libraries),
         }
         if path.exists() and not path.is_dir():
             raise InputError("is a file", file=path, fix="name a folder")
@@ -98,11 +94,7 @@ class RunFolder:
         known = read_json(file)
         if not isinstance(known, dict):
             raise InputError("is not the configuration of a run", file=file, fix="choose another folder")
-        for key, value in wanted.items():
-            if known.get(key) != value:
-                what = first_difference(known.get(key) or {}, value) if isinstance(value, dict) else None
-                other = f"another {key.replace('_', ' ')}" + (f": {what}" if what else "")
-                raise InputError(f"holds a run with {other}", file=file, fix=fix)
+        check_unchanged({key: known.get(key) for key in wanted}, wanted, file=file, fix=fix)
         self.config = known
 
     def _sweep(self) -> None:
@@ -263,7 +255,7 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, card:
     """Writes a model in bfloat16, its tokenizer and its card into a folder."""
     import torch
 
-    from popi.backends.causal.loading import quiet
+    from popi.engine.loading import quiet
 
     half = {key: value.to(torch.bfloat16) for key, value in model.state_dict().items()}
     with quiet():
@@ -286,21 +278,3 @@ def spent(metrics: Path) -> dict[str, float]:
             if name.startswith(("tokens/", "seconds/")):
                 total[name] = total.get(name, 0.0) + value
     return total
-
-
-def now() -> str:
-    """The time in UTC, to the minute."""
-    return datetime.now(UTC).isoformat(timespec="minutes")
-
-
-def machine() -> dict[str, Any]:
-    """What the run runs on."""
-    return {"python": platform.python_version(), "processor": _processor(), "cores": os.cpu_count()}
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()

@@ -9,11 +9,10 @@ import torch
 import transformers
 
 from popi.backends.base import ChatRequest, ScoreRequest
-from popi.backends.causal.cache import has_plain_cache
 from popi.backends.transformers import TransformersBackend
+from popi.engine.cache import has_plain_cache
 from popi.testing.tiny import tiny_model, tiny_tokenizer
-
-from .conftest import conversation, plain_score, plain_tokens
+from tests.plain_loops import conversation, plain_score, plain_tokens
 
 TOKENIZER = tiny_tokenizer()
 COMMON = {

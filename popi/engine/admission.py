@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from popi.backends.causal.chat_tokens import ChatTokens, Rendered
+from popi.engine.chat_tokens import ChatTokens, Rendered
 from popi.prompts import Message
 
 

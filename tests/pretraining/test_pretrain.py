@@ -11,9 +11,9 @@ import torch
 
 from popi.config import load
 from popi.errors import InputError
+from popi.pretraining import pretrain
+from popi.pretraining.pretrain import build, learn, lessons_of, run
 from popi.testing import tiny_model
-from popi.training import pretrain
-from popi.training.pretrain import build, learn, lessons_of, run
 
 RECIPES = sorted(Path(__file__).parents[2].glob("recipes/mini_base/*.yaml"))
 SMALL = {
@@ -105,7 +105,7 @@ def test_a_resumed_run_ends_with_the_weights_of_a_straight_one(recipe, tmp_path,
     assert all(torch.equal(straight[name], resumed[name]) for name in straight)
     lines = [json.loads(line) for line in (tmp_path / "resumed" / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2, 3, 4]
-    with pytest.raises(InputError, match="another recipe"):
+    with pytest.raises(InputError, match="was made with recipe"):
         run(small(recipe, seed=9), tmp_path / "resumed", source="a test", report=lambda measured: None)
 
 

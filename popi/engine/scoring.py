@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
-from popi.backends.causal.cache import Prefixes, pad
-from popi.backends.causal.packing import Row, Scored, pack
+from popi.engine.cache import Prefixes, pad
+from popi.engine.packing import Row, Scored, pack
 
 
 def score(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from popi.backends.causal.packing import ROW_OWN_TOKENS, Row, Scored, _blocks, _passes, shared_prefixes
+from popi.engine.packing import ROW_OWN_TOKENS, Row, Scored, _blocks, _passes, shared_prefixes
 
 ids = st.lists(st.integers(0, 2), min_size=1, max_size=6)
 

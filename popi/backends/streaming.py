@@ -6,21 +6,21 @@ import asyncio
 from collections.abc import AsyncIterator, Callable, Coroutine
 from typing import Any
 
-from popi.backends.base import ChatResult, Ended
+from popi.backends.base import ChatResult, OnComplete
 from popi.errors import BackendError
 
 Emit = Callable[[str], None]
 
 
 async def streamed(
-    model: str, chat: Callable[[Emit], Coroutine[Any, Any, ChatResult]], ended: Ended
+    model: str, chat: Callable[[Emit], Coroutine[Any, Any, ChatResult]], on_complete: OnComplete
 ) -> AsyncIterator[str]:
     """Gives the pieces of an answer as they come; when it is left, the work is cancelled.
 
     Args:
         model: The model's name, for errors.
         chat: Answers, and hands each piece to what it is given, from whatever thread.
-        ended: Told the answer.
+        on_complete: Told the answer.
 
     Raises:
         BackendError: If the answer cannot be had or breaks off.
@@ -42,4 +42,4 @@ async def streamed(
         work.cancel()
     if result.error is not None:
         raise BackendError(f"{model}: {result.error}", failure=result.failure)
-    ended(result)
+    on_complete(result)

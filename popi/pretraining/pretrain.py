@@ -17,13 +17,14 @@ from torch import nn
 from popi.config import PretrainRecipe
 from popi.data.miniworld.curriculum import Dilution, Lesson, Task, lesson
 from popi.errors import ConfigError
-from popi.training.attention import use_float32_attention
-from popi.training.card import model_card
-from popi.training.lessons import SignalHeads, batches, encode, losses
-from popi.training.muon import Muon
-from popi.training.probes import probe_following, probe_writing
-from popi.training.run_folder import METRICS, RunFolder, now, save_model
-from popi.training.tokenizer import train_tokenizer
+from popi.pretraining.attention import use_float32_attention
+from popi.pretraining.card import model_card
+from popi.pretraining.lessons import SignalHeads, batches, encode, losses
+from popi.pretraining.muon import Muon
+from popi.pretraining.probes import probe_following, probe_writing
+from popi.pretraining.tokenizer import train_tokenizer
+from popi.provenance import now
+from popi.run_folder import METRICS, RunFolder, save_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -184,7 +185,7 @@ def run(recipe: PretrainRecipe, out: Path, *, source: str, report: Callable[[dic
 
     Args:
         recipe: What to do.
-        out: The run folder; see :class:`popi.training.run_folder.RunFolder`.
+        out: The run folder; see :class:`popi.run_folder.RunFolder`.
         source: Where the recipe was read from, for the model card.
         report: Called after each step with what was measured.
 

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from popi.backends.causal.decoding import Draft, choose, decode
+from popi.engine.decoding import Draft, choose, decode
 from popi.testing import tiny_model
 
 

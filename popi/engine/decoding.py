@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from popi.backends.causal.cache import OwnCache, Prefixes
-from popi.backends.causal.chat_tokens import ChatTokens
+from popi.engine.cache import OwnCache, Prefixes
+from popi.engine.chat_tokens import ChatTokens
 
 # Dropping rows copies the rest of the cache, which costs about one step: it pays once a quarter of the rows is done.
 COMPACT_BELOW = 0.75

@@ -8,7 +8,7 @@ from pydantic import BaseModel
 
 from popi.errors import InputError, PopiError
 from popi.io import UNFINISHED
-from popi.training.run_folder import RunFolder, writing
+from popi.run_folder import RunFolder, writing
 
 PART = ".popi-0123456789ab.part"
 
@@ -83,9 +83,9 @@ def test_everyone_may_read_a_model_and_its_folders(tmp_path):
 def test_a_folder_of_another_run_tells_the_first_difference(tmp_path):
     with opened(tmp_path) as folder:
         folder.begin({"data": "0a1b"})
-    with pytest.raises(InputError, match="holds a run with another recipe: steps 1, not 2; choose another folder"):
+    with pytest.raises(InputError, match=r"was made with recipe.steps 1, not 2; choose another folder"):
         RunFolder.open(tmp_path, Recipe(steps=2), libraries=())
-    with pytest.raises(InputError, match=r"another versions: numpy None, not \d+\.[^;]*; choose"):
+    with pytest.raises(InputError, match=r"versions.numpy None, not '\d+\.[^;]*; choose"):
         RunFolder.open(tmp_path, Recipe(), libraries=["numpy"])
-    with opened(tmp_path) as folder, pytest.raises(InputError, match="another data; put the data back"):
+    with opened(tmp_path) as folder, pytest.raises(InputError, match=r"was made with data .*; put the data back"):
         folder.begin({"data": "2c3d"})

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from popi.backends.causal.trees import TokenTree, common_prefix
+from popi.engine.trees import TokenTree, common_prefix
 
 sequences = st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=6), max_size=8)
 

@@ -9,7 +9,7 @@ from itertools import groupby, pairwise
 
 from transformers import PreTrainedModel
 
-from popi.backends.causal.trees import TokenTree, common_prefix
+from popi.engine.trees import TokenTree, common_prefix
 
 # Logits are the largest thing in the work of scoring: at most 2^28 of them at once, 1 GiB in fp32.
 MAX_LOGITS = 2**28

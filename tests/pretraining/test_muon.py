@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from popi.training.muon import Muon, orthogonal
+from popi.pretraining.muon import Muon, orthogonal
 
 
 def train(make, steps=20):

@@ -1,0 +1,25 @@
+"""Tiny models for the tests of the engine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from popi.backends.transformers import TransformersBackend
+from popi.testing import FAMILIES, tiny_model
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture
+def tiny(family: str):
+    return tiny_model(family)
+
+
+@pytest.fixture
+def make(tiny) -> Callable[..., TransformersBackend]:
+    return lambda **options: TransformersBackend.from_model(*tiny, "tiny", **options)
