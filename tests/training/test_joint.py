@@ -363,7 +363,7 @@ def test_a_model_of_other_files_is_another_run(recipe, models, tmp_path, role):
     before = template.read_text()
     template.write_text(before + " ")
     with pytest.raises(
-        InputError, match=f"a run with another {role} model; put the {role} model back, or choose another"
+        InputError, match=f"was made with {role}_model .*; put the {role} model back, or choose another"
     ):
         train(resolved, tmp_path / "run")
     template.write_text(before)

@@ -1,0 +1,107 @@
+"""Reasoning blocks: text that a model writes for itself before its response.
+
+Servers with a reasoning parser deliver it in a field of its own. Others, and models in this process, leave it in the
+text, between markers. Every backend removes it here, so that a thought is never part of a response.
+"""
+
+from __future__ import annotations
+
+import re
+
+MARKERS = {
+    "<think>": "</think>",
+    "<thinking>": "</thinking>",
+    "<thought>": "</thought>",
+    "<reasoning>": "</reasoning>",
+    "[THINK]": "[/THINK]",
+    "<seed:think>": "</seed:think>",
+    "<|channel|>analysis<|message|>": "<|channel|>final<|message|>",
+}
+"""Opening and closing markers of reasoning blocks, by model family."""
+
+_MARKERS = (*MARKERS, *MARKERS.values())
+_LONGEST = max(map(len, _MARKERS))
+_OPENING = re.compile("|".join(map(re.escape, MARKERS)))
+_CLOSING = re.compile("|".join(map(re.escape, MARKERS.values())))
+
+
+class ReasoningFilter:
+    """Removes reasoning blocks from a text that arrives in pieces.
+
+    White space next to a block is removed with it. The visible pieces, joined, do not depend on how the text was split.
+
+    Example:
+        >>> reasoning = ReasoningFilter()
+        >>> reasoning.feed("<thi"), reasoning.feed("nk>hm</think> yes"), reasoning.finish()
+        ('', 'yes', '')
+
+    Args:
+        opened: Whether the text starts inside a block, because the chat template opened one.
+
+    Attributes:
+        inside: Whether the text ended, so far, inside a block.
+        orphan: Whether a closing marker appeared without an opening one. What came before it was a thought; if it was
+            already passed on, the stream is malformed.
+    """
+
+    def __init__(self, *, opened: bool = False) -> None:
+        self.inside, self.orphan = opened, False
+        self._end = _CLOSING if opened else _OPENING
+        self._held, self._started = "", False
+
+    def feed(self, piece: str) -> str:
+        """Takes the next piece, and returns the text that is now known to be visible."""
+        self._held += piece
+        visible = ""
+        while found := self._end.search(self._held):
+            visible += self._take(found.start())
+            self._held = self._held[found.end() - found.start() :]
+            self.inside = not self.inside
+            self._end = re.compile(re.escape(MARKERS[found[0]])) if self.inside else _OPENING
+        return visible + self._take(len(self._held) - _start_of_marker(self._held))
+
+    def finish(self) -> str:
+        """Returns the rest of the visible text at the end of the response."""
+        return self._take(len(self._held))
+
+    def _take(self, length: int) -> str:
+        """Takes so many characters off the held text, and returns what of them is visible."""
+        text, self._held = self._held[:length], self._held[length:]
+        if self.inside:
+            return ""
+        self.orphan = self.orphan or _CLOSING.search(text) is not None
+        text = text if self._started else text.lstrip()
+        self._started = self._started or bool(text)
+        return text
+
+
+def strip_reasoning(text: str, *, opened: bool = False) -> str | None:
+    """Removes reasoning blocks from a whole response.
+
+    A closing marker without an opening one ends a block that the chat template opened.
+
+    Args:
+        text: The response.
+        opened: Whether it starts inside a block.
+
+    Returns:
+        The response without reasoning, or ``None`` if it ended inside a block: there is no response then.
+
+    Example:
+        >>> strip_reasoning("<think>short?</think> Yes.")
+        'Yes.'
+        >>> strip_reasoning("<think>so I will") is None
+        True
+    """
+    first_opening, first_closing = _OPENING.search(text), _CLOSING.search(text)
+    if first_closing and (first_opening is None or first_closing.start() < first_opening.start()):
+        opened = True
+    reasoning = ReasoningFilter(opened=opened)
+    shown = reasoning.feed(text) + reasoning.finish()
+    return None if reasoning.inside else shown
+
+
+def _start_of_marker(text: str) -> int:
+    """Length of the longest end of a text that could be the beginning of a marker."""
+    lengths = range(min(_LONGEST - 1, len(text)), 0, -1)
+    return next((size for size in lengths if any(marker.startswith(text[-size:]) for marker in _MARKERS)), 0)
