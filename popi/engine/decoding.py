@@ -65,8 +65,8 @@ class Slots(Protocol):
     def plan(self, candidates: Iterable[tuple[list[int], int]]) -> int:
         """Adds as many of these prompts and limits as may join now, and returns their number."""
 
-    def prefill(self) -> None:
-        """Computes the prompts that :meth:`plan` added."""
+    def prefill(self, waiting: int) -> None:
+        """Computes the prompts that :meth:`plan` added. This many drafts still wait."""
 
     def step(self, last_N: Tensor) -> Tensor:
         """Reads the last token of each draft, and returns the logits of the next one, ``[N, V]``."""
@@ -200,7 +200,7 @@ class _Lane:
             return
         new = [self.waiting.popleft() for _ in range(count)]
         self.running += new
-        self._slots.prefill()
+        self._slots.prefill(len(self.waiting))
         for job in new:
             if job.draft.temperature > 0:
                 job.generator = torch.Generator(self._device).manual_seed(job.draft.seed)

@@ -111,7 +111,7 @@ class PaddedSlots:
             self._left.append(limit)
         return len(self._new)
 
-    def prefill(self) -> None:
+    def prefill(self, waiting: int) -> None:
         """Computes the prompts of the drafts that :meth:`plan` added, all but their last tokens."""
         if not self._new:
             return
@@ -186,7 +186,7 @@ class SingleSlot:
             self._tokens = list(prompt)
         return len(taken)
 
-    def prefill(self) -> None:
+    def prefill(self, waiting: int) -> None:
         """Starts a new draft; its first step reads its prompt."""
         if self._cached == 0:
             reset_positions(self._model)

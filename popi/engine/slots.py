@@ -28,8 +28,9 @@ MIN_SHARED = 32
 # Rows are computed as wide as the one with the most branches: at most so many cells for each draft.
 MAX_CELLS = 2
 
-# The buffer grows by so many columns at a time.
-COLUMNS = 128
+
+# The width of the buffer is a multiple of this number, if that is little beside the size of the buffer.
+COLUMNS = 64
 
 
 @dataclass(eq=False, slots=True)
@@ -101,6 +102,7 @@ class SharedSlots:
     def __init__(self, model: PreTrainedModel, batch_tokens: int) -> None:
         self._model, self._batch_tokens, self._device = model, batch_tokens, model.device
         self._prefill_tokens = prefill_tokens(model)
+        self._unit = max(1, min(COLUMNS, batch_tokens // 512))
         self._clear()
 
     def _clear(self) -> None:
@@ -160,7 +162,11 @@ class SharedSlots:
         return self._new[-1]
 
     def _fits(self, rows: Sequence[_Row], count: int, reserved: int) -> bool:
-        return count * max(reserved, *(row.reserved for row in rows)) <= self._batch_tokens
+        return count * self._columns_for(max(reserved, *(row.reserved for row in rows))) <= self._batch_tokens
+
+    def _columns_for(self, width: int) -> int:
+        """Columns of a buffer for rows of this width: rounded up, so that it seldom has to be copied."""
+        return -(-width // self._unit) * self._unit
 
     def _longest_shared(self, prompt: list[int]) -> tuple[_Row | None, int]:
         """The row of the buffer whose prompt starts most like this one, and for how many tokens."""
@@ -168,11 +174,15 @@ class SharedSlots:
         length, row = max(shared, key=lambda pair: pair[0], default=(0, None))
         return (row, length) if length >= max(1, min(MIN_SHARED, len(prompt) - 1)) else (None, 0)
 
-    def prefill(self) -> None:
-        """Computes the prompts of the drafts that :meth:`plan` added, all but their last tokens."""
+    def prefill(self, waiting: int) -> None:
+        """Computes the prompts of the drafts that :meth:`plan` added, all but their last tokens.
+
+        Args:
+            waiting: Number of drafts that still wait.
+        """
         first = len(self._rows)
         self._rows += self._new
-        self._reserve()
+        self._reserve(waiting)
         if self._new:
             self._compute(first, [row.prompt[self._source[1] : -1] for row in self._new])
         for row in self._new:
@@ -251,14 +261,13 @@ class SharedSlots:
                     layer.copy(len(self._rows), index, 1, last.used)
                 self._rows[index] = last
 
-    def _reserve(self) -> None:
-        """Makes the buffer large enough for its rows."""
+    def _reserve(self, waiting: int) -> None:
+        """Makes the buffer large enough for its rows, and if possible for those that wait: a copy of it is slow."""
         at, rows, width = self._cursor, len(self._rows), max(row.reserved for row in self._rows)
         if rows <= at.capacity[0] and width <= at.capacity[1]:
             return
-        # Rounded up, as far as the limit allows, so that the buffer is seldom copied.
-        columns = max(width, min(-(-width // COLUMNS) * COLUMNS, self._batch_tokens // rows))
-        at.capacity = max(rows, min(2 * rows, self._batch_tokens // columns)), columns
+        columns = max(width, min(self._columns_for(width), self._batch_tokens // rows))
+        at.capacity = max(rows, min(rows + waiting, self._batch_tokens // columns)), columns
         for layer in self._layers:
             layer.resize()
 

@@ -221,7 +221,7 @@ def test_an_empty_batch_keeps_no_memory() -> None:
     batch = SharedSlots(model, 1000)
     with torch.inference_mode():
         assert batch.plan([([1, 2, 3], 2)]) == 1
-        batch.prefill()
+        batch.prefill(0)
         batch.step(torch.tensor([3]))
     assert batch._layers[0]._buffers_S_H_L_D
     batch.keep([])
