@@ -37,7 +37,7 @@ def test_takes_a_class_of_ones_own() -> None:
     ("name", "says"),
     [
         ("lm", "unknown inference 'lm'; did you mean llm?"),
-        ("xyz", "there are: another-user, empty, llm, oracle, raw"),
+        ("xyz", "known names: another-user, empty, llm, oracle, raw"),
         ("no_such_module:Thing", "cannot be imported"),
         ("popi_inference:NoSuchThing", "cannot be imported"),
         ("popi.testing:ScriptedBackend", "is no inference class; it has to be a subclass of PreferenceInference"),

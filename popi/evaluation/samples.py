@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 
 from popi import registry
-from popi.data.example import PersonalizationExample, read_examples
+from popi.data.example import PersonalizationExample
+from popi.data.reading import read_examples
 from popi.errors import ConfigError, InputError, did_you_mean
 
 GENERATORS = {"miniworld": "popi.data.miniworld:generate"}

@@ -11,7 +11,8 @@ import numpy as np
 import torch
 
 from popi.backends.base import Backend
-from popi.data.example import HeldOutPair, PersonalizationExample, read_examples
+from popi.data.example import HeldOutPair, PersonalizationExample
+from popi.data.reading import read_examples
 from popi.errors import ConfigError, InputError
 from popi.prompts import Message, inference_messages
 from popi.render import render_signals
