@@ -27,7 +27,7 @@ words = st.text(min_size=1).map(str.strip).filter(bool) | st.sampled_from(HARD_W
 speakers = st.sampled_from(Speaker)
 shared = {
     "time": st.none() | st.datetimes(timezones=st.none() | st.just(UTC)),
-    "origin": st.text(max_size=3),
+    "origin": st.text(max_size=3).map(str.strip),
     "said_by": speakers,
 }
 
