@@ -73,6 +73,8 @@ def test_options_are_those_given_and_the_defaults_of_the_rest() -> None:
         "temperature": 0.0,
         "budget": 100,
         "seed": 3,
+        "language": "auto",
+        "prompts": None,
     }
     assert registry.inference_options("empty") == {}
 

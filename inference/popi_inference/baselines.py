@@ -6,12 +6,13 @@ import hashlib
 from collections.abc import Mapping, Sequence
 
 from popi.backends.base import Backend
+from popi.claims import parse_claims
 from popi.errors import InputError
-from popi.prompts import answer_messages, template_hash
+from popi.prompts import DEFAULT
 from popi.render import render_signals
-from popi.roles import PreferenceInference, context_tokens
+from popi.roles import PreferenceInference, context_budget
 from popi.signals import UserSignals
-from popi.summary import NO_EVIDENCE, Author, PreferenceSummary, Provenance, parse_claims
+from popi.summary import NO_EVIDENCE, Author, PreferenceSummary, Provenance
 
 ANSWER_TOKENS = 256
 """Room for a written answer."""
@@ -34,7 +35,7 @@ class RawSignals(PreferenceInference):
 
     def __init__(self, backend: Backend, *, budget: int | None = None, answer_tokens: int = ANSWER_TOKENS) -> None:
         self._backend = backend
-        self._budget = context_tokens(backend, answer_messages("", ""), answer_tokens, budget)
+        self._budget = context_budget(backend, DEFAULT.answer_messages("", ""), answer_tokens, budget)
 
     async def infer(self, users: Sequence[UserSignals]) -> list[PreferenceSummary]:
         """See :meth:`PreferenceInference.infer`."""
@@ -143,7 +144,7 @@ def _provenance(name: str, user: UserSignals, *, author: Author = Author.BASELIN
     return Provenance(
         author=author,
         model=name,
-        template_hash=template_hash(),
+        template_hash=DEFAULT.hash,
         signals_digest=user.digest(),
         tokens=tokens,
     )

@@ -69,11 +69,12 @@ def evaluate(
     from popi.cli.batches import identity, telling
     from popi.evaluation import rows as table
     from popi.evaluation.folder import Folder
-    from popi.models import origin
+    from popi.trained import training_record
 
     columns = list(dict.fromkeys(map(identity, generator or GENERATORS)))
     writer = identity(writer)
-    made_from = {name: made for name in (writer, *columns) if (made := origin(name)) is not None}
+    records = {name: training_record(name) for name in (writer, *columns)}
+    made_from = {name: made for name, record in records.items() if record and (made := record.made_from) is not None}
     chosen = table.choose([name.strip() for name in rows.split(",") if name.strip()], trained=writer in made_from)
     samples, source = _samples(data, world, split, users, list(range(seed, seed + seeds)))
     folder = Folder(out)
@@ -169,7 +170,7 @@ def run_config(
 ) -> RunConfig:
     """What the figures of a folder rest on."""
     from popi.evaluation.folder import RunConfig
-    from popi.prompts import template_hash
+    from popi.prompts import DEFAULT
     from popi.provenance import versions
     from popi.registry import load
 
@@ -181,7 +182,7 @@ def run_config(
             "judged": judged,
             # Margins subtract scores, which have to be of one precision.
             "dtype": load("popi.engine.loading:default_dtype")(),
-            "template_hash": template_hash(),
+            "template_hash": DEFAULT.hash,
             "popi": found["popi"],
         },
         models={name: _fingerprint(name) for name in (writer, *columns, *made_from.values())},

@@ -53,12 +53,12 @@ def summarize(
     )
     from popi.cli.growing import GrowingFile
     from popi.io import check_rereadable
-    from popi.prompts import template_hash
+    from popi.prompts import DEFAULT
 
     sampling = {"budget": budget, "max_tokens": max_tokens, "temperature": temperature, "seed": seed}
     given = {name: value for name, value in sampling.items() if value is not None}
     options = registry.inference_options(inference, **given)
-    settings = {"model": identity(model), "inference": inference, **options, "template_hash": template_hash()}
+    settings = {"model": identity(model), "inference": inference, **options, "template_hash": DEFAULT.hash}
     check_rereadable(signals)
     with GrowingFile(out) as lines:
         if lines.repaired:

@@ -15,12 +15,13 @@ from random import Random
 
 from pydantic import ConfigDict
 
+from popi.claims import as_text
 from popi.data.convert import Conversion, Dropped, check_any, read_records
 from popi.data.example import HeldOutPair, PersonalizationExample
 from popi.errors import InputError
 from popi.io import validate
 from popi.signals import FileRecord, PreferencePair, Text, UserSignals
-from popi.summary import Claim, as_text
+from popi.summary import Claim
 
 AUDIENCES = {
     "academy": "academia",

@@ -16,12 +16,13 @@ from typing import Any, ClassVar
 
 from pydantic import ConfigDict, Field
 
+from popi.claims import as_text
 from popi.data.convert import Conversion, Dropped, check_any, read_records
 from popi.data.example import HeldOutPair, PersonalizationExample
 from popi.errors import InputError
 from popi.io import validate
 from popi.signals import Conversation, FileRecord, Speaker, Statement, Text, Turn, UserSignals
-from popi.summary import Claim, as_text
+from popi.summary import Claim
 
 OPTIONS = "mcq_options"
 """The folder with the options of the items, one file per topic."""

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from popi.claims import finished_part
 from popi.engine.cache import has_plain_cache
 from popi.engine.chat_tokens import ChatTokens
 from popi.engine.decoding import Draft, decode, end_tokens_of
@@ -18,7 +19,7 @@ from popi.engine.packing import Scored
 from popi.errors import InputError
 from popi.prompts import Message
 from popi.seeds import seed_of
-from popi.summary import Author, PreferenceSummary, Provenance, finished_part, read_reply
+from popi.summary import Author, PreferenceSummary, Provenance, read_reply
 from popi.training.checkpoints import Saves
 from popi.training.generator import diverged
 from popi.training.likelihood import computing, token_likelihood

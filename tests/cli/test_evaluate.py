@@ -15,7 +15,7 @@ from popi.cli import main
 from popi.data.miniworld import generate
 from popi.evaluation.results import Results
 from popi.io import write_jsonl
-from popi.prompts import OPEN
+from popi.prompts import DEFAULT
 from popi.testing import ScriptedBackend
 
 
@@ -28,7 +28,7 @@ def backends(monkeypatch: pytest.MonkeyPatch) -> dict[str, ScriptedBackend]:
         return "- bullet points [1]" if "Signals of one user" in request.messages[-1].content else "One thing."
 
     def score(request: ScoreRequest) -> float:
-        return float(len(request.response)) if OPEN in request.messages[-1].content else 0.0
+        return float(len(request.response)) if DEFAULT.open in request.messages[-1].content else 0.0
 
     def make(model: str) -> ScriptedBackend:
         made[model] = ScriptedBackend(answer, score, model=model)

@@ -13,7 +13,7 @@ import pytest
 from popi.backends.base import ChatRequest, ChatResult
 from popi.cli.growing import GrowingFile
 from popi.errors import BackendError, ModelError
-from popi.prompts import template_hash
+from popi.prompts import DEFAULT
 from popi.signals import UserSignals
 from popi.summary import PreferenceSummary
 
@@ -85,7 +85,9 @@ def test_leaves_the_settings_beside(summarize: Run, models: Models, out: Path) -
         "temperature": 0.0,
         "budget": 100,
         "seed": 7,
-        "template_hash": template_hash(),
+        "language": "auto",
+        "prompts": None,
+        "template_hash": DEFAULT.hash,
     }
     assert {"popi", "python"} <= meta["versions"].keys()
 
@@ -270,7 +272,7 @@ def test_summaries_of_another_model_or_other_templates_are_refused(summarize: Ru
     meta = out.parent / "summaries.jsonl.meta.json"
     meta.unlink()
     assert "is by 'm', not by 'other'" in summarize([*USERS, says_more()], model="other").err
-    out.write_text(out.read_text().replace(template_hash(), "0" * 12))
+    out.write_text(out.read_text().replace(DEFAULT.hash, "0" * 12))
     ran = summarize(USERS)
     assert ran.code == 2
     assert f"{out}:1 was made with prompt templates 000000000000" in ran.err

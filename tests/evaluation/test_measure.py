@@ -13,7 +13,7 @@ from popi.data.example import PersonalizationExample
 from popi.errors import BackendError
 from popi.evaluation.judges import Comparison
 from popi.evaluation.measure import Column, Measured, Plain, measure, measure_nothing, measure_plain
-from popi.prompts import OPEN
+from popi.prompts import DEFAULT
 from popi.registry import generator
 from popi.summary import Author, PreferenceSummary, Provenance
 from popi.testing import ScriptedBackend
@@ -47,7 +47,7 @@ async def test_the_margin_is_the_conditioned_difference_minus_the_bare_one(make_
     nats = {("bare", "good"): -10.0, ("bare", "bad"): -7.0, ("told", "good"): -5.5, ("told", "bad"): -6.0}
 
     def score(request: ScoreRequest) -> float:
-        return nats["told" if OPEN in request.messages[-1].content else "bare", request.response]
+        return nats["told" if DEFAULT.open in request.messages[-1].content else "bare", request.response]
 
     column = column_of(ScriptedBackend(scores=score))
     ann = make_example("ann", ("good", "bad"))
@@ -112,7 +112,9 @@ async def test_a_server_that_counts_no_tokens_says_nothing_of_costs(make_example
 async def test_the_order_of_answers_is_random_and_undone(make_example: Make) -> None:
     judge = PrefersFirst()
     users = [make_example(f"user {place}", ("good", "bad")) for place in range(100)]
-    column = column_of(ScriptedBackend(lambda request: "told" if OPEN in request.messages[-1].content else "bare"))
+    column = column_of(
+        ScriptedBackend(lambda request: "told" if DEFAULT.open in request.messages[-1].content else "bare")
+    )
     plain = await measure_plain(column, users, judged=80)
     told = [summary_of(user) for user in users]
     measured = await measure(column, users, told, plain, judge=judge, judged=80)
@@ -125,7 +127,7 @@ async def test_the_order_of_answers_is_random_and_undone(make_example: Make) -> 
 
 async def test_an_answer_that_failed_ties(make_example: Make) -> None:
     def answer(request: ChatRequest) -> str | ChatResult:
-        return ChatResult("", "error", error="filtered") if OPEN in request.messages[-1].content else "fine"
+        return ChatResult("", "error", error="filtered") if DEFAULT.open in request.messages[-1].content else "fine"
 
     ann = make_example("ann", ("good", "bad"))
     column = column_of(ScriptedBackend(answer))

@@ -22,7 +22,7 @@ from popi.evaluation.run import evaluate
 from popi.evaluation.samples import Sample, from_world
 from popi.evaluation.statistics import TIE
 from popi.io import read_jsonl
-from popi.prompts import answer_messages
+from popi.prompts import DEFAULT
 from popi.registry import generator, inference
 from popi.testing import ScriptedBackend, tiny_model
 
@@ -178,7 +178,7 @@ async def test_a_transformer_is_measured_like_the_double(samples: list[Sample], 
     pair, told = example.tests[0], example.oracles["truth"]
     chosen, rejected, plain_chosen, plain_rejected = await backend.score(
         [
-            ScoreRequest(answer_messages(pair.prompt, context), response)
+            ScoreRequest(DEFAULT.answer_messages(pair.prompt, context), response)
             for context in (told, None)
             for response in (pair.chosen, pair.rejected)
         ]

@@ -14,7 +14,7 @@ from popi.training.users import conversations, in_turn, read_people
 @pytest.mark.parametrize("context_length", [None, 400])
 def test_a_writer_reads_in_training_what_it_reads_in_use(context_length):
     users = list(generate(split="train", users=6, seed=3))
-    backend = ScriptedBackend(context_length=context_length)
+    backend = ScriptedBackend(lambda request: "- short", context_length=context_length)
     asyncio.run(registry.make_inference("llm", backend, max_tokens=40).infer([example.user for example in users]))
     assert [list(chat.messages) for chat in backend.chats] == conversations(users, backend, 40)
     assert len({str(chat.messages) for chat in backend.chats}) == 6

@@ -15,14 +15,15 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from popi.claims import as_text, with_citations
 from popi.data.miniworld import phrases as say
 from popi.data.miniworld.language import claimed_tastes, claims_for, pick, write_answer
 from popi.data.miniworld.observe import Observation, draw_style
 from popi.data.miniworld.tastes import DIMENSIONS, SIDES, Floats, Style, best_claims, marginals
 from popi.data.miniworld.world import User, draw_user, evidence_for, training_question, training_taste
-from popi.prompts import Message, answer_messages, inference_messages
+from popi.prompts import DEFAULT, Message
 from popi.render import render_signals
-from popi.summary import NO_EVIDENCE, Claim, as_text, with_citations
+from popi.summary import NO_EVIDENCE, Claim
 
 Task = Literal["write", "raw", "summary", "bare"]
 
@@ -107,11 +108,11 @@ def lesson(task: Task, seed: int, place: int, *, signals: int, dilution: Dilutio
         return _from_signals(rng, task, draw_user("train", seed, place, signals=signals, tests=0), dilution)
     question = training_question(rng)
     if task == "bare":
-        return Lesson(answer_messages(question.text), write_answer(rng, question, draw_style(rng)))
+        return Lesson(DEFAULT.answer_messages(question.text), write_answer(rng, question, draw_style(rng)))
     taste = training_taste(rng)
     context = _context(rng, taste)
     answer = write_answer(rng, question, blend(rng, taste))
-    return Lesson(answer_messages(question.text, context), answer)
+    return Lesson(DEFAULT.answer_messages(question.text, context), answer)
 
 
 def _context(rng: np.random.Generator, taste: Style) -> str:
@@ -128,14 +129,14 @@ def _from_signals(rng: np.random.Generator, task: Task, user: User, dilution: Di
     rendered = render_signals([seen.signal for seen in user.observations], len)
     beliefs = user.beliefs()
     if task == "write":
-        messages = inference_messages(rendered.text)
+        messages = DEFAULT.inference_messages(rendered.text)
         claims: Sequence[Claim] = evidence_for(user, best_claims(beliefs[-1]))
         if dilution is not None:
             claims = dilute(rng, claims, dilution)
         response = with_citations(claims, rendered.shown)
     else:
         question = training_question(rng)
-        messages = answer_messages(question.text, rendered.text)
+        messages = DEFAULT.answer_messages(question.text, rendered.text)
         response = write_answer(rng, question, blend(rng, user.taste))
     start = messages[-1].content.index(rendered.text)
     ends = _block_ends(rendered.text, len(user.observations))

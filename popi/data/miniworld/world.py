@@ -9,6 +9,7 @@ from functools import cache
 
 import numpy as np
 
+from popi.claims import as_text
 from popi.data.example import HeldOutPair, PersonalizationExample
 from popi.data.miniworld.language import Question, all_prompts, as_sides, claims_for, draw_question
 from popi.data.miniworld.observe import Choice, Observation, draw_choice, draw_observation, draw_style
@@ -26,7 +27,7 @@ from popi.data.miniworld.tastes import (
 from popi.data.miniworld.topics import HELD_OUT_TOPICS, TOPICS
 from popi.errors import InputError
 from popi.signals import UserSignals
-from popi.summary import Claim, as_text
+from popi.summary import Claim
 
 SPLITS = ("train", "validation", "unseen-users", "unseen-combinations", "unseen-topics")
 """All but ``train`` hold out users and prompts; the last two also combinations of tastes, or topics.

@@ -3,6 +3,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from popi.claims import parse_claims
 from popi.data.miniworld import SPLITS, as_vector, claimed_tastes, draw_user, generate, style_of, utility
 from popi.data.miniworld.curriculum import lesson
 from popi.data.miniworld.language import all_prompts, draw_question
@@ -11,7 +12,6 @@ from popi.data.miniworld.tastes import NOISE, draw_taste
 from popi.data.miniworld.topics import HELD_OUT_TOPICS, TOPICS
 from popi.data.miniworld.world import is_held_out
 from popi.errors import InputError
-from popi.summary import parse_claims
 
 
 def some(split, users=40, **options):
