@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import asdict, dataclass
 
-from popi.backends.base import Backend, ChatResult, OnComplete, ScoreResult, ignore_result
+from popi.backends.base import Backend, ChatResult, FailureKind, OnComplete, ScoreResult, ignore_result
 from popi.errors import ConfigError, ModelError
 from popi.interface import Interface
 from popi.prompts import CUSTOM, Message
@@ -33,10 +33,12 @@ class Failure:
     Attributes:
         user_id: The user.
         error: One line.
+        failure: The kind of failure of the backend; ``None`` if it responded, but not with a summary.
     """
 
     user_id: str
     error: str
+    failure: FailureKind | None = None
 
 
 @dataclass(frozen=True, slots=True)

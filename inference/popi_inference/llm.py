@@ -108,7 +108,7 @@ class LLMSummarizer(PreferenceInference):
 
     def _read(self, prompt: SummaryPrompt, result: ChatResult) -> PreferenceSummary | Failure:
         if result.error is not None:
-            return Failure(prompt.user.user_id, result.error)
+            return Failure(prompt.user.user_id, result.error, result.failure)
         outcome = self.format.parse(prompt, result.text, truncated=result.finish_reason == "length")
         if isinstance(outcome, Failure):
             return outcome
