@@ -17,7 +17,7 @@ from popi.errors import ConfigError, ModelError
 from popi.interface import Interface
 from popi.prompts import CUSTOM, Message
 from popi.signals import Statement, UserSignals
-from popi.summary import Author, PreferenceSummary, Provenance
+from popi.summary import Author, PreferenceSummary, Provenance, summarize_claims
 
 DEFAULT_CONTEXT_TOKENS = 4096
 """Default maximum number of tokens of signals, or of a summary, that a model is shown."""
@@ -139,6 +139,30 @@ class PreferenceInference(ABC):
             BackendError: If the backend is not available.
         """
         return list(await self.infer(users))
+
+
+async def infer_or_nothing(
+    inference: PreferenceInference, users: Sequence[UserSignals]
+) -> tuple[list[PreferenceSummary], list[Failure]]:
+    """Writes one summary for each user; a failed one becomes the summary that says "not enough evidence".
+
+    For training and evaluation, where a weak writer must not end the work.
+
+    Returns:
+        The summaries, in order, and the failures.
+
+    Raises:
+        BackendError: If the backend is not available.
+    """
+    outcomes = await inference.try_infer(users)
+    made = Provenance(author=Author.INFERRED, model=inference.name)
+    summaries = [
+        summarize_claims(user.user_id, (), made.model_copy(update={"signals_digest": user.digest()}))
+        if isinstance(outcome, Failure)
+        else outcome
+        for user, outcome in zip(users, outcomes, strict=True)
+    ]
+    return summaries, [outcome for outcome in outcomes if isinstance(outcome, Failure)]
 
 
 @dataclass(frozen=True, slots=True)

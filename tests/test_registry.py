@@ -74,6 +74,7 @@ def test_options_are_those_given_and_the_defaults_of_the_rest() -> None:
         "budget": 100,
         "seed": 3,
         "language": "auto",
+        "attempts": 2,
         "prompts": None,
     }
     assert registry.inference_options("empty") == {}

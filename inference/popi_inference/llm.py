@@ -15,14 +15,14 @@ from popi.trained import prompts_of
 from popi_inference.format import AUTO, SAME_LANGUAGE, PromptedSummary
 
 RETRY_TEMPERATURE = 0.7
-"""Minimum sampling temperature of the second attempt after a reply that is not a summary."""
+"""Minimum sampling temperature of further attempts after a reply that is not a summary."""
 
 
 class LLMSummarizer(PreferenceInference):
     """Asks a model for a summary of each user's signals.
 
     A user without any signal of their own gets "not enough evidence" without a request. A reply that is not a summary
-    (an echo, a repetition, no claim) is requested once more with another seed at a positive temperature.
+    (an echo, a repetition, no claim) is requested again with another seed at a positive temperature.
 
     Args:
         backend: The model.
@@ -32,6 +32,7 @@ class LLMSummarizer(PreferenceInference):
         seed: Seed for sampling. A user's summary does not depend on the other users.
         language: The language of the summaries, by its English name. ``auto`` is that of the user's own words; ``None``
             requests none.
+        attempts: Maximum number of requests per user.
         prompts: A prompt set, or its name; ``None`` is the set that the model was trained with, else the default.
         format: Renders requests and reads replies, in place of the default format.
 
@@ -49,14 +50,16 @@ class LLMSummarizer(PreferenceInference):
         budget: int | None = None,
         seed: int = 0,
         language: str | None = AUTO,
+        attempts: int = 2,
         prompts: PromptSet | str | None = None,
         format: SummaryFormat | None = None,
     ) -> None:
-        if max_tokens < 1:
-            raise ConfigError(f"must be positive, not {max_tokens}", field="max_tokens")
+        for field, value in {"max_tokens": max_tokens, "attempts": attempts}.items():
+            if value < 1:
+                raise ConfigError(f"must be positive, not {value}", field=field)
         self.name = backend.model
         self._backend = backend
-        self._max_tokens, self._temperature, self._seed = max_tokens, temperature, seed
+        self._max_tokens, self._temperature, self._seed, self._attempts = max_tokens, temperature, seed, attempts
         if format is None:
             chosen = prompts_of(backend.model, prompts)
             frame = chosen.inference_messages("", language=SAME_LANGUAGE if language == AUTO else language)
@@ -83,7 +86,7 @@ class LLMSummarizer(PreferenceInference):
         prompts = [self.format.render(user) for user in users]
         outcomes: list[PreferenceSummary | Failure] = [self._no_evidence(user) for user in users]
         pending = [place for place, prompt in enumerate(prompts) if prompt is not None]
-        for attempt in (0, 1):
+        for attempt in range(self._attempts):
             requests = {place: prompt for place in pending if (prompt := prompts[place]) is not None}
             results = await self._backend.chat([self._request(prompt, attempt) for prompt in requests.values()])
             pending = []

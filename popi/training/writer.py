@@ -169,7 +169,7 @@ class WriterTrainer(Saves, GRPOTrainer):
         """The summary that was sampled; without its end, without what was unfinished."""
         ended = bool(completion) and completion[-1] in self._ends
         text = self._chat.decode(completion[:-1] if ended else completion)
-        return read_reply("", text if ended else finished_part(text), (), TRAINED)
+        return read_reply("", text if ended else finished_part(text) or text, (), TRAINED)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """TRL's, timed: what is neither rollout nor scoring is the update."""

@@ -86,6 +86,7 @@ def test_leaves_the_settings_beside(summarize: Run, models: Models, out: Path) -
         "budget": 100,
         "seed": 7,
         "language": "auto",
+        "attempts": 2,
         "prompts": None,
         "template_hash": DEFAULT.hash,
     }

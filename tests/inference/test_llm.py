@@ -180,3 +180,27 @@ async def test_a_users_seed_depends_on_the_user_and_the_seed_alone() -> None:
     assert ann != bob
     assert await seeds(0, BOB) == [bob]
     assert await seeds(1, ANN) != [ann]
+
+
+async def test_a_reply_that_is_no_summary_is_requested_again_with_another_seed() -> None:
+    replies = iter(["The user likes short answers. " * 9, "- Short [1]"])
+    backend = ScriptedBackend(lambda request: next(replies))
+    [summary] = await LLMSummarizer(backend).infer([ANN])
+    assert summary.text == "- Short"
+    first, second = backend.chats
+    assert first.messages == second.messages and first.seed != second.seed
+    assert (first.temperature, second.temperature) == (0.0, 0.7)
+
+
+async def test_after_the_last_attempt_the_user_has_failed_with_the_reason() -> None:
+    backend = ScriptedBackend(lambda request: "- Long [1]" if "tell me more" in request.messages[0].content else "...")
+    ann, bob = await LLMSummarizer(backend, attempts=3).try_infer([ANN, BOB])
+    assert ann == Failure("ann", "the reply contains no claim")
+    assert isinstance(bob, PreferenceSummary)
+    assert len(backend.chats) == 4
+
+
+async def test_a_failed_request_is_not_repeated_here() -> None:
+    backend = ScriptedBackend(fails_for_bob)
+    await LLMSummarizer(backend).try_infer([BOB])
+    assert len(backend.chats) == 1
