@@ -91,8 +91,8 @@ def find_unusable(user: UserSignals, tests: Sequence[HeldOutPair]) -> dict[int, 
     kinds = {
         (prompt, _key(response)): signal.kind
         for signal in user.signals
-        for asked, response in _shown(signal)
-        if (prompt := _key(asked)) in prompts
+        for shown_prompt, response in _shown(signal)
+        if (prompt := _key(shown_prompt)) in prompts
     }
     reasons: dict[int, str] = {}
     earlier: set[tuple[str, frozenset[str]]] = set()
@@ -139,9 +139,9 @@ def _shown(signal: Signal) -> list[tuple[str, str]]:
             return [(signal.prompt, signal.about)]
         case Conversation():
             return [
-                (asked.text, answered.text)
-                for asked, answered in pairwise(signal.turns)
-                if (asked.speaker, answered.speaker) == (Speaker.USER, Speaker.ASSISTANT)
+                (turn.text, reply.text)
+                for turn, reply in pairwise(signal.turns)
+                if (turn.speaker, reply.speaker) == (Speaker.USER, Speaker.ASSISTANT)
             ]
         case _:
             return []

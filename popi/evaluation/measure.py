@@ -24,7 +24,7 @@ Failable = Annotated[float, Field(allow_inf_nan=False)] | None
 ITEM_FAILURES: frozenset[FailureKind | None] = frozenset({None, "request", "malformed", "empty"})
 """Failures that say something about the generator. Any other one, such as a rate limit, ends the evaluation."""
 
-Told = Interface | Failure | None
+Context = Interface | Failure | None
 """What a generator reads about a user: an interface, why there is none, or ``None`` for the plain prompt."""
 
 
@@ -119,7 +119,7 @@ def measure_nothing(plain: Sequence[Plain], *, judged: int) -> list[Measured]:
 async def measure(
     column: Column,
     examples: Sequence[PersonalizationExample],
-    told: Sequence[Told],
+    contexts: Sequence[Context],
     plain: Sequence[Plain],
     *,
     judge: Judge | None,
@@ -130,7 +130,7 @@ async def measure(
     Args:
         column: The generator.
         examples: The users.
-        told: What the generator reads about each user. Everything fails for a user with a :class:`popi.roles.Failure`.
+        contexts: What the generator reads about each user. All items of a user with a ``Failure`` fail.
         plain: The measurements of the column's reference on the plain prompts.
         judge: Compares the responses.
         judged: Number of users, from the first, whose responses are compared. Without a judge there are none.
@@ -138,17 +138,17 @@ async def measure(
     Raises:
         BackendError: If the backend is not available.
     """
-    asked = judged if judge else 0
-    scored = await _differences(column, column.generator, examples, told)
-    answers = await _answers(column.generator, examples[:asked], told[:asked])
+    compared = judged if judge else 0
+    scored = await _differences(column, column.generator, examples, contexts)
+    answers = await _answers(column.generator, examples[:compared], contexts[:compared])
     texts = [answer.text if isinstance(answer, ChatResult) else None for answer in answers]
-    won = await _compare(judge, examples[:asked], texts, plain[:asked]) if judge else []
+    won = await _compare(judge, examples[:compared], texts, plain[:compared]) if judge else []
     return [
         Measured(
             user_id=example.user.user_id,
             margins=tuple(map(_minus, differences, plain[place].differences)),
-            context_tokens=_context_tokens(column.backend, told[place]),
-            won=won[place] if place < asked else None,
+            context_tokens=_context_tokens(column.backend, contexts[place]),
+            won=won[place] if place < compared else None,
             **_fields(_at(answers, place), error or plain[place].error),
         )
         for place, (example, (differences, error)) in enumerate(zip(examples, scored, strict=True))
@@ -159,36 +159,36 @@ def _at(answers: Sequence[ChatResult | str], place: int) -> ChatResult | str:
     return answers[place] if place < len(answers) else ""
 
 
-def _context_tokens(backend: Backend, told: Told) -> int | None:
-    if isinstance(told, Failure):
+def _context_tokens(backend: Backend, context: Context) -> int | None:
+    if isinstance(context, Failure):
         return None
-    if isinstance(told, UserEmbedding):
-        return len(told.vectors)
-    return 0 if told is None else backend.count_tokens(told.text)
+    if isinstance(context, UserEmbedding):
+        return len(context.vectors)
+    return 0 if context is None else backend.count_tokens(context.text)
 
 
 async def _differences(
     column: Column,
     generator: ConditionedGenerator,
     examples: Sequence[PersonalizationExample],
-    told: Sequence[Told],
+    contexts: Sequence[Context],
 ) -> list[tuple[list[Failable], str]]:
     """The difference of the two scores of each pair and the first error, by user. One call lets the backend batch."""
     if not column.backend.capabilities.score:
         return [([], "") for _ in examples]
     candidates = [
-        Candidate(Conditioned(pair.prompt, interface), response)
-        for example, interface in zip(examples, told, strict=True)
-        if not isinstance(interface, Failure)
+        Candidate(Conditioned(pair.prompt, context), response)
+        for example, context in zip(examples, contexts, strict=True)
+        if not isinstance(context, Failure)
         for pair in example.tests
         for response in (pair.chosen, pair.rejected)
     ]
     scores = iter(await generator.score(candidates))
     return [
-        ([None] * len(example.tests), interface.error)
-        if isinstance(interface, Failure)
+        ([None] * len(example.tests), context.error)
+        if isinstance(context, Failure)
         else _subtract(scores, len(example.tests))
-        for example, interface in zip(examples, told, strict=True)
+        for example, context in zip(examples, contexts, strict=True)
     ]
 
 
@@ -203,19 +203,19 @@ def _subtract(scores: Iterator[ScoreResult], pairs: int) -> tuple[list[Failable]
 
 
 async def _answers(
-    generator: ConditionedGenerator, examples: Sequence[PersonalizationExample], told: Sequence[Told]
+    generator: ConditionedGenerator, examples: Sequence[PersonalizationExample], contexts: Sequence[Context]
 ) -> list[ChatResult | str]:
     """The response to each user's first held-out prompt, or why it failed."""
     items = [
-        Conditioned(example.tests[0].prompt, interface)
-        for example, interface in zip(examples, told, strict=True)
-        if not isinstance(interface, Failure)
+        Conditioned(example.tests[0].prompt, context)
+        for example, context in zip(examples, contexts, strict=True)
+        if not isinstance(context, Failure)
     ]
     results = iter(await generator.respond(items) if items else ())
     answers: list[ChatResult | str] = []
-    for interface in told:
-        if isinstance(interface, Failure):
-            answers.append(interface.error)
+    for context in contexts:
+        if isinstance(context, Failure):
+            answers.append(context.error)
         else:
             result = next(results)
             answers.append(_error(result) or result)

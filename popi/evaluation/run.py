@@ -11,9 +11,9 @@ from popi.evaluation.judges import World, world_of
 from popi.evaluation.measure import (
     ITEM_FAILURES,
     Column,
+    Context,
     Measured,
     Plain,
-    Told,
     measure,
     measure_nothing,
     measure_plain,
@@ -142,7 +142,7 @@ class _Bench:
     async def collect(self, rows: Sequence[Row], column: Column) -> None:
         """Adds the summaries of rows whose claims can be checked."""
         for row in rows:
-            for user, summary in zip(self.users, await self._told(row, column), strict=True):
+            for user, summary in zip(self.users, await self._contexts(row, column), strict=True):
                 if isinstance(summary, PreferenceSummary):
                     user.summaries[row.name] = summary
 
@@ -151,12 +151,12 @@ class _Bench:
             return measure_nothing(plain, judged=self._judged)
 
         async def make() -> list[Measured]:
-            told = await self._told(row, column)
-            return await measure(column, self._examples, told, plain, judge=self._world, judged=self._judged)
+            contexts = await self._contexts(row, column)
+            return await measure(column, self._examples, contexts, plain, judge=self._world, judged=self._judged)
 
         return await self._keep(column.name, row.name, model=Measured, make=make)
 
-    async def _told(self, row: Row, column: Column) -> Sequence[Told]:
+    async def _contexts(self, row: Row, column: Column) -> Sequence[Context]:
         if row.build is None:
             return [None] * len(self._signals)
         return await row.build(self.materials(column)).try_infer(self._signals)

@@ -97,14 +97,14 @@ class Tabulator:
             row: A row that makes claims.
             reader: Reads preferences. Without it the claims are only counted.
         """
-        told = [user.summaries.get(row) for user in self._users]
-        present = [summary for summary in told if summary is not None]
+        summaries = [user.summaries.get(row) for user in self._users]
+        present = [summary for summary in summaries if summary is not None]
         claims: dict[str, float] = {}
         precision: list[float] = []
         if reader and all(reader.true(user.example) is not None for user in self._users):
             sorts = [
                 _sort_claims(summary, reader.claimed(summary.text), reader.true(user.example) or {})
-                for summary, user in zip(told, self._users, strict=True)
+                for summary, user in zip(summaries, self._users, strict=True)
                 if summary is not None
             ]
             total = max(1, sum(sum(sort.values()) for sort in sorts))
@@ -113,13 +113,13 @@ class Tabulator:
             precision = [hits / count for hits, count in checked if count]
         return SummaryReport(
             row=row,
-            truth=self._faithfulness(told, reader.claimed, reader.true) if reader else None,
-            evidence=self._faithfulness(told, reader.claimed, reader.evident) if reader else None,
+            truth=self._faithfulness(summaries, reader.claimed, reader.true) if reader else None,
+            evidence=self._faithfulness(summaries, reader.claimed, reader.evident) if reader else None,
             not_enough_evidence=_mean([summary.status == "not_enough_evidence" for summary in present]) or 0.0,
             claims=claims,
             claims_quantiles=quantiles([len(summary.claims) for summary in present]),
             precision_quantiles=quantiles(precision),
-            failed=len(told) - len(present),
+            failed=len(summaries) - len(present),
         )
 
     def _cell(self, row: str, column: str, references: Sequence[str]) -> Cell:
@@ -135,11 +135,7 @@ class Tabulator:
             column=column,
             accuracy=self._accuracy(hits) if scored else None,
             by_seed=self._by_seed(hits) if scored else {},
-            differences={
-                name: difference
-                for name in references
-                if (difference := self._difference(row, name, column, scored=scored)) is not None
-            },
+            differences={} if unavailable else self._differences(row, references, column, scored=scored),
             win_rate=self._win_rate(row, column),
             judged=sum(found.won is not None for found in measured),
             context_tokens=_mean(lengths),
@@ -159,10 +155,12 @@ class Tabulator:
             return False
         return self._scored(name, column) == self._scored(row, column)
 
-    def _difference(self, row: str, reference: str, column: str, *, scored: bool) -> Estimate | None:
+    def _differences(self, row: str, references: Sequence[str], column: str, *, scored: bool) -> dict[str, Estimate]:
         if scored:
-            return self._accuracy(self._hits(row, column) - self._hits(reference, column))
-        return self._win_rate(row, column, minus=reference)
+            hits = self._hits(row, column)
+            return {name: self._accuracy(hits - self._hits(name, column)) for name in references}
+        found = {name: self._win_rate(row, column, minus=name) for name in references}
+        return {name: difference for name, difference in found.items() if difference is not None}
 
     def _win_rate(self, row: str, column: str, *, minus: str | None = None) -> Estimate | None:
         """The win rate of the users who were judged, possibly minus that of another row."""
@@ -199,7 +197,7 @@ class Tabulator:
 
     def _faithfulness(
         self,
-        told: Sequence[PreferenceSummary | None],
+        summaries: Sequence[PreferenceSummary | None],
         claimed: Callable[[str], Tastes],
         actual: Callable[[PersonalizationExample], Tastes | None],
     ) -> Faithfulness | None:
@@ -207,7 +205,7 @@ class Tabulator:
         known = [actual(user.example) for user in self._users]
         if any(tastes is None for tastes in known):
             return None
-        claims = [set() if summary is None else set(claimed(summary.text).items()) for summary in told]
+        claims = [set() if summary is None else set(claimed(summary.text).items()) for summary in summaries]
         truth = [set(tastes.items()) for tastes in known if tastes is not None]
         right = np.array([len(ours & theirs) for ours, theirs in zip(claims, truth, strict=True)])
         return Faithfulness(

@@ -145,7 +145,7 @@ def test_the_source_is_never_overwritten(popi: Run, queries: Path) -> None:
         (("convert", "prefeval", "missing"), "missing: cannot be read"),
         (("convert", "csv", "missing.csv"), "missing.csv: cannot be read"),
         (("convert", "chat", "missing.jsonl"), "missing.jsonl: cannot be read"),
-        (("miniworld", "--users", "2", "--split", "everything"), "there is no split 'everything'; use one of train,"),
+        (("miniworld", "--users", "2", "--split", "everything"), "unknown split 'everything'; use one of train,"),
         (("miniworld", "--users", "0"), "greater than or equal to 1"),
         (("miniworld", "--users", "2", "--format", "csv"), "'csv' is not one of 'jsonl', 'dataset'"),
     ],

@@ -198,7 +198,7 @@ def test_held_out_pairs_among_the_signals_are_refused_and_their_users_skipped_on
             ["--rows", "raw-signal"],
             "unknown row 'raw-signal'; the rows are: no-context, raw-signals, untrained-summary",
         ),
-        (["--split", "moon"], "no split 'moon'"),
+        (["--split", "moon"], "unknown split 'moon'"),
         (["--world", "minworld"], "did you mean miniworld"),
         (["--data", "absent.jsonl", "--world", "miniworld"], "give one of the two"),
         (["--data", "absent.jsonl"], "absent.jsonl: cannot be read"),

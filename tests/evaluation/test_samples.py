@@ -63,7 +63,7 @@ def test_bad_rows_are_an_error_unless_they_are_skipped(ten_users: Path) -> None:
 def test_unknown_worlds_and_splits() -> None:
     with pytest.raises(ConfigError, match="did you mean miniworld"):
         from_world("minworld", split="train", users=1, seeds=[0])
-    with pytest.raises(InputError, match="no split 'moon'"):
+    with pytest.raises(InputError, match="unknown split 'moon'"):
         from_world("miniworld", split="moon", users=1, seeds=[0])
 
 

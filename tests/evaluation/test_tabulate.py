@@ -100,7 +100,8 @@ def test_a_cell_whose_pairs_all_failed_has_no_accuracy_and_no_differences() -> N
     for one in users:
         failed = one.cells["told", "model"].model_copy(update={"error": "too long"})
         one.cells["told", "model"] = failed
-    told, other = Tabulator(users).cells(["told", "other"], ["model"], ["told", "other"])
+        one.cells["lost", "model"] = failed
+    told, other, _ = Tabulator(users).cells(["told", "other", "lost"], ["model"], ["told", "other", "lost"])
     assert (told.accuracy, told.by_seed, told.differences, told.accuracy_quantiles) == (None, {}, {}, [])
     assert (told.pairs, told.unscored, told.error) == (6, 6, "too long")
     assert told.unavailable == "none of its 6 pairs could be scored (too long)"

@@ -81,7 +81,7 @@ def test_lessons_show_nothing_that_is_held_out():
 
 
 def test_more_tests_than_a_split_has_prompts_are_bad_input():
-    with pytest.raises(InputError, match=r"unseen-topics has \d+ prompts .* not 5000; ask for at most \d+"):
+    with pytest.raises(InputError, match=r"unseen-topics has \d+ prompts .* not 5000; use at most \d+"):
         draw_user("unseen-topics", 0, 0, tests=5000)
 
 
@@ -96,7 +96,7 @@ def test_topics_are_held_out():
 
 
 def test_an_unknown_split_is_bad_input():
-    with pytest.raises(InputError, match=r"no split 'test'.*use one of train"):
+    with pytest.raises(InputError, match=r"unknown split 'test'.*use one of train"):
         draw_user("test", 0, 0)
 
 
