@@ -80,12 +80,18 @@ def csv(
 ) -> None:
     """A table of signals as CSV, with commas, semicolons or tabs.
 
-    The column user_id is required. The others are the fields of the signals: kind, prompt, chosen, rejected, response,
-    score, worst, best, original, edited, text, about, time, said_by, origin, id, and facts.NAME for demographics. Cells
-    that do not apply to a row are empty. Without kind, a row is of the kind whose cells it fills: pair (prompt, chosen,
-    rejected), rating (prompt, response, score), edit (prompt, original, edited), statement (text), comment (text, and
-    about or prompt), demographics (facts.NAME). The kind held_out makes a pair a held-out pair. Ratings on a scale
-    other than 1 to 5 need best, and worst if it is not 1.
+    Each row has a user_id and fills the columns of its kind; others are empty.
+
+    - pair: prompt, chosen, rejected
+    - rating: prompt, response, score; best and worst unless 5 and 1
+    - edit: prompt, original, edited
+    - statement: text
+    - comment: text, and about or prompt
+    - demographics: facts.NAME, a column for each fact
+    - held_out: prompt, chosen, rejected; a held-out pair
+
+    The column kind is needed only for held_out. More columns, for every kind:
+    id, time, origin, said_by.
     """
     from popi.data.csv_table import convert_csv
     from popi.io import BadRows
@@ -102,10 +108,11 @@ def chat(
     skip_bad_rows: SkipBadRows = False,
     json: JsonFlag = False,
 ) -> None:
-    """A chat log in the format of OpenAI's API. Each record becomes a conversation of its user.
+    """A chat log in the format of OpenAI's API, one conversation per record.
 
-    The user is named in user_id, user, metadata.user_id or metadata.user, the time in time, created_at, created or
-    timestamp. Only the text of the roles user and assistant is converted.
+    The user is named in user_id, user, metadata.user_id or metadata.user.
+    The time is in time, created_at, created or timestamp.
+    Only the text of the roles user and assistant is converted.
     """
     from popi.data.chat_log import convert_chat
     from popi.io import BadRows
