@@ -34,7 +34,7 @@ from popi.engine.cache import layout_of
 from popi.engine.chat_tokens import ChatTokens
 from popi.engine.decoding import Completion, Draft, decode
 from popi.engine.loading import load
-from popi.prompts import Message, inference_messages
+from popi.prompts import DEFAULT, Message
 from popi.render import render_signals
 
 MODEL, BATCH_TOKENS, LIMITS = "popi-mini-writer", 16384, (8, 128)
@@ -46,7 +46,7 @@ def conversations(chat: ChatTokens, count: int) -> list[list[Message]]:
     """What a writer reads of this many users."""
     users = generate(split="train", users=count, seed=0, tests=1)
     texts = [render_signals(user.user.signals, lambda part: len(chat.encode([part])[0])).text for user in users]
-    return [inference_messages(text) for text in texts]
+    return [DEFAULT.inference_messages(text) for text in texts]
 
 
 def best(sides: dict[str, Callable[[], Result]], repeats: int) -> dict[str, tuple[float, Result]]:
