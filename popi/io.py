@@ -141,8 +141,8 @@ def lock(path: Path) -> IO[bytes]:
 
 
 def writable(text: str) -> str:
-    """A text with a replacement for what UTF-8 cannot write: halves of characters."""
-    return text.encode("utf-8", "surrogatepass").decode("utf-8", "replace")
+    """A text with a replacement for what UTF-8 cannot write: halves of characters whose other half is missing."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def as_line(value: BaseModel) -> str:
