@@ -1,14 +1,14 @@
-"""What a summary is worth to generators that never saw its writer in training.
+"""The gain from summaries for generators that were not trained with their writer.
 
     python benchmarks/transfer.py --out runs/transfer
 
-Rows are what a generator is told, columns frozen generators, each through the backend that it would have in life: one
-in this process, one that vLLM runs beside it, one that vLLM serves and that gives log-probabilities over HTTP, and
-a black box: a server that is asked by messages and gives text alone. Cells are preference accuracy where there are
-log-probabilities and the exact judge's win rate where there is text, with 95 % intervals by user, on users of unseen
-combinations of tastes. What a cell costs is what an answer under it reads and writes. The mini world is a miniature.
+Rows are what a generator reads about the user. Columns are frozen generators, each with the backend that it would have
+in practice: in this process, in a vLLM engine, on a vLLM server that returns log-probabilities over HTTP, and a black
+box: a server that returns only text. Cells are preference accuracies where log-probabilities are available, else win
+rates by the exact judge, with 95 % intervals by user, on users with unseen combinations of tastes. The cost of a cell
+is the number of tokens that are read and written for a response. The mini world is a miniature.
 
-Other generators are named by ``--generators``, as ``popi`` takes them: models, or YAML files that describe a backend.
+``--generators`` names other generators: models, or YAML files that describe a backend.
 """
 
 from __future__ import annotations
@@ -61,16 +61,16 @@ COLUMNS = {
 
 
 def main() -> None:
-    """Measures what is not measured yet, and prints the matrix and what it says."""
+    """Measures what has not been measured yet, and prints the matrix and its summaries."""
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    arguments.add_argument("--users", type=int, default=400, help="of each of three samples")
-    arguments.add_argument("--seeds", type=int, default=3, help="samples")
-    arguments.add_argument("--judged", type=int, default=100, help="of them are also answered, and the answers judged")
-    arguments.add_argument("--generators", nargs="+", help="instead of the five: models, or backends' YAML files")
-    arguments.add_argument("--port", type=int, default=8765, help="of the first of two servers")
-    arguments.add_argument("--out", type=Path, required=True, help="folder of what is measured")
+    arguments.add_argument("--users", type=int, default=400, help="users per sample")
+    arguments.add_argument("--seeds", type=int, default=3, help="number of samples")
+    arguments.add_argument("--judged", type=int, default=100, help="users per sample whose responses are judged")
+    arguments.add_argument("--generators", nargs="+", help="instead of the five: models, or YAML files of backends")
+    arguments.add_argument("--port", type=int, default=8765, help="port of the first of two servers")
+    arguments.add_argument("--out", type=Path, required=True, help="folder for the measurements")
     given = arguments.parse_args()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the servers end too
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the servers are stopped too
     folder = Folder(given.out)
     if given.generators:
         columns = {identity(name): name for name in given.generators}
@@ -87,20 +87,20 @@ def main() -> None:
     print_gains(results)
     print_orders(results)
     for name, account in spent.items():
-        if not account.requests:  # a model named without a file has no accounts
+        if not account.requests:  # a model without a backend file has no ledger
             continue
         print(f"{name}: {account.requests:,} requests read {account.prompt_tokens:,} and wrote", end=" ")
         print(f"{account.completion_tokens:,} tokens, for {account.money:.4f}")
 
 
 def served(model: str, name: str, port: int) -> AbstractContextManager[VLLMServer]:
-    """Runs ``vllm serve`` as long as it is needed."""
+    """Runs ``vllm serve`` within a ``with`` block."""
     options = ["--max-model-len", str(CONTEXT)]
     return vllm_server(find(model), name=name, port=port, options=options, environment={"VLLM_CPU_KVCACHE_SPACE": "1"})
 
 
 def write_columns(out: Path, port: int) -> dict[str, str]:
-    """Leaves a backend's file for each column, and names the columns by their models, each of which is another."""
+    """Writes a backend file for each column, and names the columns by their models, which all differ."""
     folder = out / "columns"
     folder.mkdir(parents=True, exist_ok=True)
     values = {"port": port, "next_port": port + 1, "served": SERVED, "black_box": BLACK_BOX, "context": CONTEXT}
@@ -114,7 +114,7 @@ def write_columns(out: Path, port: int) -> dict[str, str]:
 async def measure(
     generators: Mapping[str, str], users: int, seeds: int, judged: int, folder: Folder
 ) -> tuple[Results, dict[str, Spent]]:
-    """The table, and what each generator has read and written for it in this run."""
+    """The table, and what each generator cost in this run."""
     samples = from_world("miniworld", split=SPLIT, users=users, seeds=range(seeds))
     rows = choose(ROWS, trained=True)
     source = {"world": "miniworld", "split": SPLIT, "users_of_a_sample": users}
@@ -149,38 +149,38 @@ async def measure(
 
 
 def worth(cell: Cell) -> Estimate:
-    """The accuracy of a cell, or where there is text alone its win rate."""
+    """The accuracy of a cell, or its win rate if the backend does not score."""
     found = cell.accuracy or cell.win_rate
     assert found is not None, "the world has a judge"
     return found
 
 
-def told(estimate: Estimate, sign: str = "") -> str:
-    """In percent, with its interval."""
+def percent(estimate: Estimate, sign: str = "") -> str:
+    """Formats an estimate in percent, with its interval."""
     value, low, high = (f"{100 * number:{sign}.1f}" for number in (estimate.value, estimate.low, estimate.high))
     return f"{value} [{low}, {high}]"
 
 
 def print_matrix(results: Results) -> None:
-    """Rows by columns, and the length of what a row tells, by the tokenizer of the first column."""
+    """Rows by columns, and the length of the interface by the tokenizer of the first column."""
     columns = {cell.column: cell.accuracy is not None for cell in results.cells}
     print(
-        "|", " | ".join(["told", *(name if open_ else f"{name} (win rate)" for name, open_ in columns.items())]), end=""
+        "|", " | ".join(["row", *(name if open_ else f"{name} (win rate)" for name, open_ in columns.items())]), end=""
     )
     print(" | tokens |\n|", "---|" * (len(columns) + 2), sep="")
     for row in ROWS:
         cells = [cell for cell in results.cells if cell.row == row]
-        print("|", " | ".join([row, *(told(worth(cell)) for cell in cells)]), f"| {cells[0].context_tokens:.0f} |")
+        print("|", " | ".join([row, *(percent(worth(cell)) for cell in cells)]), f"| {cells[0].context_tokens:.0f} |")
 
 
 def price_of(model: str) -> Price:
-    """What a generator's file says of its price."""
+    """The price in a generator's backend file."""
     config = load_backend(Path(model)) if model.endswith(FILES) else None
     return Price(**config.price) if isinstance(config, SingleConfig) and config.price else FREE
 
 
 def print_costs(results: Results, prices: Mapping[str, Price]) -> None:
-    """The tokens that a judged answer reads and writes, and the money for a thousand such answers."""
+    """The tokens read and written per judged response, and the cost of a thousand such responses."""
     print("\n| tokens of an answer, read + written |", " | ".join(prices), f"|\n|{'---|' * (len(prices) + 1)}")
     for row in ROWS:
         cells = {cell.column: cell for cell in results.cells if cell.row == row}
@@ -188,7 +188,7 @@ def print_costs(results: Results, prices: Mapping[str, Price]) -> None:
 
 
 def cost_of(cell: Cell, price: Price) -> str:
-    """As a text."""
+    """Formats the cost of a cell."""
     if cell.prompt_tokens is None or cell.completion_tokens is None:
         return "not counted"
     tokens = f"{cell.prompt_tokens:.0f} + {cell.completion_tokens:.0f}"
@@ -197,18 +197,18 @@ def cost_of(cell: Cell, price: Price) -> str:
 
 
 def print_gains(results: Results) -> None:
-    """What the trained summaries add for each generator, and how much of what the evidence allows."""
+    """The gain from training for each generator, and the share of the evidence oracle's gain."""
     print()
     for name in dict.fromkeys(cell.column for cell in results.cells):
         cells = {cell.row: cell for cell in results.cells if cell.column == name}
         bare, after, best = (worth(cells[row]).value for row in ("no-context", "popi-summary", "evidence-oracle"))
-        more = told(cells["popi-summary"].differences["untrained-summary"], "+")
+        more = percent(cells["popi-summary"].differences["untrained-summary"], "+")
         share = f"{(after - bare) / (best - bare):.0%}" if best > bare else "none"
         print(f"{name}: trained minus untrained {more}; {share} of the oracle's gain")
 
 
 def print_orders(results: Results) -> None:
-    """Whether two columns put what they tell apart into the same order."""
+    """Whether two columns rank the rows in the same order, where their intervals do not overlap."""
     print()
     names = list(dict.fromkeys(cell.column for cell in results.cells))
     for one, other in combinations(names, 2):
@@ -221,7 +221,7 @@ def print_orders(results: Results) -> None:
 
 
 def sign(results: Results, name: str, first: str, second: str) -> int:
-    """Which of two rows is worth more to a generator: 1, -1, or 0 where their intervals meet."""
+    """Which of two rows is better for a generator: 1, -1, or 0 if their intervals overlap."""
     one, other = (
         worth(next(cell for cell in results.cells if (cell.row, cell.column) == (row, name))) for row in (first, second)
     )

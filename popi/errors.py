@@ -1,12 +1,12 @@
-"""The tree of errors.
+"""The exception hierarchy of popi.
 
 ::
 
     PopiError                     exit code 1: something failed
-    |-- BackendError              a backend is dead; one failed item is data in its result
-    `-- InputError                exit code 2: the person who typed it can mend it
-        |-- ConfigError           a recipe or an option
-        |-- ModelError            a model that cannot be found or used
+    |-- BackendError              a backend is not available; one failed item is data in its result
+    `-- InputError                exit code 2: bad input that the caller can fix
+        |-- ConfigError           invalid recipe or option
+        |-- ModelError            a model was not found or cannot be used
         `-- MissingExtra          an optional dependency is not installed
 """
 
@@ -17,15 +17,17 @@ from difflib import get_close_matches
 from pathlib import Path
 
 LONGEST = 1000
-"""Characters of a message; a longer one loses its middle."""
+"""Maximum number of characters of a message. The middle of a longer one is left out."""
 
 
 class PopiError(Exception):
-    """Base of every error that popi raises on purpose.
+    """Base class of all errors that popi raises on purpose.
+
+    A message may quote text from outside. It is reduced to one line, and control characters are escaped. Errors that
+    concern several places carry the further ones as notes (``__notes__``), one line each.
 
     Args:
-        message: What went wrong. It may quote what came from outside, so it is made one line that shows every
-            character that a terminal would act on.
+        message: What went wrong.
     """
 
     exit_code = 1
@@ -35,12 +37,12 @@ class PopiError(Exception):
 
 
 class BackendError(PopiError):
-    """A backend as a whole cannot serve: it is dead, out of memory, or not what it claims to be.
+    """A backend as a whole is not available: unreachable, out of memory, or not what its configuration says.
 
     Args:
         message: What went wrong.
-        failure: Of what kind it is, a :data:`popi.backends.base.FailureKind`, where that is known.
-        retry_after: After how many seconds the backend wants to be asked again, if it said so.
+        failure: The kind of failure, a :data:`popi.backends.base.FailureKind`; ``None`` if unknown.
+        retry_after: Seconds after which the backend accepts a retry, if it said so.
     """
 
     def __init__(self, message: str = "", *, failure: str | None = None, retry_after: float | None = None) -> None:
@@ -49,14 +51,20 @@ class BackendError(PopiError):
 
 
 class InputError(PopiError):
-    """Bad input: says what was wrong, where, and what to do.
+    """Bad input. The message says what is wrong, where, and how to fix it.
+
+    Example:
+        >>> print(InputError("field required", file="users.jsonl", line=3, field="user_id", fix="name the user"))
+        users.jsonl:3, field user_id: field required; name the user
 
     Args:
-        what: What was wrong, in a few words.
-        file: The file at fault, if there is one.
-        line: The line in it, counted from 1.
+        what: What is wrong, in a few words.
+        file: The file that contains the error, if there is one.
+        line: Its line number, starting at 1.
         field: The field, as a dotted path.
         fix: What to do about it.
+        skippable: Whether a reader that skips bad rows may continue without this one. ``False`` if the row shows that
+            other rows may have been misread.
     """
 
     exit_code = 2
@@ -69,8 +77,10 @@ class InputError(PopiError):
         line: int | None = None,
         field: str | None = None,
         fix: str | None = None,
+        skippable: bool = True,
     ) -> None:
         self.what, self.file, self.line, self.field, self.fix = what, file, line, field, fix
+        self.skippable = skippable
         place = ":".join(str(part) for part in (file, line) if part is not None)
         where = ", ".join(part for part in (place, f"field {field}" if field else "") if part)
         message = f"{where}: {what}" if where else what
@@ -78,19 +88,19 @@ class InputError(PopiError):
 
 
 class ConfigError(InputError):
-    """A recipe or an option that makes no sense."""
+    """An invalid recipe or option."""
 
 
 class ModelError(InputError):
-    """A model that cannot be found, loaded or used for what was asked."""
+    """A model that was not found, cannot be loaded, or does not support what was requested."""
 
 
 class MissingExtra(InputError):
-    """An optional dependency is needed and not installed.
+    """An optional dependency is needed but not installed.
 
     Args:
         module: The module that could not be imported.
-        extra: The extra of the ``popi`` distribution that brings it.
+        extra: The extra of the ``popi`` distribution that installs it.
     """
 
     def __init__(self, module: str, extra: str) -> None:
@@ -102,14 +112,19 @@ class MissingExtra(InputError):
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """What to do about an unknown name, as a ``fix``: the nearest known ones, or all there are."""
+    """Suggests how to fix an unknown name: the most similar known names, or all of them.
+
+    Example:
+        >>> did_you_mean("trian", ["train", "eval"])
+        'did you mean train?'
+    """
     names = sorted(known)
     near = get_close_matches(name, names, n=3)
-    return f"did you mean {' or '.join(near)}?" if near else f"there are: {', '.join(names) or 'none'}"
+    return f"did you mean {' or '.join(near)}?" if near else f"known names: {', '.join(names) or '(none)'}"
 
 
 def one_line(message: str) -> str:
-    """A text from anywhere as one line for a terminal: no breaks, no control characters, not too long."""
+    """Makes any text printable on one line of a terminal: no line breaks or control characters, limited length."""
     line = " ".join(part for part in map(str.strip, message.splitlines()) if part)
     if len(line) > LONGEST:
         line = f"{line[: LONGEST // 2]} ... {line[-LONGEST // 2 :]}"

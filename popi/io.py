@@ -1,4 +1,4 @@
-"""JSON lines in and out, files that are whole or absent, and errors that name file, line and field."""
+"""JSON lines, files that are written as a whole or not at all, and errors that name file, line and field."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from errno import EDQUOT, EFBIG, ENOSPC
 from pathlib import Path
@@ -17,57 +17,240 @@ from pydantic import BaseModel, ValidationError
 from popi.errors import InputError, PopiError
 
 Model = TypeVar("Model", bound=BaseModel)
+Row = TypeVar("Row")
+Value = TypeVar("Value")
 
 UNFINISHED = ".popi-*.part"
-"""Names what is being written, and what a killed process leaves of it."""
+"""Pattern of the names of temporary files. A killed process may leave some."""
+
+MISREAD = "misread"
+"""Type of the validation errors of a row that show that other rows may be misread. Such a row is never skipped."""
+
+REPORTED = 10
+"""Number of bad rows of a file that are reported."""
 
 
-def read_jsonl(path: Path, model: type[Model]) -> Iterator[tuple[int, Model]]:
-    """Reads one object a line, with its line number, in constant memory. Empty lines are passed over.
+class BadRows:
+    """Collects the bad rows of one file.
+
+    A reader adds each bad row and calls :meth:`check` at the end of the file. It does so for the whole file, so that
+    one run reports the first :data:`REPORTED` bad rows and their total number.
+
+    Example:
+        >>> bad_rows = BadRows(skip=True)
+        >>> bad_rows.add(InputError("field required", file="users.jsonl", line=3, field="user_id"))
+        >>> bad_rows.check(good=7)
+        >>> bad_rows.summary()
+        'skipped 1 bad row: users.jsonl:3, field user_id: field required'
+
+    Args:
+        skip: Whether to continue without bad rows. Otherwise :meth:`check` raises an error if there are any.
+
+    Attributes:
+        count: Number of bad rows.
+        first: The errors of the first bad rows.
+    """
+
+    def __init__(self, *, skip: bool = False) -> None:
+        self.skip = skip
+        self.count = 0
+        self.first: list[InputError] = []
+
+    def add(self, error: InputError) -> None:
+        """Adds a bad row.
+
+        Raises:
+            InputError: The same error, if rows are skipped but this one must not be.
+        """
+        if self.skip and not error.skippable:
+            raise error
+        self.count += 1
+        if len(self.first) < REPORTED:
+            self.first.append(error)
+
+    def check(self, good: int) -> None:
+        """Raises an error if there are bad rows and they are not to be skipped, or if there is no good row.
+
+        Args:
+            good: Number of good rows.
+
+        Raises:
+            InputError: About the first bad row, with a note for each further one that is reported.
+        """
+        if not self.count or (self.skip and good):
+            return
+        first, *others = self.first
+        if not others:
+            raise first
+        where = f"line {first.line}" if first.field is None else f"line {first.line}, field {first.field}"
+        what = first.what if first.fix is None else f"{first.what} ({first.fix})"
+        error = InputError(
+            f"{self.count} bad rows; the first: {where}: {what}",
+            file=first.file,
+            fix="all rows are bad" if self.skip else "fix them, or continue without them with --skip-bad-rows",
+        )
+        for other in others:
+            error.add_note(str(other))
+        if self.count > len(self.first):
+            error.add_note(f"... and {self.count - len(self.first)} more")
+        raise error
+
+    def summary(self) -> str:
+        """Says in one line how many rows were skipped, and which was the first; empty if there were none."""
+        if not self.count:
+            return ""
+        rows = "1 bad row" if self.count == 1 else f"{self.count} bad rows; the first"
+        return f"skipped {rows}: {self.first[0]}"
+
+
+def read_jsonl(path: Path, model: type[Model], *, bad_rows: BadRows | None = None) -> Iterator[tuple[int, Model]]:
+    """Reads one object per line, in constant memory. Empty lines are ignored.
+
+    Args:
+        path: The file.
+        model: The type of the objects.
+        bad_rows: Collects the bad rows, as in :func:`parse_rows`.
+
+    Yields:
+        The line number and the object.
 
     Raises:
         InputError: If the file cannot be read, or a line is not JSON or not such an object.
     """
-    for number, record in read_json_lines(path):
-        yield number, validate(model, record, file=path, line=number)
+
+    def parse(number: int, record: Any) -> Model:
+        return validate(model, record, file=path, line=number)
+
+    return parse_lines(path, parse, bad_rows=bad_rows)
+
+
+def parse_lines(
+    path: Path, parse: Callable[[int, Any], Value], *, bad_rows: BadRows | None = None
+) -> Iterator[tuple[int, Value]]:
+    """Parses one JSON value per line, in constant memory. Empty lines are ignored, and NaN is read as null.
+
+    Args:
+        path: The file.
+        parse: Makes the result of a line from its number and its JSON value; raises :class:`InputError` if it is bad.
+        bad_rows: Collects the bad rows, as in :func:`parse_rows`.
+
+    Yields:
+        The line number and the result.
+
+    Raises:
+        InputError: If the file cannot be read, or there are bad rows that are not to be skipped.
+    """
+
+    def parse_line(number: int, line: bytes) -> Value:
+        return parse(number, _parse(line, path, number, nan_is_null=True))
+
+    return parse_rows(_lines(path), parse_line, bad_rows=bad_rows)
+
+
+def parse_rows(
+    rows: Iterable[tuple[int, Row]], parse: Callable[[int, Row], Value], *, bad_rows: BadRows | None = None
+) -> Iterator[tuple[int, Value]]:
+    """Parses numbered rows of any kind.
+
+    Args:
+        rows: The rows with their numbers.
+        parse: Makes the result of a row from its number and its content; raises :class:`InputError` if it is bad.
+        bad_rows: Collects the bad rows. After the first one, unless it is skipped, the remaining rows are parsed for
+            further ones without yielding anything. ``None`` stops at the first one.
+
+    Yields:
+        The number and the result.
+
+    Raises:
+        InputError: If there are bad rows that are not to be skipped.
+    """
+    good = 0
+    for number, row in rows:
+        try:
+            value = parse(number, row)
+        except InputError as error:
+            if bad_rows is None:
+                raise
+            bad_rows.add(error)
+            continue
+        good += 1
+        if bad_rows is None or bad_rows.skip or not bad_rows.count:
+            yield number, value
+    if bad_rows is not None:
+        bad_rows.check(good)
 
 
 def read_json_lines(path: Path) -> Iterator[tuple[int, Any]]:
-    """Reads one JSON value a line, with its line number.
+    """Reads one JSON value per line, with its line number. Empty lines are ignored, and NaN is read as null.
 
     Raises:
         InputError: If the file cannot be read or a line is not JSON.
     """
-    try:
-        with path.open("rb") as lines:
-            for number, line in enumerate(lines, start=1):
-                if line.strip():
-                    yield number, _parse(line, path, number)
-    except OSError as error:
-        raise InputError(f"cannot be read ({error.strerror})", file=path, fix="check the path") from error
+    return parse_lines(path, lambda number, value: value)
 
 
-def read_json(path: Path) -> Any:
-    """Reads a file that is one JSON value.
+def read_json(path: Path, *, nan_is_null: bool = False) -> Any:
+    """Reads a file that contains one JSON value.
+
+    Args:
+        path: The file.
+        nan_is_null: Whether to read NaN as null, as in users' files, instead of rejecting it.
 
     Raises:
-        InputError: If it cannot be read or is not JSON.
+        InputError: If the file cannot be read or is not JSON.
     """
     try:
         content = path.read_bytes()
     except OSError as error:
-        raise InputError(f"cannot be read ({error.strerror})", file=path, fix="check the path") from error
-    return _parse(content, path)
+        raise _cannot_read(path, error) from error
+    return _parse(content, path, nan_is_null=nan_is_null)
 
 
-def _parse(text: bytes, path: Path, number: int | None = None) -> Any:
-    """Parses a line of a file, or all of it where there is no number."""
+def read_text(path: Path) -> str:
+    """Reads a text file in UTF-8, with or without a byte order mark. Line ends are kept as they are.
+
+    Raises:
+        InputError: If the file cannot be read or is not UTF-8.
+    """
     try:
-        return json.loads(text.decode("utf-8-sig"), parse_constant=_refuse)
+        return path.read_bytes().decode("utf-8-sig")
+    except OSError as error:
+        raise _cannot_read(path, error) from error
     except UnicodeDecodeError as error:
-        raise InputError("is not UTF-8 text", file=path, line=number, fix="save the file as UTF-8") from error
+        raise _not_utf8(path) from error
+
+
+def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    try:
+        with path.open("rb") as lines:
+            for number, line in enumerate(lines, start=1):
+                if line.strip():
+                    yield number, line
+    except OSError as error:
+        raise _cannot_read(path, error) from error
+
+
+def _cannot_read(path: Path, error: OSError) -> InputError:
+    return InputError(f"cannot be read ({error.strerror})", file=path, fix="check the path")
+
+
+def _not_utf8(path: Path, line: int | None = None) -> InputError:
+    return InputError("is not UTF-8 text", file=path, line=line, fix="save the file as UTF-8")
+
+
+def _parse(text: bytes, path: Path, number: int | None = None, *, nan_is_null: bool) -> Any:
+    """Parses a line of a file, or all of it if there is no line number."""
+
+    def constant(name: str) -> None:
+        if name != "NaN" or not nan_is_null:
+            raise ValueError(f"{name} is not a JSON number")
+
+    try:
+        return json.loads(text.decode("utf-8-sig"), parse_constant=constant)
+    except UnicodeDecodeError as error:
+        raise _not_utf8(path, number) from error
     except json.JSONDecodeError as error:
-        line, fix = (number, "write one JSON object a line") if number else (error.lineno, "")
+        line, fix = (number, "write one JSON object per line") if number else (error.lineno, "")
         raise InputError(
             f"is not JSON ({error.msg} at character {error.colno})", file=path, line=line, fix=fix
         ) from error
@@ -75,55 +258,71 @@ def _parse(text: bytes, path: Path, number: int | None = None) -> Any:
         raise InputError(f"is not JSON ({error})", file=path, line=number) from error
 
 
-def _refuse(constant: str) -> None:
-    raise ValueError(f"{constant} is no JSON number")
-
-
 def validate(model: type[Model], record: Any, *, file: Path | None = None, line: int | None = None) -> Model:
-    """Makes a model of a parsed value.
+    """Makes a model from a parsed value.
 
     Raises:
-        InputError: If it does not fit; the first misfit is named with its field.
+        InputError: If it does not fit. The first error is named with its field.
     """
     try:
         return model.model_validate(record)
     except ValidationError as error:
-        first = error.errors(include_url=False, include_context=False)[0]
-        message = first["msg"].removeprefix("Value error, ")
-        what = "is not a JSON object" if first["type"] == "model_type" else message[:1].lower() + message[1:]
-        field = ".".join(_path_in(record, first["loc"], missing=first["type"] == "missing")) or None
+        first = error.errors(include_url=False)[0]
         more = error.error_count() - 1
-        fix = f"and {more} more in this place" if more else None
-        raise InputError(what, file=file, line=line, field=field, fix=fix) from error
+        raise InputError(
+            _what(first),
+            file=file,
+            line=line,
+            field=".".join(_path_in(record, first)) or None,
+            fix=f"and {more} more in this place" if more else None,
+            skippable=first["type"] != MISREAD,
+        ) from error
 
 
-def _path_in(record: Any, location: Sequence[int | str], *, missing: bool) -> Iterator[str]:
-    """The way to a misfit by the keys of the record alone, without the names that pydantic gives to alternatives."""
+def _what(error: Mapping[str, Any]) -> str:
+    """The message of a validation error in plain words."""
+    match error["type"]:
+        case "model_type" | "model_attributes_type":
+            return "is not a JSON object"
+        case "union_tag_not_found":
+            return "field required"
+        case "union_tag_invalid":
+            return f"unknown value {error['ctx']['tag']!r}; use one of {error['ctx']['expected_tags']}"
+        case _:
+            message: str = error["msg"].removeprefix("Value error, ")
+            return message[:1].lower() + message[1:]
+
+
+def _path_in(record: Any, error: Mapping[str, Any]) -> Iterator[str]:
+    """The path to the error by the keys of the record, without the names that pydantic gives to union members."""
+    location = error["loc"]
     for depth, part in enumerate(location, start=1):
         inside = dict(enumerate(record)) if isinstance(record, list | tuple) else record
-        if isinstance(inside, dict) and part in inside:
+        if isinstance(inside, Mapping) and part in inside:
             record = inside[part]
             yield str(part)
-        elif missing and depth == len(location):
+        elif error["type"] == "missing" and depth == len(location):
             yield str(part)
+    if error["type"] in ("union_tag_not_found", "union_tag_invalid"):
+        yield error["ctx"]["discriminator"].strip("'")
 
 
 def check_rereadable(path: Path) -> None:
-    """Refuses a pipe or a device, for work that reads its input more than once.
+    """Refuses a pipe or a device, for commands that read their input more than once.
 
     Raises:
         InputError: If it is one.
     """
     if path.exists() and not path.is_file() and not path.is_dir():
-        raise InputError("is no regular file, and it is read twice", file=path, fix="save what comes from it first")
+        raise InputError("is not a regular file, but is read twice", file=path, fix="save its content to a file first")
 
 
 def lock(path: Path) -> IO[bytes]:
-    """Takes the lock of a file or folder, which is held until what this returns is closed; it stands beside or in it.
+    """Locks a file or folder until the returned stream is closed. The lock file is next to the file, or in the folder.
 
     Raises:
-        PopiError: If another process holds it.
-        OSError: If it cannot be written.
+        PopiError: If another process holds the lock.
+        OSError: If the lock file cannot be written.
     """
     import fcntl
 
@@ -132,41 +331,41 @@ def lock(path: Path) -> IO[bytes]:
         fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         held.close()
-        raise PopiError(f"{path} is being written by another process; wait for it or choose another place") from error
+        raise PopiError(f"{path} is being written by another process; wait for it or choose another path") from error
     if not os.fstat(held.fileno()).st_nlink:
-        # Whoever held it before has removed it just now.
+        # The previous holder removed the lock file after it was opened here.
         held.close()
         return lock(path)
     return held
 
 
 def writable(text: str) -> str:
-    """A text with a replacement for what UTF-8 cannot write: halves of characters whose other half is missing."""
+    """Joins surrogate pairs, and replaces lone surrogates, which UTF-8 cannot represent."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def as_line(value: BaseModel) -> str:
-    """One object as a line of JSON."""
+    """One object as a line of JSON, with its line end."""
     return value.model_dump_json() + "\n"
 
 
 @contextmanager
 def replacing(path: Path, *, binary: bool = False) -> Iterator[IO[Any]]:
-    """Opens a temporary file beside ``path`` that takes its place only when everything went well.
+    """Opens a temporary file in the same folder that replaces ``path`` if the block succeeds.
 
-    A link is followed, and the permissions of what is replaced are kept.
+    Symbolic links are followed, and the permissions of a replaced file are kept.
 
     Raises:
         InputError: If ``path`` is a folder, a device or a pipe.
-        PopiError: If the disk is full or the place cannot be written; ``path`` is as it was.
+        PopiError: If the disk is full or the path cannot be written; ``path`` is unchanged.
     """
     if path.is_dir():
         raise InputError("is a folder", file=path, fix="name a file in it")
     if path.exists() and not path.is_file():
-        raise InputError("is no regular file", file=path, fix="name one, or a new one")
+        raise InputError("is not a regular file", file=path, fix="name a regular file or a new one")
     target = Path(os.path.realpath(path))
     temporary = target.with_name(UNFINISHED.replace("*", secrets.token_hex(6)))
-    # Half a surrogate pair has no UTF-8; escaped, it is what JSON writes for it.
+    # UTF-8 cannot represent a lone surrogate; JSON writes it as this escape.
     form: dict[str, Any] = {} if binary else {"encoding": "utf-8", "errors": "backslashreplace", "newline": "\n"}
     ours = True
     try:
@@ -181,7 +380,7 @@ def replacing(path: Path, *, binary: bool = False) -> Iterator[IO[Any]]:
             shutil.copymode(target, temporary)
         os.replace(temporary, target)
     except OSError as error:
-        # In the caller's lines only a lack of room is about this file; anything else there is for the caller to tell.
+        # Inside the block only a full disk is about this file; other errors belong to the caller.
         if not ours and error.errno not in (ENOSPC, EDQUOT, EFBIG):
             raise
         raise PopiError(f"cannot write {path}: {error.strerror or error}; nothing was changed") from error
@@ -191,7 +390,7 @@ def replacing(path: Path, *, binary: bool = False) -> Iterator[IO[Any]]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a file whole or not at all.
+    """Writes a file as a whole or not at all.
 
     Raises:
         PopiError: If it cannot be written.
@@ -201,7 +400,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Writes a file whole or not at all.
+    """Writes a file as a whole or not at all.
 
     Raises:
         PopiError: If it cannot be written.
@@ -211,10 +410,10 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 def write_jsonl(path: Path, values: Iterable[BaseModel]) -> int:
-    """Writes one object a line, whole or not at all, and returns how many.
+    """Writes one object per line, as a whole or not at all, and returns their number.
 
     Raises:
-        PopiError: If it cannot be written.
+        PopiError: If the file cannot be written.
     """
     count = 0
     with replacing(path) as stream:

@@ -15,7 +15,6 @@ from popi.backends.base import Backend, OnComplete, ignore_result
 from popi.backends.ledger import Ledger, Spent
 from popi.backends.together import held
 from popi.errors import BackendError
-from popi.prompts import template_hash
 from popi.roles import Conditioned, ConditionedGenerator, PreferenceInference
 from popi.signals import Signal, UserSignals
 from popi.summary import PreferenceSummary
@@ -108,11 +107,14 @@ class Personalizer:
             if user_id in self._edited:
                 return self._edited[user_id]
             user = self.signals(user_id)
-            key = (user.digest(), template_hash(), self._inference.name)
+            key = (user.digest(), self._template_hash(), self._inference.name)
             if user_id not in self._inferred or self._inferred[user_id][0] != key:
                 [summary] = await self._inference.infer([user])
                 self._inferred[user_id] = key, summary
             return self._edited.get(user_id, self._inferred[user_id][1])
+
+    def _template_hash(self) -> str:
+        return "" if self._inference.format is None else self._inference.format.template_hash
 
     async def edit(self, user_id: str, text: str) -> PreferenceSummary:
         """Replaces the summary by a person's words, which hold from now on, whatever signals come.

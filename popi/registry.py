@@ -111,7 +111,8 @@ def inference_options(name: str, **given: Any) -> dict[str, Any]:
     takes = {
         parameter.name: parameter.default
         for parameter in parameters
-        if parameter.name != "backend" and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+        if parameter.name not in ("backend", "format")
+        and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
     }
     takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
     for option in given:

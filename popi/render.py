@@ -1,8 +1,8 @@
-"""Signals as prompt text, under a budget of tokens.
+"""Renders signals as prompt text under a budget of tokens.
 
-Which signals are kept is decided by how much they say and how new they are; what is kept is shown oldest first, so a
-new signal only adds to the end of the text and a cached prefix stays valid. Nothing is cut silently: the rendering
-names what was left out, and a signal that alone exceeds the budget is cut with a mark that says so.
+Which signals are kept depends on their kind and age. The kept ones are shown oldest first, so that a new signal only
+adds to the end of the text and a cached prefix stays valid. Nothing is cut silently: the result names the omitted
+signals, and a signal that alone exceeds the budget is cut with a visible marker.
 """
 
 from __future__ import annotations
@@ -11,8 +11,9 @@ import re
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cache
 
-from popi.prompts import CUT_MARK, FACT, NOT_BY_USER, NUMBERED, SIGNAL, TURN, UNNAMED, quote
+from popi.prompts import DEFAULT, PromptSet, quote
 from popi.signals import Comment, Conversation, Demographics, Rating, Signal, Speaker
 
 INFORMATIVENESS = {
@@ -24,26 +25,18 @@ INFORMATIVENESS = {
     "rating": 1.0,
     "demographics": 0.5,
 }
-"""How much a signal of each kind is worth beside another of the same age, by judgement."""
+"""Weight of a signal of each kind relative to another of the same age, by judgement."""
 
 HALF_LIFE = 32
-"""A signal is worth half as much once this many newer ones have been seen."""
+"""Number of newer signals after which the weight of a signal halves."""
 
 PATIENCE = 32
-"""Once this many signals in a row were too long for what is left of the budget, no more are tried."""
+"""Number of consecutive signals that do not fit after which no more are tried."""
 
 LEAST = 16
-"""Characters of each text that a cut leaves at least: less says nothing."""
+"""Minimum number of characters that a cut leaves of each text."""
 
 CountTokens = Callable[[str], int]
-
-_STARTS = {
-    line.partition("{")[0].strip()
-    for template in (*SIGNAL.values(), *TURN.values(), NOT_BY_USER)
-    for line in template.split("\n")
-} - {""}
-# Whatever is not a letter or a digit may stand in front: marks of a list, characters without width.
-_LIKE_OURS = re.compile(rf"\n(?=[^\w\n\[]*(?i:\[[^\w\n]*\d|{'|'.join(map(re.escape, sorted(_STARTS)))}))")
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,9 +45,9 @@ class RenderedSignals:
 
     Attributes:
         text: The numbered signals, oldest first.
-        shown: The id behind each number: signal ``n`` of the text is ``shown[n - 1]``.
-        omitted: Ids left out for want of room, oldest first.
-        cut: Ids shown in part.
+        shown: The signal id behind each number: signal ``n`` of the text is ``shown[n - 1]``.
+        omitted: Ids of signals that did not fit, oldest first.
+        cut: Ids of signals that are shown in part.
         tokens: Length of ``text``.
     """
 
@@ -65,88 +58,163 @@ class RenderedSignals:
     tokens: int
 
 
-def describe(signal: Signal, limit: int | None = None) -> str:
-    """One signal as text, without its number.
+def describe(signal: Signal, limit: int | None = None, prompts: PromptSet = DEFAULT) -> str:
+    """Renders one signal as text, without its number.
 
-    Texts that are not the user's own are marked as such, and lines of any text that begin like ours are quoted with
-    ``>``, so that it does not pass for another signal or speaker.
+    Text by somebody else is marked as such. Lines that start like one of our labels are quoted with ``>``, so that no
+    text passes for another signal or speaker.
 
     Args:
         signal: The signal.
-        limit: The most characters of each text, cut out of its middle, and eight times the most turns of a
-            conversation, cut off its beginning; ``None`` shows everything.
+        limit: Maximum number of characters of each text, cut out of its middle, and eight times the maximum number of
+            turns of a conversation, cut off its beginning. ``None`` shows everything.
+        prompts: The templates.
     """
+    like_ours = _labels(prompts)
 
     def words(text: str) -> str:
-        return _LIKE_OURS.sub("\n> ", quote(text if limit is None else _cut(text, limit)))
+        return like_ours.sub("\n> ", quote(text if limit is None else _cut(text, limit, prompts.cut)))
 
     match signal:
         case Conversation(turns=turns):
             last = turns if limit is None else turns[-max(limit // 8, 1) :]
-            lines = [TURN[turn.speaker].format(text=words(turn.text)) for turn in last]
-            body = "\n".join(lines if len(last) == len(turns) else [CUT_MARK.strip(), *lines])
+            lines = [prompts.turn[turn.speaker].format(text=words(turn.text)) for turn in last]
+            body = "\n".join(lines if len(last) == len(turns) else [prompts.cut.strip(), *lines])
         case Comment(text=text, about=about, prompt=prompt):
-            body = SIGNAL["comment"].format(about=words(about or prompt or UNNAMED), text=words(text))
+            body = prompts.signal["comment"].format(about=words(about or prompt or prompts.unnamed), text=words(text))
         case Rating(prompt=prompt, response=response, score=score, worst=worst, best=best):
-            body = SIGNAL["rating"].format(
+            body = prompts.signal["rating"].format(
                 prompt=words(prompt), response=words(response), score=score, worst=worst, best=best
             )
         case Demographics(facts=facts):
-            known = ", ".join(FACT.format(name=name, value=value) for name, value in facts.items())
-            body = SIGNAL["demographics"].format(facts=words(known))
+            known = ", ".join(prompts.fact.format(name=name, value=value) for name, value in facts.items())
+            body = prompts.signal["demographics"].format(facts=words(known))
         case _:
             texts = signal.model_dump(exclude={"id", "time", "origin", "said_by", "kind"})
-            body = SIGNAL[signal.kind].format(**{name: words(text) for name, text in texts.items()})
+            body = prompts.signal[signal.kind].format(**{name: words(text) for name, text in texts.items()})
     if signal.said_by is Speaker.USER:
         return body
-    return NOT_BY_USER.format(speaker=signal.said_by.value, signal=body)
+    return prompts.not_by_user.format(speaker=signal.said_by.value, signal=body)
 
 
-def render_signals(signals: Sequence[Signal], count_tokens: CountTokens, budget: int | None = None) -> RenderedSignals:
-    """Writes signals as numbered text of at most ``budget`` tokens.
+def render_signals(
+    signals: Sequence[Signal],
+    count_tokens: CountTokens,
+    budget: int | None = None,
+    prompts: PromptSet = DEFAULT,
+) -> RenderedSignals:
+    """Renders signals as numbered text of at most ``budget`` tokens.
+
+    Signals with the same text are shown once, at the place of the newest, with their count.
 
     Args:
-        signals: Oldest first, as in ``UserSignals``.
-        count_tokens: The length of a text by the tokenizer of the model that will read it.
-        budget: The most tokens that the text may have; ``None`` shows everything.
+        signals: The signals, oldest first.
+        count_tokens: Counts the tokens of a text with the tokenizer of the model that will read it.
+        budget: Maximum number of tokens of the text. ``None`` shows everything.
+        prompts: The templates.
 
     Returns:
-        The text and what became of each signal.
+        The text, and which signals are in it.
 
     Raises:
         ValueError: If the budget is not positive.
     """
     if budget is not None and budget <= 0:
         raise ValueError(f"the token budget must be positive, not {budget}")
-    cut: set[int] = set()
-    if budget is None:
-        blocks = {place: describe(signal) for place, signal in enumerate(signals)}
-    else:
-        order = _best_first(signals)
-        blocks = _choose(signals, order, count_tokens, budget)
-        # Whatever fits is no substitute for evidence: the best signal is shown in part rather than not at all.
-        if order and all(signals[place].is_evidence != signals[order[0]].is_evidence for place in blocks):
-            shortened = _shorten(signals[order[0]], count_tokens, budget)
-            if shortened is not None:
-                blocks = {order[0]: shortened}
-                cut = set(blocks) if shortened != describe(signals[order[0]]) else set()
-    kept = sorted(blocks)
-    text = _join(blocks[place] for place in kept)
-    return RenderedSignals(
-        text=text,
-        shown=tuple(signals[place].id for place in kept),
-        omitted=tuple(signal.id for place, signal in enumerate(signals) if place not in blocks),
-        cut=tuple(signals[place].id for place in cut),
-        tokens=count_tokens(text) if text else 0,
-    )
+    return _Rendering(signals, count_tokens, prompts).render(budget)
 
 
-def _join(blocks: Iterable[str]) -> str:
-    return "\n".join(NUMBERED.format(number=place, signal=block) for place, block in enumerate(blocks, start=1))
+class _Rendering:
+    """One rendering of a user's signals."""
+
+    def __init__(self, signals: Sequence[Signal], count_tokens: CountTokens, prompts: PromptSet) -> None:
+        self._count_tokens, self._prompts = count_tokens, prompts
+        self._all = signals
+        same: dict[str, list[Signal]] = {}
+        for signal in reversed(signals):
+            same.setdefault(describe(signal, prompts=prompts), []).append(signal)
+        # Newest first above; the newest of equal signals stands for all.
+        groups = list(reversed(same.items()))
+        self._signals = [group[0] for _, group in groups]
+        self._groups = [group for _, group in groups]
+        self._texts = [self._repeated(text, len(group)) for text, group in groups]
+
+    def render(self, budget: int | None) -> RenderedSignals:
+        """Chooses signals and joins their texts."""
+        cut: set[int] = set()
+        if budget is None:
+            blocks = dict(enumerate(self._texts))
+        else:
+            order = _best_first(self._signals)
+            blocks = self._choose(order, budget)
+            # A signal that fits is no substitute for evidence: the best signal is shown in part rather than not at all.
+            if order and all(self._signals[n].is_evidence != self._signals[order[0]].is_evidence for n in blocks):
+                shortened = self._shorten(order[0], budget)
+                if shortened is not None:
+                    blocks = {order[0]: shortened}
+                    cut = set(blocks) if shortened != self._texts[order[0]] else set()
+        kept = sorted(blocks)
+        text = self._join(blocks[place] for place in kept)
+        shown = {signal.id for place in kept for signal in self._groups[place]}
+        return RenderedSignals(
+            text=text,
+            shown=tuple(self._signals[place].id for place in kept),
+            omitted=tuple(signal.id for signal in self._all if signal.id not in shown),
+            cut=tuple(self._signals[place].id for place in cut),
+            tokens=self._count_tokens(text) if text else 0,
+        )
+
+    def _repeated(self, text: str, count: int) -> str:
+        return text if count == 1 else self._prompts.repeated.format(signal=text, count=count)
+
+    def _numbered(self, number: int, text: str) -> str:
+        return self._prompts.numbered.format(number=number, signal=text)
+
+    def _join(self, blocks: Iterable[str]) -> str:
+        return "\n".join(self._numbered(place, block) for place, block in enumerate(blocks, start=1))
+
+    def _choose(self, order: Sequence[int], budget: int) -> dict[int, str]:
+        """Takes the best signals that fit, whole. A long one is skipped in favour of shorter ones behind it."""
+        blocks: dict[int, str] = {}
+        left, misses = budget, 0
+        for place in order:
+            cost = self._count_up_to(left, self._numbered(len(self._signals), self._texts[place]) + "\n")
+            if cost <= left:
+                blocks[place] = self._texts[place]
+                left, misses = left - cost, 0
+            else:
+                misses += 1
+                if misses == PATIENCE:
+                    break
+        # A text may have more tokens than its parts.
+        while blocks and self._count_tokens(self._join(blocks[place] for place in sorted(blocks))) > budget:
+            blocks.popitem()
+        return blocks
+
+    def _shorten(self, place: int, budget: int) -> str | None:
+        """As much of a signal as fits, or ``None`` if that is too little to say anything."""
+        signal, count = self._signals[place], len(self._groups[place])
+
+        def text(limit: int) -> str:
+            return self._repeated(describe(signal, limit, self._prompts), count)
+
+        def too_long(limit: int) -> bool:
+            return self._count_up_to(budget, self._join([text(limit)])) > budget
+
+        limits = range(LEAST, len(self._texts[place]))
+        fitting = bisect_left(limits, True, key=too_long)
+        return text(limits[fitting - 1]) if fitting else None
+
+    def _count_up_to(self, limit: int, text: str) -> int:
+        """The length of a text, or of a beginning of it that is already over the limit."""
+        # Few texts have so many characters to a token, so a text that is far too long is seldom counted to its end.
+        beginning = text[: 8 * (limit + 1)]
+        count = self._count_tokens(beginning)
+        return count if count > limit or len(beginning) == len(text) else self._count_tokens(text)
 
 
 def _best_first(signals: Sequence[Signal]) -> list[int]:
-    """The places of the signals: evidence first, then by kind and age."""
+    """Indices of the signals: evidence first, then by kind and age."""
 
     def worth(place: int) -> tuple[bool, float, int]:
         age = len(signals) - 1 - place
@@ -156,45 +224,18 @@ def _best_first(signals: Sequence[Signal]) -> list[int]:
     return sorted(range(len(signals)), key=worth, reverse=True)
 
 
-def _choose(signals: Sequence[Signal], order: Sequence[int], count_tokens: CountTokens, budget: int) -> dict[int, str]:
-    """Takes the best signals that fit, whole; a long one is passed over in favour of shorter ones behind it."""
-    blocks: dict[int, str] = {}
-    left, misses = budget, 0
-    for place in order:
-        block = describe(signals[place])
-        cost = _count_up_to(left, NUMBERED.format(number=len(signals), signal=block) + "\n", count_tokens)
-        if cost <= left:
-            blocks[place] = block
-            left, misses = left - cost, 0
-        else:
-            misses += 1
-            if misses == PATIENCE:
-                break
-    # A text may have more tokens than its parts.
-    while blocks and count_tokens(_join(blocks[place] for place in sorted(blocks))) > budget:
-        blocks.popitem()
-    return blocks
+@cache
+def _labels(prompts: PromptSet) -> re.Pattern[str]:
+    """Matches the line break in front of a line that starts like one of our labels."""
+    starts = {
+        line.partition("{")[0].strip()
+        for template in (*prompts.signal.values(), *prompts.turn.values(), prompts.not_by_user)
+        for line in template.split("\n")
+    } - {""}
+    # Whatever is not a letter or a digit may stand in front: list marks, characters without width.
+    return re.compile(rf"\n(?=[^\w\n\[]*(?i:\[[^\w\n]*\d|{'|'.join(map(re.escape, sorted(starts)))}))")
 
 
-def _shorten(signal: Signal, count_tokens: CountTokens, budget: int) -> str | None:
-    """As much of a signal as fits, or ``None`` if what fits says nothing."""
-
-    def too_long(limit: int) -> bool:
-        return _count_up_to(budget, _join([describe(signal, limit)]), count_tokens) > budget
-
-    limits = range(LEAST, len(describe(signal)))
-    fitting = bisect_left(limits, True, key=too_long)
-    return describe(signal, limits[fitting - 1]) if fitting else None
-
-
-def _count_up_to(limit: int, text: str, count_tokens: CountTokens) -> int:
-    """The length of a text, or of a beginning of it that is over the limit already."""
-    # Few texts have so many characters to a token, so what is far too long is seldom counted to its end.
-    beginning = text[: 8 * (limit + 1)]
-    count = count_tokens(beginning)
-    return count if count > limit or len(beginning) == len(text) else count_tokens(text)
-
-
-def _cut(text: str, limit: int) -> str:
+def _cut(text: str, limit: int, mark: str) -> str:
     half = limit // 2
-    return text if len(text) <= limit + len(CUT_MARK) else text[:half] + CUT_MARK + text[-half:]
+    return text if len(text) <= limit + len(mark) else text[:half] + mark + text[-half:]

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 
 from popi.errors import InputError, PopiError
 from popi.io import UNFINISHED, lock, read_json, replacing, write_text
-from popi.prompts import template_hash
+from popi.prompts import DEFAULT
 from popi.provenance import LIBRARIES, check_unchanged, machine, now, versions
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ class RunFolder:
         """
         config = {
             "recipe": recipe.model_dump(mode="json"),
-            "template_hash": template_hash(),
+            "template_hash": DEFAULT.hash,
             "versions": versions(libraries),
         }
         if path.exists() and not path.is_dir():

@@ -1,4 +1,4 @@
-"""What property tests draw from: words as people write them, and signals of every kind."""
+"""What property tests draw from: words as people write them, signals of every kind, and examples."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from datetime import UTC
 
 from hypothesis import strategies as st
 
+from popi.data.example import HeldOutPair, PersonalizationExample
 from popi.signals import (
     Comment,
     Conversation,
@@ -26,7 +27,7 @@ words = st.text(min_size=1).map(str.strip).filter(bool) | st.sampled_from(HARD_W
 speakers = st.sampled_from(Speaker)
 shared = {
     "time": st.none() | st.datetimes(timezones=st.none() | st.just(UTC)),
-    "origin": st.text(max_size=3),
+    "origin": st.text(max_size=3).map(str.strip),
     "said_by": speakers,
 }
 
@@ -59,3 +60,22 @@ def users(max_size: int = 6) -> st.SearchStrategy[UserSignals]:
     """Users with up to so many signals."""
     lists = st.lists(signals, max_size=max_size, unique_by=lambda signal: signal.id)
     return st.builds(UserSignals, user_id=words, signals=lists.map(tuple))
+
+
+pairs = st.builds(
+    lambda prompt, answers: HeldOutPair(prompt=prompt, chosen=answers[0], rejected=answers[1]),
+    words,
+    st.lists(words, min_size=2, max_size=2, unique_by=str.strip),
+)
+facts = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**53), 2**53) | st.floats(allow_nan=False, allow_infinity=False) | words,
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(words, inner, max_size=2),
+    max_leaves=4,
+)
+examples = st.builds(
+    PersonalizationExample,
+    user=users(max_size=2),
+    tests=st.lists(pairs, max_size=2).map(tuple),
+    oracles=st.dictionaries(words, words, max_size=2),
+    facts=st.dictionaries(words, facts, max_size=2),
+)

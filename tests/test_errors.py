@@ -19,14 +19,14 @@ from popi.errors import (
 
 
 def test_says_what_where_and_what_to_do() -> None:
-    error = InputError("is not JSON", file="users.jsonl", line=3, field="signals.0", fix="mend it")
-    assert str(error) == "users.jsonl:3, field signals.0: is not JSON; mend it"
+    error = InputError("is not JSON", file="users.jsonl", line=3, field="signals.0", fix="fix it")
+    assert str(error) == "users.jsonl:3, field signals.0: is not JSON; fix it"
     assert (error.what, error.file, error.line, error.field, error.fix) == (
         "is not JSON",
         "users.jsonl",
         3,
         "signals.0",
-        "mend it",
+        "fix it",
     )
 
 
@@ -56,7 +56,7 @@ def test_exit_codes(kind: type[PopiError], code: int) -> None:
     assert kind("x").exit_code == code
 
 
-def test_a_missing_extra_names_the_command_that_mends_it() -> None:
+def test_a_missing_extra_names_the_command_that_installs_it() -> None:
     error = MissingExtra("torch", "local")
     assert str(error) == "torch is not installed; install it with: pip install 'popi[local]'"
     assert error.exit_code == 2
@@ -64,14 +64,21 @@ def test_a_missing_extra_names_the_command_that_mends_it() -> None:
 
 def test_did_you_mean_the_nearest_or_any() -> None:
     assert did_you_mean("trainn", ["train", "eval"]) == "did you mean train?"
-    assert did_you_mean("xyz", ["train", "eval"]) == "there are: eval, train"
-    assert did_you_mean("xyz", []) == "there are: none"
+    assert did_you_mean("xyz", ["train", "eval"]) == "known names: eval, train"
+    assert did_you_mean("xyz", []) == "known names: (none)"
 
 
 def test_a_message_too_long_to_read_keeps_its_ends() -> None:
     message = str(InputError("x" * 100_000, file="users.jsonl", line=1, fix="shorten it"))
     assert message.startswith("users.jsonl:1: xxx") and message.endswith("xxx; shorten it")
     assert len(message) == LONGEST + len(" ... ")
+
+
+def test_notes_and_fields_survive_a_trip_to_another_process() -> None:
+    error = InputError("2 bad rows", file="users.jsonl", line=3)
+    error.add_note("users.jsonl:4: is not JSON")
+    again = pickle.loads(pickle.dumps(error))
+    assert (again.line, again.__notes__) == (3, ["users.jsonl:4: is not JSON"])
 
 
 def test_errors_survive_a_trip_to_another_process() -> None:

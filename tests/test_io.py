@@ -13,9 +13,12 @@ from hypothesis import strategies as st
 
 from popi.errors import InputError, PopiError
 from popi.io import (
+    BadRows,
     as_line,
+    read_json,
     read_json_lines,
     read_jsonl,
+    read_text,
     replacing,
     validate,
     write_bytes,
@@ -52,7 +55,7 @@ def test_passes_over_empty_lines_and_a_byte_order_mark(tmp_path: Path) -> None:
         (b"\x00\x00", "is not JSON"),
         (b"[" * 100_000, "is not JSON"),
         (b"1" * 5_000, "is not JSON"),
-        (b'{"a": NaN}', "is not JSON (NaN is no JSON number)"),
+        (b'{"a": Infinity}', "is not JSON (Infinity is not a JSON number)"),
         (b'{"a": "\xff"}', "is not UTF-8 text; save the file as UTF-8"),
         ('{"a": 1}'.encode("utf-16"), "is not UTF-8 text"),
         (b'"\xed\xa0\x80"', "is not UTF-8 text"),
@@ -81,7 +84,14 @@ PAIR = {"kind": "pair", "prompt": "p", "chosen": "a", "rejected": "b"}
         ({"user_id": "u", "signals": [PAIR, PAIR | {"chosen": 5}]}, "signals.1.chosen", "valid string"),
         ({"user_id": "u", "signals": [PAIR | {"rejected": "a"}]}, "signals.0", "the same text"),
         ({"user_id": "u", "signals": [{"kind": "statement"}]}, "signals.0.text", "field required"),
-        ({"user_id": "u", "signals": [{"kind": "shrug"}]}, "signals.0", "does not match any of the expected tags"),
+        (
+            {"user_id": "u", "signals": [{"kind": "shrug"}]},
+            "signals.0.kind",
+            "unknown value 'shrug'; use one of 'pair'",
+        ),
+        ({"user_id": "u", "signals": [{"text": "x"}]}, "signals.0.kind", "field required"),
+        ({"user_id": "u", "signals": [{"kind": "statement", "text": None}]}, "signals.0.text", "field required"),
+        ({"user_id": None, "signals": []}, "user_id", "field required"),
         ({"user_id": "u", "signals": [PAIR | {"mood": "x"}]}, "signals.0.mood", "not permitted"),
         ({"user_id": "u\ud800"}, "user_id", "unicode"),
         ({"signals": []}, "user_id", "field required"),
@@ -97,6 +107,55 @@ def test_a_misfit_is_named_with_its_field(record: Any, field: str | None, says: 
 def test_says_how_many_more_misfits_there_are() -> None:
     with pytest.raises(InputError, match="and 2 more in this place"):
         validate(UserSignals, {"x": 1, "y": 2})
+
+
+def test_bad_rows_are_counted_to_the_end_of_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "users.jsonl"
+    path.write_text("{half\n" + 20 * '{"user_id": ""}\n' + '{"user_id": "ann"}\n')
+    with pytest.raises(InputError, match=r"users\.jsonl:1: is not JSON"):
+        list(read_jsonl(path, UserSignals))
+    with pytest.raises(
+        InputError, match=r"users\.jsonl: 21 bad rows; the first: line 1: is not JSON .* \(write one JSON"
+    ) as caught:
+        list(read_jsonl(path, UserSignals, bad_rows=BadRows()))
+    assert [note.split(":")[1] for note in caught.value.__notes__[:-1]] == [f"{n}, field user_id" for n in range(2, 11)]
+    bad = BadRows(skip=True)
+    assert [(line, user.user_id) for line, user in read_jsonl(path, UserSignals, bad_rows=bad)] == [(22, "ann")]
+    assert (bad.count, len(bad.first)) == (21, 10)
+
+
+def test_one_bad_row_is_its_own_error_and_none_is_none(tmp_path: Path) -> None:
+    path = tmp_path / "users.jsonl"
+    path.write_text('{"user_id": "ann"}\n{"user_id": ""}\n')
+    bad = BadRows()
+    with pytest.raises(
+        InputError, match=r"^\S+users\.jsonl:2, field user_id: string should have at least 1 character$"
+    ):
+        list(read_jsonl(path, UserSignals, bad_rows=bad))
+    assert bad.summary().startswith("skipped 1 bad row: ")
+    path.write_text('{"user_id": "ann"}\n')
+    bad = BadRows()
+    assert len(list(read_jsonl(path, UserSignals, bad_rows=bad))) == 1
+    assert (bad.count, bad.summary()) == (0, "")
+
+
+def test_nan_is_null_in_lines_and_an_error_elsewhere_unless_allowed(tmp_path: Path) -> None:
+    path = tmp_path / "lines.jsonl"
+    path.write_text('{"a": NaN, "b": [NaN, 1]}')
+    assert list(read_json_lines(path)) == [(1, {"a": None, "b": [None, 1]})]
+    assert read_json(path, nan_is_null=True) == {"a": None, "b": [None, 1]}
+    with pytest.raises(InputError, match=r"is not JSON \(NaN is not a JSON number\)"):
+        read_json(path)
+
+
+def test_text_is_read_without_its_byte_order_mark_and_with_its_line_ends(tmp_path: Path) -> None:
+    (tmp_path / "text").write_bytes("\ufeffé\r\nb\r".encode())
+    assert read_text(tmp_path / "text") == "é\r\nb\r"
+    (tmp_path / "text").write_bytes(b"\xff\xfe")
+    with pytest.raises(InputError, match="is not UTF-8 text; save the file as UTF-8"):
+        read_text(tmp_path / "text")
+    with pytest.raises(InputError, match="cannot be read"):
+        read_text(tmp_path)
 
 
 def _names(folder: Path) -> list[str]:
@@ -127,7 +186,7 @@ def test_a_writer_that_fails_leaves_what_was_there(tmp_path: Path, failure: type
 
 def test_only_a_regular_file_is_replaced(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(InputError, match="is no regular file"):
+    with pytest.raises(InputError, match="is not a regular file"):
         write_text(tmp_path / "pipe", "x")
     assert stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode)
     assert _names(tmp_path) == ["pipe"]

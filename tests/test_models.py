@@ -9,7 +9,6 @@ import pytest
 
 from popi import models
 from popi.errors import ModelError
-from popi.models import origin
 from tests.hub import in_hub_cache
 
 
@@ -74,13 +73,3 @@ def test_a_model_is_known_by_its_files_and_one_of_the_hub_by_its_commit(
         assert models.fingerprint("org/name") == commit
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     assert models.fingerprint("org/name") is None
-
-
-def test_the_origin_of_a_trained_model_stands_beside_it(tmp_path):
-    assert origin("popi-mini-base") is None
-    assert origin("org/model-on-the-hub") is None
-    (tmp_path / "popi.json").write_text('{"from": "popi-mini-base"}')
-    assert origin(str(tmp_path)) == "popi-mini-base"
-    (tmp_path / "popi.json").write_text("{}")
-    with pytest.raises(ModelError, match="does not tell what the model was made from"):
-        origin(str(tmp_path))

@@ -77,7 +77,7 @@ async def test_infers_again_when_the_templates_changed(
 ) -> None:
     personalizer.observe("ann", SHORT)
     await personalizer.infer("ann")
-    monkeypatch.setattr("popi.personalizer.template_hash", lambda: "other")
+    monkeypatch.setattr("popi_inference.format.PromptedSummary.template_hash", "other")
     await personalizer.infer("ann")
     assert len(backend.chats) == 2
 

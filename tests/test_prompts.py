@@ -1,12 +1,13 @@
 from __future__ import annotations
 
+from dataclasses import fields, replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from popi import prompts
-from popi.errors import InputError
-from popi.prompts import CLOSE, OPEN, answer_messages, check_template_hash, inference_messages, quote, template_hash
+from popi.errors import ConfigError, InputError
+from popi.prompts import DEFAULT, PromptSet, check_template_hash, prompt_set, quote
 from tests.strategies import words
 
 angles = st.text("<>| \n", max_size=12)
@@ -15,10 +16,10 @@ hostile = st.lists(words | angles).map("".join)
 
 @given(hostile)
 def test_quoted_text_cannot_leave_the_frame(text: str) -> None:
-    for messages in (inference_messages(text), answer_messages("What is rain?", text)):
+    for messages in (DEFAULT.inference_messages(text), DEFAULT.answer_messages("What is rain?", text)):
         (message,) = messages
-        assert message.content.count(OPEN) == message.content.count(CLOSE) == 1
-        inside = message.content.partition(OPEN)[2].partition(CLOSE)[0]
+        assert message.content.count(DEFAULT.open) == message.content.count(DEFAULT.close) == 1
+        inside = message.content.partition(DEFAULT.open)[2].partition(DEFAULT.close)[0]
         assert inside == f"\n{quote(text)}\n"
 
 
@@ -43,54 +44,51 @@ def test_quoting_spares_pairs_of_brackets_and_makes_one_kind_of_line_break() -> 
 
 
 def test_braces_in_a_text_are_only_braces() -> None:
-    assert "{close} {0}" in inference_messages("{close} {0}")[0].content
-    assert "{context}" in answer_messages("{context}", "x")[0].content
+    assert "{close} {0}" in DEFAULT.inference_messages("{close} {0}")[0].content
+    assert "{context}" in DEFAULT.answer_messages("{context}", "x")[0].content
 
 
 def test_the_bare_prompt_is_the_prompt() -> None:
     prompt = "Explain:\r\n>>> 1 + 1  "
-    assert [(message.role, message.content) for message in answer_messages(prompt)] == [("user", prompt)]
+    assert [(message.role, message.content) for message in DEFAULT.answer_messages(prompt)] == [("user", prompt)]
 
 
 def test_the_prompt_follows_the_frame_unchanged() -> None:
     prompt = ">>> 1 + 1"
-    assert answer_messages(prompt, "- lists")[0].content.endswith(f"\n{prompt}")
+    assert DEFAULT.answer_messages(prompt, "- lists")[0].content.endswith(f"\n{prompt}")
 
 
 def test_an_empty_context_keeps_the_frame() -> None:
-    assert f"{OPEN}\n\n{CLOSE}" in answer_messages("What is rain?", "")[0].content
+    assert f"{DEFAULT.open}\n\n{DEFAULT.close}" in DEFAULT.answer_messages("What is rain?", "")[0].content
 
 
-@pytest.mark.parametrize(
-    ("name", "other"),
-    [
-        ("OPEN", "((("),
-        ("CLOSE", ")))"),
-        ("INFER", prompts.INFER + " "),
-        ("ANSWER", prompts.ANSWER.replace("prefers", "likes")),
-        *(("SIGNAL", prompts.SIGNAL | {kind: text + "."}) for kind, text in prompts.SIGNAL.items()),
-        *(("TURN", prompts.TURN | {who: text + "."}) for who, text in prompts.TURN.items()),
-        ("FACT", "{name}={value}"),
-        ("NUMBERED", "{number}. {signal}"),
-        ("NOT_BY_USER", "{speaker}: {signal}"),
-        ("UNNAMED", "something"),
-        ("CUT_MARK", "..."),
-        ("NO_EVIDENCE", "Nothing."),
-        ("with_citations", lambda claims, shown: f"* {claims[0].text} [1][2]"),
-    ],
-)
-def test_the_hash_is_sensitive_to_each_template(name: str, other: object, monkeypatch: pytest.MonkeyPatch) -> None:
-    before = template_hash()
-    monkeypatch.setattr(prompts, name, other)
-    template_hash.cache_clear()
-    try:
-        assert template_hash() != before
-    finally:
-        template_hash.cache_clear()
+TEMPLATES = [field.name for field in fields(PromptSet) if field.name not in ("name", "hash")]
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_the_hash_depends_on_each_template_and_not_on_the_name(name: str) -> None:
+    value = getattr(DEFAULT, name)
+    changed = {**value, "statement": "{text}!"} if isinstance(value, dict) else f"{value}."
+    assert replace(DEFAULT, **{name: changed}).hash != DEFAULT.hash
+    assert replace(DEFAULT, name="other").hash == DEFAULT.hash
+
+
+def test_an_unknown_prompt_set_is_refused() -> None:
+    assert prompt_set("default") is DEFAULT
+    with pytest.raises(ConfigError, match="unknown prompt set 'defualt'; did you mean default"):
+        prompt_set("defualt")
+
+
+def test_a_language_is_requested_at_the_end() -> None:
+    [plain], [german] = (
+        DEFAULT.inference_messages("said: ja"),
+        DEFAULT.inference_messages("said: ja", language="German"),
+    )
+    assert german.content == f"{plain.content} Write the list in German."
 
 
 def test_refuses_what_was_made_with_other_templates() -> None:
-    check_template_hash(template_hash(), where="model.json")
+    check_template_hash(DEFAULT.hash, where="model.json")
     with pytest.raises(InputError, match=r"model\.json was made with prompt templates 123abc, this version has"):
         check_template_hash("123abc", where="model.json")
     with pytest.raises(InputError, match="templates unknown"):

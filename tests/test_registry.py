@@ -37,7 +37,7 @@ def test_takes_a_class_of_ones_own() -> None:
     ("name", "says"),
     [
         ("lm", "unknown inference 'lm'; did you mean llm?"),
-        ("xyz", "there are: another-user, empty, llm, oracle, raw"),
+        ("xyz", "known names: another-user, empty, llm, oracle, raw"),
         ("no_such_module:Thing", "cannot be imported"),
         ("popi_inference:NoSuchThing", "cannot be imported"),
         ("popi.testing:ScriptedBackend", "is no inference class; it has to be a subclass of PreferenceInference"),
@@ -73,6 +73,9 @@ def test_options_are_those_given_and_the_defaults_of_the_rest() -> None:
         "temperature": 0.0,
         "budget": 100,
         "seed": 3,
+        "language": "auto",
+        "attempts": 2,
+        "prompts": None,
     }
     assert registry.inference_options("empty") == {}
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from popi.prompts import CUT_MARK, quote
+from popi.prompts import DEFAULT, quote
 from popi.render import PATIENCE, RenderedSignals, describe, render_signals
 from popi.signals import (
     Comment,
@@ -40,16 +40,18 @@ def test_never_over_budget_and_nothing_lost_in_silence(user: UserSignals, count:
     rendered = render_signals(user.signals, count, budget)
     assert rendered.tokens == (count(rendered.text) if rendered.text else 0) <= budget
     ids = [signal.id for signal in user.signals]
-    assert sorted((*rendered.shown, *rendered.omitted)) == sorted(ids)
+    texts = {signal.id: describe(signal) for signal in user.signals}
+    represented = {texts[name] for name in rendered.shown}
+    assert list(rendered.omitted) == [name for name in ids if texts[name] not in represented]
+    assert len(represented) == len(rendered.shown)
     assert [name for name in ids if name in rendered.shown] == list(rendered.shown)
-    assert [name for name in ids if name in rendered.omitted] == list(rendered.omitted)
     assert set(rendered.cut) <= set(rendered.shown)
     known = {signal.id: signal for signal in user.signals}
     for number, name in enumerate(rendered.shown, start=1):
         if name not in rendered.cut:
             assert f"[{number}] {describe(known[name])}" in rendered.text
     if rendered.cut:
-        assert CUT_MARK.strip() in rendered.text
+        assert DEFAULT.cut.strip() in rendered.text
 
 
 def test_a_signal_that_fits_whole_by_itself_is_not_called_cut() -> None:
@@ -65,8 +67,19 @@ def test_a_signal_that_fits_whole_by_itself_is_not_called_cut() -> None:
 @given(users())
 def test_without_a_budget_everything_is_shown(user: UserSignals) -> None:
     rendered = render_signals(user.signals, len)
-    assert rendered.shown == tuple(signal.id for signal in user.signals)
+    newest = {describe(signal): signal.id for signal in user.signals}
+    assert rendered.shown == tuple(signal.id for signal in user.signals if signal.id in newest.values())
     assert not rendered.omitted and not rendered.cut
+
+
+def test_equal_texts_are_shown_once_with_their_count_at_the_place_of_the_newest() -> None:
+    thanks = [Statement(id=f"thanks-{n}", text="thanks") for n in range(399)]
+    edit = Edit(id="edit", prompt="Rice?", original="Rinse it. Boil it.", edited="Boil it.")
+    rendered = render_signals([*thanks[:200], edit, *thanks[200:]], lambda text: len(text.split()), 30)
+    assert rendered.text == (
+        "[1] asked: Rice?\nread: Rinse it. Boil it.\nrewrote: Boil it.\n[2] said: thanks\n(399 times)"
+    )
+    assert (rendered.shown, rendered.omitted) == (("edit", "thanks-398"), ())
 
 
 @given(users())

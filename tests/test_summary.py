@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from popi.claims import as_text, parse_claims, with_citations
 from popi.io import as_line
 from popi.signals import UserSignals
 from popi.summary import (
@@ -16,12 +17,9 @@ from popi.summary import (
     Claim,
     PreferenceSummary,
     Provenance,
-    as_text,
     cap_tokens,
-    parse_claims,
     read_reply,
     summarize_claims,
-    with_citations,
 )
 from tests.strategies import users, words
 
@@ -125,7 +123,7 @@ def test_citing_what_is_not_shown_is_an_error() -> None:
 
 def test_a_claim_is_one_line_of_words() -> None:
     assert Claim(text=" likes\n lists\u2028only ").text == "likes lists only"
-    with pytest.raises(ValidationError, match="a claim needs words"):
+    with pytest.raises(ValidationError, match="a claim must not be empty"):
         Claim(text=" \n ")
 
 

@@ -44,7 +44,7 @@ from popi.data.miniworld import generate
 from popi.engine.chat_tokens import ChatTokens
 from popi.engine.loading import load_tokenizer
 from popi.models import find
-from popi.prompts import answer_messages, inference_messages
+from popi.prompts import DEFAULT
 from popi.render import render_signals
 from popi.testing import vllm_server
 
@@ -108,9 +108,9 @@ def made(tokens: ChatTokens, users: int, pairs: int, seed: int) -> Round:
         return len(tokens.encode([text])[0])
 
     people = list(generate(split=SPLIT, users=max(users, -(-pairs // TESTS)), seed=seed, tests=TESTS))
-    read = [inference_messages(render_signals(example.user.signals, count).text) for example in people[:users]]
+    read = [DEFAULT.inference_messages(render_signals(example.user.signals, count).text) for example in people[:users]]
     scores = [
-        ScoreRequest(answer_messages(pair.prompt, example.oracles["truth"]), response)
+        ScoreRequest(DEFAULT.answer_messages(pair.prompt, example.oracles["truth"]), response)
         for example in people
         for pair in example.tests
         for response in (pair.chosen, pair.rejected)
@@ -173,7 +173,7 @@ def results(rounds: Sequence[tuple[float, Sequence[Result]]]) -> list[Result]:
 async def layer(model: str, url: str, requests: int) -> tuple[list[float], list[float]]:
     """Seconds of each request through our backend, and of each by the client alone."""
     example = next(iter(generate(split=SPLIT, users=1, seed=0)))
-    messages = answer_messages(example.tests[0].prompt, example.oracles["truth"])
+    messages = DEFAULT.answer_messages(example.tests[0].prompt, example.oracles["truth"])
     request = ChatRequest(messages, max_tokens=1)
     written: list[Any] = [{"role": turn.role, "content": turn.content} for turn in messages]
     backend = OpenAIBackend(model, base_url=url, key=None)

@@ -34,7 +34,7 @@ from popi.data.miniworld import generate
 from popi.engine.chat_tokens import ChatTokens
 from popi.engine.decoding import Draft, decode
 from popi.engine.loading import load
-from popi.prompts import Message, inference_messages
+from popi.prompts import DEFAULT, Message
 from popi.render import render_signals
 from popi.summary import PreferenceSummary
 from popi.training.objective import dpo_loss
@@ -196,7 +196,7 @@ def read(chat: ChatTokens, example: PersonalizationExample, length: int) -> list
     """What a writer reads of a user whose signals have about this many tokens."""
     text = render_signals(example.user.signals, lambda part: len(chat.encode([part])[0])).text
     ids = chat.encode([text])[0]
-    return inference_messages(chat.decode((ids * (length // len(ids) + 1))[:length]))
+    return DEFAULT.inference_messages(chat.decode((ids * (length // len(ids) + 1))[:length]))
 
 
 def arguments(batch: int, options: dict[str, Any]) -> GRPOConfig:

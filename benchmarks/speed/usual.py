@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from popi.engine.chat_tokens import ChatTokens
-from popi.prompts import answer_messages
+from popi.prompts import DEFAULT
 from popi.training.scoring import Judged
 
 SEQUENCES = 8
@@ -32,7 +32,9 @@ def differences(model: Any, tokens: ChatTokens, items: list[Judged], *, bare: bo
 
 def laid_out(tokens: ChatTokens, items: list[Judged], *, bare: bool) -> list[tuple[list[int], list[int]]]:
     """Prompt and answer of every sequence, the chosen and the rejected one of each item in turn."""
-    prompts = tokens.render([answer_messages(item.pair.prompt, None if bare else item.context) for item in items])
+    prompts = tokens.render(
+        [DEFAULT.answer_messages(item.pair.prompt, None if bare else item.context) for item in items]
+    )
     return [
         (prompt.tokens, [*answer, *tokens.end_of_turn])
         for prompt, item in zip(prompts, items, strict=True)

@@ -1,33 +1,84 @@
-"""Any backend as a generator: the summary stands in the prompt."""
+"""Any backend as a generator: the summary is quoted in the prompt."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 
 from popi.backends.base import Backend, ChatRequest, ChatResult, OnComplete, ScoreRequest, ScoreResult, ignore_result
 from popi.backends.together import held
-from popi.prompts import Message, answer_messages
-from popi.roles import Candidate, Conditioned, ConditionedGenerator, context_tokens
-from popi.summary import PreferenceSummary, cap_tokens
+from popi.errors import ConfigError
+from popi.interface import Interface, UserEmbedding
+from popi.prompts import DEFAULT, Message, PromptSet
+from popi.roles import AnswerFormat, Candidate, Conditioned, ConditionedGenerator, context_budget
+from popi.summary import cap_tokens
+from popi.trained import prompts_of
 
 log = logging.getLogger(__name__)
 
 
+class QuotedSummary(AnswerFormat):
+    """Quotes the summary as data in front of the prompt.
+
+    Args:
+        count_tokens: Counts the tokens of a text with the generator's tokenizer.
+        limit: Maximum number of tokens of a summary. A longer one is cut at the end of a line, with a warning.
+        prompts: The templates.
+    """
+
+    def __init__(self, count_tokens: Callable[[str], int], *, limit: int, prompts: PromptSet = DEFAULT) -> None:
+        self._count_tokens, self._limit, self._prompts = count_tokens, limit, prompts
+        self._capped = ("", "")
+
+    @property
+    def template_hash(self) -> str:
+        """The hash of the prompt set."""
+        return self._prompts.hash
+
+    @property
+    def max_context_tokens(self) -> int:
+        """The limit."""
+        return self._limit
+
+    def render(self, prompt: str, interface: Interface | None) -> list[Message]:
+        """See :meth:`AnswerFormat.render`.
+
+        Raises:
+            ConfigError: If the interface is not a summary.
+        """
+        if interface is None:
+            return self._prompts.answer_messages(prompt)
+        if isinstance(interface, UserEmbedding):
+            raise ConfigError("this generator accepts summaries, not embeddings", fix="infer a summary of the user")
+        return self._prompts.answer_messages(prompt, self._cap(interface.text, interface.user_id))
+
+    def _cap(self, text: str, user_id: str) -> str:
+        # Counting costs, and consecutive prompts often share a summary.
+        known, capped = self._capped
+        if text != known:
+            capped = cap_tokens(text, self._count_tokens, self._limit)
+            if capped != text:
+                log.warning("the summary of user %r was cut to %d tokens", user_id, self._limit)
+            self._capped = (text, capped)
+        return capped
+
+
 class PromptedGenerator(ConditionedGenerator):
-    """Shows a model the summary as quoted data in front of the prompt.
+    """Shows a model the summary in front of the prompt.
 
     Args:
         backend: The model.
-        max_tokens: The most tokens of an answer.
-        temperature: 0 is greedy.
-        seed: Seeds the sampling of each answer; ``None`` draws a seed.
-        summary_tokens: The most tokens of a summary that are shown, by this model's tokenizer; ``None`` takes
-            what its context has room for.
+        max_tokens: Maximum number of tokens of a response.
+        temperature: Sampling temperature; 0 is greedy.
+        seed: Seed for sampling of each response; ``None`` draws a random seed.
+        summary_tokens: Maximum number of tokens of a summary, by this model's tokenizer; ``None`` takes what fits its
+            context.
+        prompts: A prompt set, or its name; ``None`` is the set that the model was trained with, else the default.
+        format: Renders conversations, in place of the default format.
 
     Raises:
-        ConfigError: If ``summary_tokens`` do not fit the model.
-        ModelError: If the model's context has no room for any summary.
+        ConfigError: If ``summary_tokens`` do not fit the model, or the prompt set is unknown.
+        ModelError: If no summary fits the model's context, or the model was trained with unknown prompts.
     """
 
     def __init__(
@@ -38,56 +89,46 @@ class PromptedGenerator(ConditionedGenerator):
         temperature: float = 0.0,
         seed: int | None = None,
         summary_tokens: int | None = None,
+        prompts: PromptSet | str | None = None,
+        format: AnswerFormat | None = None,
     ) -> None:
+        if max_tokens < 1:
+            raise ConfigError(f"must be positive, not {max_tokens}", field="max_tokens")
         self.name = backend.model
         self._backend = backend
-        self._max_tokens = max_tokens
-        self._temperature = temperature
-        self._seed = seed
-        self._limit = context_tokens(backend, answer_messages("", ""), max_tokens, summary_tokens)
+        self._max_tokens, self._temperature, self._seed = max_tokens, temperature, seed
+        if format is None:
+            chosen = prompts_of(backend.model, prompts)
+            limit = context_budget(
+                backend, chosen.answer_messages("", ""), max_tokens, summary_tokens, field="summary_tokens"
+            )
+            format = QuotedSummary(backend.count_tokens, limit=limit, prompts=chosen)
+        self.format: AnswerFormat = format
 
     async def respond(self, items: Sequence[Conditioned]) -> list[ChatResult]:
         """See :meth:`ConditionedGenerator.respond`."""
-        shown = self._shown(items)
-        return await self._backend.chat([self._request(item, shown) for item in items])
+        return await self._backend.chat([self._request(item) for item in items])
 
     async def stream(self, item: Conditioned, on_complete: OnComplete = ignore_result) -> AsyncIterator[str]:
         """See :meth:`ConditionedGenerator.stream`."""
-        async with held(self._backend.stream(self._request(item, self._shown([item])), on_complete)) as pieces:
+        async with held(self._backend.stream(self._request(item), on_complete)) as pieces:
             async for piece in pieces:
                 yield piece
 
     async def score(self, items: Sequence[Candidate]) -> list[ScoreResult]:
         """See :meth:`ConditionedGenerator.score`."""
-        shown = self._shown([item.given for item in items])
         return await self._backend.score(
-            [ScoreRequest(_messages(item.given, shown), item.response, _user(item.given)) for item in items]
+            [ScoreRequest(self._messages(item.given), item.response, item.given.user_id) for item in items]
         )
 
-    def _request(self, item: Conditioned, shown: dict[str, str]) -> ChatRequest:
+    def _request(self, item: Conditioned) -> ChatRequest:
         return ChatRequest(
-            messages=_messages(item, shown),
+            messages=self._messages(item),
             max_tokens=self._max_tokens,
             temperature=self._temperature,
             seed=self._seed,
-            user=_user(item),
+            user=item.user_id,
         )
 
-    def _shown(self, items: Sequence[Conditioned]) -> dict[str, str]:
-        """What is shown of each distinct summary: counting tokens costs, and items share summaries."""
-        summaries = {item.summary.text: item.summary for item in items if item.summary is not None}
-        return {text: self._cap(summary) for text, summary in summaries.items()}
-
-    def _cap(self, summary: PreferenceSummary) -> str:
-        text = cap_tokens(summary.text, self._backend.count_tokens, self._limit)
-        if text != summary.text:
-            log.warning("the summary of %r is shown up to %d tokens alone", summary.user_id, self._limit)
-        return text
-
-
-def _messages(item: Conditioned, shown: dict[str, str]) -> list[Message]:
-    return answer_messages(item.prompt, None if item.summary is None else shown[item.summary.text])
-
-
-def _user(item: Conditioned) -> str:
-    return "" if item.summary is None else item.summary.user_id
+    def _messages(self, item: Conditioned) -> list[Message]:
+        return self.format.render(item.prompt, item.interface)

@@ -6,12 +6,13 @@ import hashlib
 from collections.abc import Mapping, Sequence
 
 from popi.backends.base import Backend
+from popi.claims import parse_claims
 from popi.errors import InputError
-from popi.prompts import answer_messages, template_hash
+from popi.prompts import DEFAULT
 from popi.render import render_signals
-from popi.roles import PreferenceInference, context_tokens
+from popi.roles import Failure, PreferenceInference, context_budget
 from popi.signals import UserSignals
-from popi.summary import NO_EVIDENCE, Author, PreferenceSummary, Provenance, parse_claims
+from popi.summary import NO_EVIDENCE, Author, PreferenceSummary, Provenance
 
 ANSWER_TOKENS = 256
 """Room for a written answer."""
@@ -34,7 +35,7 @@ class RawSignals(PreferenceInference):
 
     def __init__(self, backend: Backend, *, budget: int | None = None, answer_tokens: int = ANSWER_TOKENS) -> None:
         self._backend = backend
-        self._budget = context_tokens(backend, answer_messages("", ""), answer_tokens, budget)
+        self._budget = context_budget(backend, DEFAULT.answer_messages("", ""), answer_tokens, budget)
 
     async def infer(self, users: Sequence[UserSignals]) -> list[PreferenceSummary]:
         """See :meth:`PreferenceInference.infer`."""
@@ -90,12 +91,28 @@ class AnotherUsers(PreferenceInference):
         Raises:
             InputError: If there is only one user.
         """
-        if len(users) == 1:
-            raise InputError("there is no other user whose summary could be taken", fix="give two or more")
         summaries = await self._inner.infer(users)
+        return [self._hand_over(summaries[donor], user.user_id) for donor, user in self._donors(users)]
+
+    async def try_infer(self, users: Sequence[UserSignals]) -> list[PreferenceSummary | Failure]:
+        """See :meth:`PreferenceInference.try_infer`; a failed summary is missing for the user who would get it."""
+        outcomes = await self._inner.try_infer(users)
+        handed: list[PreferenceSummary | Failure] = []
+        for donor, user in self._donors(users):
+            found = outcomes[donor]
+            if isinstance(found, Failure):
+                handed.append(Failure(user.user_id, found.error, found.failure))
+            else:
+                handed.append(self._hand_over(found, user.user_id))
+        return handed
+
+    def _donors(self, users: Sequence[UserSignals]) -> list[tuple[int, UserSignals]]:
+        """The users, each with the place of the one whose summary they get."""
+        if len(users) == 1:
+            raise InputError("there is no other user whose summary could be taken", fix="give two or more users")
         ring = sorted(range(len(users)), key=lambda place: self._rank(users[place].user_id))
         donors = dict(zip(ring, ring[1:] + ring[:1], strict=True))
-        return [self._hand_over(summaries[donors[place]], user.user_id) for place, user in enumerate(users)]
+        return [(donors[place], user) for place, user in enumerate(users)]
 
     def _rank(self, user_id: str) -> bytes:
         return hashlib.sha256(f"{self._seed}:{user_id}".encode()).digest()
@@ -143,7 +160,7 @@ def _provenance(name: str, user: UserSignals, *, author: Author = Author.BASELIN
     return Provenance(
         author=author,
         model=name,
-        template_hash=template_hash(),
+        template_hash=DEFAULT.hash,
         signals_digest=user.digest(),
         tokens=tokens,
     )

@@ -6,39 +6,39 @@ import hashlib
 from collections.abc import Sequence
 
 from popi.backends.base import Backend, ChatRequest, ChatResult
-from popi.errors import BackendError
-from popi.prompts import inference_messages, template_hash
-from popi.render import RenderedSignals, render_signals
-from popi.roles import Failure, PreferenceInference, context_tokens
+from popi.errors import BackendError, ConfigError
+from popi.prompts import PromptSet
+from popi.roles import Failure, PreferenceInference, SummaryFormat, SummaryPrompt, context_budget
 from popi.signals import UserSignals
-from popi.summary import (
-    Author,
-    Claim,
-    PreferenceSummary,
-    Provenance,
-    cap_tokens,
-    finished_part,
-    read_reply,
-    summarize_claims,
-)
+from popi.summary import Author, PreferenceSummary, Provenance, summarize_claims
+from popi.trained import prompts_of
+from popi_inference.format import AUTO, SAME_LANGUAGE, PromptedSummary
+
+RETRY_TEMPERATURE = 0.7
+"""Minimum sampling temperature of further attempts after a reply that is not a summary."""
 
 
 class LLMSummarizer(PreferenceInference):
     """Asks a model for a summary of each user's signals.
 
-    A user without a signal of their own taste gets "not enough evidence" without the model being asked.
+    A user without any signal of their own gets "not enough evidence" without a request. A reply that is not a summary
+    (an echo, a repetition, no claim) is requested again with another seed at a positive temperature.
 
     Args:
         backend: The model.
-        max_tokens: The most tokens of a summary. The claim that a model was still writing then is left out, unless
-            it is the only one: half a claim can say the opposite.
-        temperature: 0 is greedy.
-        budget: The most tokens of rendered signals; ``None`` takes what the model's context has room for.
-        seed: Seeds the sampling, for each user alike whoever else is asked for.
+        max_tokens: Maximum number of tokens of a summary.
+        temperature: Sampling temperature; 0 is greedy.
+        budget: Maximum number of tokens of rendered signals; ``None`` takes what fits the model's context.
+        seed: Seed for sampling. A user's summary does not depend on the other users.
+        language: The language of the summaries, by its English name. ``auto`` is that of the user's own words; ``None``
+            requests none.
+        attempts: Maximum number of requests per user.
+        prompts: A prompt set, or its name; ``None`` is the set that the model was trained with, else the default.
+        format: Renders requests and reads replies, in place of the default format.
 
     Raises:
-        ConfigError: If the budget does not fit the model.
-        ModelError: If the model's context has no room for any signal.
+        ConfigError: If the budget does not fit the model, or the prompt set is unknown.
+        ModelError: If no signal fits the model's context, or the model was trained with unknown prompts.
     """
 
     def __init__(
@@ -49,74 +49,81 @@ class LLMSummarizer(PreferenceInference):
         temperature: float = 0.0,
         budget: int | None = None,
         seed: int = 0,
+        language: str | None = AUTO,
+        attempts: int = 2,
+        prompts: PromptSet | str | None = None,
+        format: SummaryFormat | None = None,
     ) -> None:
+        for field, value in {"max_tokens": max_tokens, "attempts": attempts}.items():
+            if value < 1:
+                raise ConfigError(f"must be positive, not {value}", field=field)
         self.name = backend.model
         self._backend = backend
-        self._max_tokens = max_tokens
-        self._temperature = temperature
-        self._budget = context_tokens(backend, inference_messages(""), max_tokens, budget)
-        self._seed = seed
+        self._max_tokens, self._temperature, self._seed, self._attempts = max_tokens, temperature, seed, attempts
+        if format is None:
+            chosen = prompts_of(backend.model, prompts)
+            frame = chosen.inference_messages("", language=SAME_LANGUAGE if language == AUTO else language)
+            format = PromptedSummary(
+                backend.count_tokens,
+                budget=context_budget(backend, frame, max_tokens, budget),
+                max_tokens=max_tokens,
+                language=language,
+                prompts=chosen,
+            )
+        self.format: SummaryFormat = format
 
     async def infer(self, users: Sequence[UserSignals]) -> list[PreferenceSummary]:
         """See :meth:`PreferenceInference.infer`."""
-        outcomes = await self.try_infer(users)
-        summaries = [outcome for outcome in outcomes if isinstance(outcome, PreferenceSummary)]
-        for outcome in outcomes:
+        summaries = []
+        for outcome in await self.try_infer(users):
             if isinstance(outcome, Failure):
                 raise BackendError(f"no summary of user {outcome.user_id!r}: {outcome.error}")
+            summaries.append(outcome)
         return summaries
 
     async def try_infer(self, users: Sequence[UserSignals]) -> list[PreferenceSummary | Failure]:
         """See :meth:`PreferenceInference.try_infer`."""
-        asked = {
-            place: render_signals(user.signals, self._backend.count_tokens, self._budget)
-            for place, user in enumerate(users)
-            if any(signal.is_evidence for signal in user.signals)
-        }
-        requests = [self._request(users[place], rendered) for place, rendered in asked.items()]
-        results = dict(zip(asked, await self._backend.chat(requests) if requests else [], strict=True))
-        return [
-            self._read(user, asked[place], results[place]) if place in asked else self._no_evidence(user)
-            for place, user in enumerate(users)
-        ]
+        prompts = [self.format.render(user) for user in users]
+        outcomes: list[PreferenceSummary | Failure] = [self._no_evidence(user) for user in users]
+        pending = [place for place, prompt in enumerate(prompts) if prompt is not None]
+        for attempt in range(self._attempts):
+            requests = {place: prompt for place in pending if (prompt := prompts[place]) is not None}
+            results = await self._backend.chat([self._request(prompt, attempt) for prompt in requests.values()])
+            pending = []
+            for (place, prompt), result in zip(requests.items(), results, strict=True):
+                outcomes[place] = self._read(prompt, result)
+                if isinstance(outcomes[place], Failure) and result.error is None:
+                    pending.append(place)
+            if not pending:
+                break
+        return outcomes
 
-    def _request(self, user: UserSignals, rendered: RenderedSignals) -> ChatRequest:
-        digest = hashlib.sha256(f"{self._seed}:{user.user_id}".encode()).digest()
+    def _request(self, prompt: SummaryPrompt, attempt: int) -> ChatRequest:
+        name = f"{self._seed}:{prompt.user.user_id}" + (f":{attempt}" if attempt else "")
+        digest = hashlib.sha256(name.encode()).digest()
         return ChatRequest(
-            messages=inference_messages(rendered.text),
+            messages=prompt.messages,
             max_tokens=self._max_tokens,
-            temperature=self._temperature,
+            temperature=max(self._temperature, RETRY_TEMPERATURE) if attempt else self._temperature,
             seed=int.from_bytes(digest[:4], "big") >> 1,
-            user=user.user_id,
+            user=prompt.user.user_id,
         )
 
-    def _read(self, user: UserSignals, rendered: RenderedSignals, result: ChatResult) -> PreferenceSummary | Failure:
+    def _read(self, prompt: SummaryPrompt, result: ChatResult) -> PreferenceSummary | Failure:
         if result.error is not None:
-            return Failure(user.user_id, result.error)
-        reply = finished_part(result.text) if result.finish_reason == "length" else result.text
-        reply = cap_tokens(reply, self._backend.count_tokens, self._max_tokens)
-        summary = read_reply(user.user_id, reply, rendered.shown, self._provenance(user))
-        tokens = self._backend.count_tokens(summary.text)
-        return summary.model_copy(
-            update={
-                "claims": tuple(_by_the_user(claim, user) for claim in summary.claims),
-                "provenance": summary.provenance.model_copy(update={"tokens": tokens}),
-            }
-        )
+            return Failure(prompt.user.user_id, result.error, result.failure)
+        outcome = self.format.parse(prompt, result.text, truncated=result.finish_reason == "length")
+        if isinstance(outcome, Failure):
+            return outcome
+        tokens = self._backend.count_tokens(outcome.text)
+        made = outcome.provenance.model_copy(update={"model": self.name, "tokens": tokens})
+        return outcome.model_copy(update={"provenance": made})
 
     def _no_evidence(self, user: UserSignals) -> PreferenceSummary:
-        return summarize_claims(user.user_id, (), self._provenance(user))
-
-    def _provenance(self, user: UserSignals) -> Provenance:
-        return Provenance(
+        made = Provenance(
             author=Author.INFERRED,
             model=self.name,
-            template_hash=template_hash(),
+            template_hash=self.format.template_hash,
             signals_digest=user.digest(),
         )
-
-
-def _by_the_user(claim: Claim, user: UserSignals) -> Claim:
-    """The claim without citations of what somebody else said, which shows nothing of the user's taste."""
-    own = {signal.id for signal in user.signals if signal.is_evidence}
-    return claim.model_copy(update={"evidence": tuple(cited for cited in claim.evidence if cited in own)})
+        return summarize_claims(user.user_id, (), made)

@@ -50,7 +50,8 @@ def main(args: Sequence[str] | None = None) -> int:
     try:
         code = _app(names)(args=words, prog_name="popi", standalone_mode=False)
     except PopiError as error:
-        note(str(error))
+        for line in (str(error), *getattr(error, "__notes__", ())):
+            note(line)
         return error.exit_code
     except typer.TyperException as error:
         asked = [*names, "--help"] if len(names) == 1 else ["--help"]

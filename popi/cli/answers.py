@@ -29,7 +29,7 @@ from popi.cli.output import note, print_records, progress
 from popi.cli.summaries import read_summaries
 from popi.errors import InputError, PopiError, did_you_mean
 from popi.io import as_line, check_rereadable, read_jsonl
-from popi.prompts import template_hash
+from popi.prompts import DEFAULT
 from popi.roles import Conditioned, ConditionedGenerator
 from popi.signals import Text
 from popi.summary import PreferenceSummary
@@ -87,7 +87,11 @@ class Question:
 
     def fingerprint(self) -> str:
         """Changes with the user, the prompt and the summary; 16 hex digits."""
-        parts = (self.user_id, self.item.prompt, None if self.item.summary is None else self.item.summary.text)
+        parts = (
+            self.user_id,
+            self.item.prompt,
+            self.item.interface.text if isinstance(self.item.interface, PreferenceSummary) else None,
+        )
         return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 
@@ -118,7 +122,7 @@ def answer_all(
     """
     check_rereadable(prompts)
     known = None if summaries is None else load_summaries(summaries)
-    settings = {"model": identity(model), **options, "template_hash": template_hash()}
+    settings = {"model": identity(model), **options, "template_hash": DEFAULT.hash}
     with GrowingFile(out) as lines:
         if lines.repaired:
             note(f"{out} ended in half a line, which was dropped")
@@ -193,7 +197,7 @@ async def _work(
                 model=result.model,
                 route=result.route,
                 asked=question.fingerprint(),
-                template_hash=template_hash(),
+                template_hash=DEFAULT.hash,
             )
             outcomes.append(Outcome(as_line(answer)))
         return outcomes

@@ -1,31 +1,34 @@
-"""``popi data``: users of the mini world, and a publisher's files as users' signals."""
+"""``popi data``: users of the mini world, and files of several formats converted to users' signals."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from popi.cli.output import JsonFlag, Progress, print_json, print_records, progress, wants_json
+from popi.cli.output import JsonFlag, Progress, note, print_json, print_records, progress, wants_json
 from popi.errors import InputError
 
 if TYPE_CHECKING:
     from popi.data.convert import Conversion
     from popi.data.example import PersonalizationExample
+    from popi.io import BadRows
 
-app = typer.Typer(help="Make data, and convert a publisher's files.")
-convert = typer.Typer(help="Turn a publisher's files into users' signals and test pairs.")
+app = typer.Typer(help="Make data, and convert files to it.")
+convert = typer.Typer(help="Convert files to users' signals and held-out pairs.")
 app.add_typer(convert, name="convert")
 
-Out = Annotated[Path, typer.Option(help="JSON lines: where the users go, one a line.")]
+Out = Annotated[Path, typer.Option(help="The JSON lines file to write, one user per line.")]
+SkipBadRows = Annotated[
+    bool, typer.Option("--skip-bad-rows", help="Continue without bad rows, and report them as dropped.")
+]
 
 
 class Format(StrEnum):
-    """How users are saved."""
+    """File formats of users."""
 
     JSONL = "jsonl"
     DATASET = "dataset"
@@ -33,20 +36,20 @@ class Format(StrEnum):
 
 @app.command()
 def miniworld(
-    out: Annotated[Path, typer.Option(help="The file or, for a data set, the folder to make.")],
-    users: Annotated[int, typer.Option(min=1, help="How many users.")],
+    out: Annotated[Path, typer.Option(help="The file, or for a data set the folder, to write.")],
+    users: Annotated[int, typer.Option(min=1, help="Number of users.")],
     split: Annotated[
         str, typer.Option(help="train, validation, unseen-users, unseen-combinations or unseen-topics.")
     ] = "train",
-    seed: Annotated[int, typer.Option(min=0, help="Another seed gives other users.")] = 0,
-    signals: Annotated[int | None, typer.Option(min=0, help="Signals of each user [default: 8].")] = None,
-    tests: Annotated[int | None, typer.Option(min=0, help="Test pairs of each user [default: 4].")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Each seed gives different users.")] = 0,
+    signals: Annotated[int | None, typer.Option(min=0, help="Number of signals per user [default: 8].")] = None,
+    tests: Annotated[int | None, typer.Option(min=0, help="Number of held-out pairs per user [default: 4].")] = None,
     form: Annotated[Format, typer.Option("--format", help="JSON lines, or a datasets.Dataset.")] = Format.JSONL,
     json: JsonFlag = False,
 ) -> None:
-    """Make users of the mini world, whose tastes are known.
+    """Make users of the mini world, whose preferences are known.
 
-    The same options make the same users, and the first of many are the same as few.
+    The same options make the same users, and the first users do not depend on the number of users.
     """
     from popi import registry
     from popi.io import write_jsonl
@@ -69,18 +72,68 @@ def _counting(examples: Iterable[PersonalizationExample], shown: Progress) -> It
 
 
 @convert.command()
-def dsp(
-    path: Annotated[Path, typer.Argument(help="domain_specific_preference.*.json of Linear95/DSP.")],
+def csv(
+    path: Annotated[Path, typer.Argument(help="The table: one signal or held-out pair per row, column names first.")],
     out: Out,
-    signals: Annotated[int, typer.Option(min=1, help="Pairs that a user shows.")] = 4,
-    tests: Annotated[int, typer.Option(min=0, help="Pairs that a user is tested on.")] = 4,
-    seed: Annotated[int, typer.Option(help="Another seed deals the queries otherwise.")] = 0,
+    skip_bad_rows: SkipBadRows = False,
     json: JsonFlag = False,
 ) -> None:
-    """Domain-Specific Preference: an audience is a user, who prefers what was written for it.
+    """A table of signals as CSV, with commas, semicolons or tabs.
 
-    Says how many users, signals and tests there are, and what was dropped and why.
+    Each row has a user_id and fills the columns of its kind; others are empty.
+
+    - pair: prompt, chosen, rejected
+    - rating: prompt, response, score; best and worst unless 5 and 1
+    - edit: prompt, original, edited
+    - statement: text
+    - comment: text, and about or prompt
+    - demographics: facts.NAME, a column for each fact
+    - held_out: prompt, chosen, rejected; a held-out pair
+
+    The column kind is needed only for held_out. More columns, for every kind:
+    id, time, origin, said_by.
     """
+    from popi.data.csv_table import convert_csv
+    from popi.io import BadRows
+
+    _refuse_overwriting(path, out)
+    bad_rows = BadRows(skip=skip_bad_rows)
+    _finish(convert_csv(path, bad_rows=bad_rows), out, json, bad_rows)
+
+
+@convert.command()
+def chat(
+    path: Annotated[Path, typer.Argument(help='JSON lines, or a JSON list, of {"messages": [...], "user": ID}.')],
+    out: Out,
+    skip_bad_rows: SkipBadRows = False,
+    json: JsonFlag = False,
+) -> None:
+    """A chat log in the format of OpenAI's API, one conversation per record.
+
+    The user is named in user_id, user, metadata.user_id or metadata.user.
+    The time is in time, created_at, created or timestamp.
+    Only the text of the roles user and assistant is converted.
+    """
+    from popi.data.chat_log import convert_chat
+    from popi.io import BadRows
+
+    _refuse_overwriting(path, out)
+    bad_rows = BadRows(skip=skip_bad_rows)
+    _finish(convert_chat(path, bad_rows=bad_rows), out, json, bad_rows)
+
+
+@convert.command()
+def dsp(
+    path: Annotated[
+        Path, typer.Argument(help="domain_specific_preference.*.json of Linear95/DSP, or a folder with such files.")
+    ],
+    out: Out,
+    signals: Annotated[int, typer.Option(min=1, help="Number of pairs in a user's signals.")] = 4,
+    tests: Annotated[int, typer.Option(min=0, help="Number of held-out pairs of a user.")] = 4,
+    seed: Annotated[int, typer.Option(help="Each seed divides the queries differently.")] = 0,
+    json: JsonFlag = False,
+) -> None:
+    """Domain-Specific Preference: an audience is a user, who prefers what was written for it."""
     from popi.data.dsp import convert_dsp
 
     _refuse_overwriting(path, out)
@@ -89,15 +142,14 @@ def dsp(
 
 @convert.command()
 def prefeval(
-    path: Annotated[Path, typer.Argument(help="Folder of amazon-science/PrefEval, one in it, or one file of these.")],
+    path: Annotated[
+        Path, typer.Argument(help="The folder of amazon-science/PrefEval, a folder in it, or one of its files.")
+    ],
     out: Out,
-    seed: Annotated[int, typer.Option(help="Another seed chooses other dispreferred options.")] = 0,
+    seed: Annotated[int, typer.Option(help="Each seed chooses different rejected options.")] = 0,
     json: JsonFlag = False,
 ) -> None:
-    """PrefEval: a user has one preference, stated, shown by a choice or told in a dialogue.
-
-    Says how many users, signals and tests there are, and what was dropped and why.
-    """
+    """PrefEval: a user has one preference, stated, shown by a choice or mentioned in a dialogue."""
     from popi.data.prefeval import convert_prefeval
 
     _refuse_overwriting(path, out)
@@ -106,17 +158,19 @@ def prefeval(
 
 def _refuse_overwriting(path: Path, out: Path) -> None:
     if path.exists() and out.exists() and path.samefile(out):
-        raise InputError("is the file to be converted", file=out, fix="give another --out")
+        raise InputError("is the file to convert", file=out, fix="name another file with --out")
 
 
-def _finish(conversion: Conversion, out: Path, json: bool) -> None:
-    """Writes the examples and prints the report: on a terminal by reason, else everything that was dropped."""
+def _finish(conversion: Conversion, out: Path, json: bool, bad_rows: BadRows | None = None) -> None:
+    """Writes the examples, and prints what was dropped: by reason on a terminal, else every item."""
     from popi.io import write_jsonl
 
     write_jsonl(out, conversion.examples)
+    if bad_rows is not None and bad_rows.count:
+        note(bad_rows.summary())
     print_records([{**conversion.summary(), "out": str(out)}], json_flag=json)
     if wants_json(json):
         for dropped in conversion.dropped:
-            print_json(asdict(dropped))
+            print_json(dropped.as_record())
     elif conversion.dropped:
         print_records(conversion.reasons(), json_flag=json, title="dropped")

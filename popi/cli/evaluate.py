@@ -1,4 +1,4 @@
-"""``popi eval``: what summaries are worth, with controls and intervals."""
+"""``popi eval``: what a generator gains from summaries, with controls and confidence intervals."""
 
 from __future__ import annotations
 
@@ -24,62 +24,72 @@ if TYPE_CHECKING:
     from popi.evaluation.results import Results
     from popi.evaluation.rows import Row
     from popi.evaluation.samples import Sample
+    from popi.io import BadRows
 
 JUDGED = 200
-"""Users of each sample whose answers are judged: writing an answer costs far more than scoring one."""
+"""Number of users per sample whose responses are judged. Writing a response costs far more than scoring one."""
 
 WORLD_USERS = 1000
+"""Default number of users per sample of a world."""
 
 GENERATORS = ("popi-mini-base", "popi-mini-generator", "popi-mini-reader")
 
 
 def evaluate(
-    out: Annotated[Path, typer.Option(help="Folder for the figures and for what they rest on, user by user.")],
-    data: Annotated[Path | None, typer.Option(help="JSON lines: examples with test pairs.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder for the figures and the measurements of each user.")],
+    data: Annotated[Path | None, typer.Option(help="JSON lines: examples with held-out pairs.")] = None,
     world: Annotated[str | None, typer.Option(help="Make the users instead: miniworld.")] = None,
-    split: Annotated[str | None, typer.Option(help="Of the world [default: unseen-combinations].")] = None,
+    split: Annotated[str | None, typer.Option(help="Split of the world [default: unseen-combinations].")] = None,
     users: Annotated[
-        int | None, typer.Option(min=1, help="Of each sample [default: 1000 of a world, all of a file].")
+        int | None, typer.Option(min=1, help="Users per sample [default: 1000 of a world, all of a file].")
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of the first sample.")] = 0,
-    seeds: Annotated[int, typer.Option(min=1, help="Samples of users, each with a seed of its own.")] = 1,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the first sample.")] = 0,
+    seeds: Annotated[int, typer.Option(min=1, help="Number of samples of users, each with its own seed.")] = 1,
     writer: Annotated[
-        str, typer.Option(help="Name, path, hub id or YAML file: writes the summaries.")
+        str, typer.Option(help="The model that writes the summaries: name, path, hub id or YAML file.")
     ] = "popi-mini-writer",
     generator: Annotated[
         list[str] | None,
-        typer.Option(help=f"Likewise: a column; may be repeated [default: {', '.join(GENERATORS)}]."),
+        typer.Option(help=f"A column: a model, like --writer; may be repeated [default: {', '.join(GENERATORS)}]."),
     ] = None,
-    rows: Annotated[str, typer.Option(help="Names of rows, with commas between [default: all].")] = "",
+    rows: Annotated[str, typer.Option(help="Names of rows, separated by commas [default: all].")] = "",
+    skip_bad_rows: Annotated[
+        bool, typer.Option("--skip-bad-rows", help="Continue without the bad rows of DATA, and print their number.")
+    ] = False,
     json: JsonFlag = False,
 ) -> None:
-    """Measure what a generator gains by the summaries of a writer.
+    """Measure what a generator gains from the summaries of a writer.
 
-    A model that popi trained is compared with what it was made from: a writer's summaries with those of the untrained
-    one, a generator's likelihoods with those of its reference.
+    A model that popi trained is compared with the model that it was trained from: a writer by its summaries, a
+    generator by its likelihoods.
 
-    OUT receives results.json, results.md, accuracy_vs_context.png and config.json. The same command goes on where it
-    was interrupted; more rows, generators and seeds may be added to a folder, other settings are refused.
+    OUT receives results.json, results.md, accuracy_vs_context.png and config.json. The same command resumes an
+    interrupted run. Rows, generators and seeds can be added to a folder; other settings are refused.
     """
     import asyncio
 
     from popi.registry import load
 
-    load("numpy")  # the base installation has none, and the error has to name the extra
+    load("numpy")  # not in the base installation: the error names the extra
     from popi.cli.batches import identity, telling
     from popi.evaluation import rows as table
     from popi.evaluation.folder import Folder
-    from popi.models import origin
+    from popi.io import BadRows
+    from popi.trained import training_record
 
     columns = list(dict.fromkeys(map(identity, generator or GENERATORS)))
     writer = identity(writer)
-    made_from = {name: made for name in (writer, *columns) if (made := origin(name)) is not None}
+    records = {name: training_record(name) for name in (writer, *columns)}
+    made_from = {name: made for name, record in records.items() if record and (made := record.made_from) is not None}
     chosen = table.choose([name.strip() for name in rows.split(",") if name.strip()], trained=writer in made_from)
-    samples, source = _samples(data, world, split, users, list(range(seed, seed + seeds)))
+    bad_rows = BadRows(skip=skip_bad_rows)
+    samples, source = _samples(data, world, split, users, list(range(seed, seed + seeds)), bad_rows)
+    if bad_rows.count:
+        note(bad_rows.summary())
     folder = Folder(out)
     config = folder.open(run_config(source, samples, chosen, columns, writer, made_from))
     start = time.monotonic()
-    with telling(f"what is measured is kept in {out}, and the same command goes on"):
+    with telling(f"measurements are kept in {out}, and the same command resumes the run"):
         try:
             results = asyncio.run(_measure(samples, chosen, columns, writer, made_from, folder, config))
         finally:
@@ -90,7 +100,7 @@ def evaluate(
 
 
 def show(results: Results, *, as_json: bool) -> None:
-    """Prints the tables with what has to be said beside them; as JSON lines, each figure is one."""
+    """Prints the tables and their remarks, or one JSON line per figure."""
     from popi.evaluation.report import remarks, tables
 
     if as_json:
@@ -114,7 +124,7 @@ def show(results: Results, *, as_json: bool) -> None:
 
 @asynccontextmanager
 async def opened(models: Iterable[str]) -> AsyncIterator[dict[str, Backend]]:
-    """Loads models, each once; in the end closes them, and tells what was spent on those that have accounts."""
+    """Opens the backends of models, each once. At the end it closes them and prints what they cost."""
     from popi.cli.batches import accounted, load_backend
 
     async with AsyncExitStack() as stack:
@@ -127,7 +137,13 @@ async def opened(models: Iterable[str]) -> AsyncIterator[dict[str, Backend]]:
 
 
 def column(backend: Backend, reference: Backend | None = None, *, name: str = "") -> Column:
-    """A model as a generator under test, and what it was before it was trained; its name is the model's, or given."""
+    """Makes a generator under test from a backend.
+
+    Args:
+        backend: The backend of the model.
+        reference: The backend of the model that it was trained from, if any.
+        name: The name of the column; empty is that of the model.
+    """
     from popi.evaluation.measure import Column
     from popi.registry import generator
 
@@ -136,19 +152,29 @@ def column(backend: Backend, reference: Backend | None = None, *, name: str = ""
 
 
 def _samples(
-    data: Path | None, world: str | None, split: str | None, users: int | None, seeds: Sequence[int]
+    data: Path | None,
+    world: str | None,
+    split: str | None,
+    users: int | None,
+    seeds: Sequence[int],
+    bad_rows: BadRows,
 ) -> tuple[list[Sample], dict[str, object]]:
-    """The users, and where they come from, as settings."""
+    """The users, and the settings that determine them."""
     from popi.evaluation import samples
     from popi.provenance import fingerprint_files
 
     if (data is None) == (world is None):
-        raise ConfigError("the users come from --data FILE or from --world miniworld", fix="give one of the two")
+        raise ConfigError("users come either from --data FILE or from --world miniworld", fix="give one of the two")
     if data is not None:
         if split is not None:
-            raise ConfigError("a file has no splits", field="split", fix="leave --split out")
-        made = samples.from_file(data, users=users, seeds=seeds)
-        source = {"data": str(data.resolve()), "data_files": fingerprint_files(data), "dealt_by_seed": seeds[0]}
+            raise ConfigError("a file has no splits", field="split", fix="remove --split")
+        made = samples.from_file(data, users=users, seeds=seeds, bad_rows=bad_rows)
+        source = {
+            "data": str(data.resolve()),
+            "data_files": fingerprint_files(data),
+            "dealt_by_seed": seeds[0],
+            **({"skipped_bad_rows": bad_rows.count} if bad_rows.count else {}),
+        }
     else:
         assert world is not None
         split = split or "unseen-combinations"
@@ -167,9 +193,9 @@ def run_config(
     *,
     judged: int = JUDGED,
 ) -> RunConfig:
-    """What the figures of a folder rest on."""
+    """The configuration of a run: everything that its figures depend on."""
     from popi.evaluation.folder import RunConfig
-    from popi.prompts import template_hash
+    from popi.prompts import DEFAULT
     from popi.provenance import versions
     from popi.registry import load
 
@@ -179,9 +205,9 @@ def run_config(
             **source,
             "writer": writer,
             "judged": judged,
-            # Margins subtract scores, which have to be of one precision.
+            # Margins are differences of scores, which must have the same precision.
             "dtype": load("popi.engine.loading:default_dtype")(),
-            "template_hash": template_hash(),
+            "template_hash": DEFAULT.hash,
             "popi": found["popi"],
         },
         models={name: _fingerprint(name) for name in (writer, *columns, *made_from.values())},
@@ -194,7 +220,7 @@ def run_config(
 
 
 def _fingerprint(model: str) -> str | None:
-    """Of the files of a model, or of a backend's file as far as answers depend on it: on what it names."""
+    """The fingerprint of a model's files; for a backend file, of what its responses depend on."""
     from popi.assembly import FILES, answers_rest_on
     from popi.models import fingerprint
 
@@ -225,7 +251,7 @@ async def _measure(
             return await evaluate(
                 samples,
                 rows=rows,
-                # Not by the model's name: the backends of two files may have the same model.
+                # Named by the option, because two backend files may have the same model.
                 columns=[column(backends[name], before.get(name), name=name) for name in columns],
                 writer=write(backends[writer]),
                 untrained=write(before[writer]) if writer in before else None,
@@ -244,7 +270,7 @@ def _write(results: Results, folder: Folder) -> None:
     try:
         draw_accuracy(results, folder.path / FIGURE)
     except MissingExtra as error:
-        note(f"no figure: {error}")
+        note(f"no figure was drawn: {error}")
         drawn = False
     else:
         drawn = True

@@ -113,9 +113,11 @@ def _answer(
 
 
 def _record(item: Conditioned, result: ChatResult) -> dict[str, object]:
+    from popi.summary import PreferenceSummary
+
     return {
         "prompt": item.prompt,
-        "summary": None if item.summary is None else item.summary.text,
+        "summary": item.interface.text if isinstance(item.interface, PreferenceSummary) else None,
         "response": result.text,
         "finish_reason": result.finish_reason,
         "prompt_tokens": result.prompt_tokens,

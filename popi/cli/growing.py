@@ -37,7 +37,7 @@ class GrowingFile:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             if self.path.exists() and not self.path.is_file():
-                raise InputError("is no regular file", file=self.path, fix="name one, or a new one")
+                raise InputError("is not a regular file", file=self.path, fix="name a regular file or a new one")
             self._lock = lock(self.path)
             if self.path.exists():
                 self._repair()

@@ -53,12 +53,12 @@ def summarize(
     )
     from popi.cli.growing import GrowingFile
     from popi.io import check_rereadable
-    from popi.prompts import template_hash
+    from popi.prompts import DEFAULT
 
     sampling = {"budget": budget, "max_tokens": max_tokens, "temperature": temperature, "seed": seed}
     given = {name: value for name, value in sampling.items() if value is not None}
     options = registry.inference_options(inference, **given)
-    settings = {"model": identity(model), "inference": inference, **options, "template_hash": template_hash()}
+    settings = {"model": identity(model), "inference": inference, **options, "template_hash": DEFAULT.hash}
     check_rereadable(signals)
     with GrowingFile(out) as lines:
         if lines.repaired:
@@ -148,29 +148,29 @@ def _read_done(out: Path) -> dict[str, Done]:
 
 def _survey(signals: Path, done: dict[str, Done]) -> Plan:
     """Reads all signals once before any model is loaded, so that a broken line is found now and not in an hour."""
-    from popi.data.example import read_examples
+    from popi.data.reading import read_users
 
     plan = Plan()
-    for example in read_examples(signals):
+    for user in read_users(signals):
         plan.users += 1
-        before = done.get(example.user.user_id)
+        before = done.get(user.user_id)
         if before is None:
             plan.pending += 1
-        elif before.signals_digest != example.user.digest():
+        elif before.signals_digest != user.digest():
             if before.edited:
                 plan.edits_kept += 1
             else:
                 plan.pending += 1
-                plan.stale[example.user.user_id] = before.line
+                plan.stale[user.user_id] = before.line
     return plan
 
 
 def _pending(signals: Path, done: dict[str, Done], plan: Plan) -> Iterator[UserSignals]:
-    from popi.data.example import read_examples
+    from popi.data.reading import read_users
 
-    for example in read_examples(signals):
-        if example.user.user_id not in done or example.user.user_id in plan.stale:
-            yield example.user
+    for user in read_users(signals):
+        if user.user_id not in done or user.user_id in plan.stale:
+            yield user
 
 
 def _check_writer(out: Path, done: dict[str, Done], name: str) -> None:

@@ -1,9 +1,9 @@
-"""What a conversion of a publisher's files gives: examples, and an account of what was left out."""
+"""The result of converting files to examples: the examples, and what was dropped."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence, Sized
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from popi.data.example import PersonalizationExample
@@ -13,36 +13,42 @@ from popi.io import read_json
 
 @dataclass(frozen=True, slots=True)
 class Dropped:
-    """Something that is in the files and not in the examples.
+    """Something that is in the files but not in the examples.
 
     Attributes:
-        reason: Why, in words that are the same for all of a kind.
-        file: The file it is in.
-        index: The record in it, counted from 0; ``None`` is the whole file.
-        field: The field at fault, as a dotted path.
+        reason: Why, in the same words for everything that was dropped for this reason.
+        file: The file.
+        index: The record, for a file that is a list of records, starting at 0.
+        line: The line, for a file that is read by lines, starting at 1.
+        field: The field, as a dotted path.
     """
 
     reason: str
     file: str
     index: int | None = None
+    line: int | None = None
     field: str = ""
 
     @property
     def place(self) -> str:
-        """Where it is, in one piece."""
-        record = self.file if self.index is None else f"{self.file}[{self.index}]"
-        return f"{record}.{self.field}" if self.field else record
+        """File, record and field in one text."""
+        number = f"[{self.index}]" if self.index is not None else f":{self.line}" if self.line is not None else ""
+        return f"{self.file}{number}{'.' if self.field else ''}{self.field}"
+
+    def as_record(self) -> dict[str, str | int]:
+        """The attributes that are given."""
+        return {name: value for name, value in asdict(self).items() if value not in (None, "")}
 
 
 @dataclass(frozen=True, slots=True)
 class Conversion:
-    """Examples and what was dropped on the way to them."""
+    """The examples and what was dropped."""
 
     examples: tuple[PersonalizationExample, ...]
     dropped: tuple[Dropped, ...]
 
     def summary(self) -> dict[str, int]:
-        """How many there are of what."""
+        """The numbers of users, signals, held-out pairs and dropped items."""
         return {
             "users": len(self.examples),
             "signals": sum(len(example.user.signals) for example in self.examples),
@@ -51,7 +57,7 @@ class Conversion:
         }
 
     def reasons(self) -> list[dict[str, str | int]]:
-        """What was dropped by reason, the most frequent first, each with the first place."""
+        """The number of dropped items for each reason, the most frequent first, each with the first place."""
         places: dict[str, list[str]] = {}
         for item in self.dropped:
             places.setdefault(item.reason, []).append(item.place)
@@ -59,28 +65,35 @@ class Conversion:
         return [{"dropped because": reason, "count": len(found), "first": found[0]} for reason, found in by_count]
 
 
-def read_records(path: Path, *, holds: str) -> list[object]:
+def read_records(path: Path, *, of: str) -> list[object]:
     """Reads a file that is a list of records.
 
     Args:
         path: The file.
-        holds: What its records are, for the error.
+        of: What the records are, for the error.
 
     Raises:
         InputError: If it cannot be read or is not a list.
     """
-    records = read_json(path)
+    records = read_json(path, nan_is_null=True)
     if not isinstance(records, list):
-        raise InputError(f"is not a list of {holds}", file=path, fix="give a file as its publisher made it")
+        raise InputError(f"is not a list of {of}", file=path, fix="give the publisher's file unchanged")
     return records
 
 
-def check_any(path: Path, found: Sized, dropped: Sequence[Dropped], *, what: str) -> None:
-    """Refuses files of which nothing is left.
+def check_any(path: Path, found: Sized, dropped: Sequence[Dropped], *, what: str, fix: str) -> None:
+    """Checks that something is left after dropping.
+
+    Args:
+        path: The file or folder.
+        found: What is left.
+        dropped: What was dropped.
+        what: What is expected in the file, for the error.
+        fix: What to do if nothing is left.
 
     Raises:
-        InputError: If nothing was found; it names the first thing that was dropped.
+        InputError: If nothing is left. It names the first item that was dropped.
     """
     if not found:
         first = f" (the first of {len(dropped)} dropped: {dropped[0].place}, {dropped[0].reason})" if dropped else ""
-        raise InputError(f"no {what} in it{first}", file=path, fix="give the files as their publisher made them")
+        raise InputError(f"contains no {what}{first}", file=path, fix=fix)

@@ -1,4 +1,4 @@
-"""Examples as a ``datasets.Dataset`` on disk, a row a user. This module needs the extra ``train``."""
+"""Examples as a ``datasets.Dataset`` on disk, one user per row. This module needs the extra ``train``."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from datasets.exceptions import DatasetGenerationError
 
 from popi.data.example import PersonalizationExample
 from popi.errors import InputError, PopiError
+from popi.io import validate
 
 TEXT = Value("string")
 FEATURES = Features(
@@ -27,11 +28,11 @@ FEATURES = Features(
         "facts": TEXT,
     }
 )
-"""Signals differ in their fields, and so do oracles and facts: they are JSON. (``datasets.Json`` rounds numbers.)"""
+"""Signals, oracles and facts differ in their fields, so they are stored as JSON (``datasets.Json`` rounds numbers)."""
 
 
 def as_row(example: PersonalizationExample) -> dict[str, Any]:
-    """An example as a row of ``FEATURES``."""
+    """Turns an example into a row of ``FEATURES``."""
     return {
         "user_id": example.user.user_id,
         "signals": [signal.model_dump_json() for signal in example.user.signals],
@@ -41,30 +42,47 @@ def as_row(example: PersonalizationExample) -> dict[str, Any]:
     }
 
 
-def from_row(row: dict[str, Any]) -> PersonalizationExample:
-    """A row as an example, inverse of :func:`as_row`."""
+def from_row(row: dict[str, Any], *, file: Path | None = None, line: int | None = None) -> PersonalizationExample:
+    """Turns a row into an example, the inverse of :func:`as_row`.
+
+    Args:
+        row: The row.
+        file: The data set, for errors.
+        line: The number of the row, for errors.
+
+    Raises:
+        InputError: If it is not such a row.
+    """
+
+    def parse(field: str, text: str | None) -> Any:
+        try:
+            return None if text is None else json.loads(text)
+        except ValueError as error:
+            raise InputError(f"is not JSON ({error})", file=file, line=line, field=field) from error
+
+    signals = [parse(f"signals.{place}", signal) for place, signal in enumerate(row["signals"] or ())]
     record = {
-        "user": {"user_id": row["user_id"], "signals": [json.loads(signal) for signal in row["signals"]]},
+        "user": {"user_id": row["user_id"], "signals": signals},
         "tests": row["tests"],
-        "oracles": json.loads(row["oracles"]),
-        "facts": json.loads(row["facts"]),
+        "oracles": parse("oracles", row["oracles"]),
+        "facts": parse("facts", row["facts"]),
     }
-    return PersonalizationExample.model_validate(record)
+    return validate(PersonalizationExample, record, file=file, line=line)
 
 
 def save(examples: Iterable[PersonalizationExample], folder: Path) -> None:
-    """Writes examples, whole or not at all, in constant memory.
+    """Writes examples as a whole or not at all, in constant memory.
 
     Raises:
-        InputError: If there is something already, or there are no examples.
+        InputError: If ``folder`` exists, or there are no examples.
         PopiError: If it cannot be written.
     """
     if folder.exists():
-        raise InputError("exists already", file=folder, fix="remove it or name another folder")
+        raise InputError("already exists", file=folder, fix="remove it or name another folder")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with _quiet(), TemporaryDirectory(dir=folder.parent, prefix=".popi-") as scratch:
-            # A fingerprint of its own, for what the examples come from has none; the cache is gone afterwards anyway.
+            # Without a fingerprint, datasets would try to hash the iterator; the cache is temporary anyway.
             made = Dataset.from_generator(
                 lambda: map(as_row, examples), features=FEATURES, cache_dir=scratch, fingerprint="popi"
             )
@@ -78,8 +96,8 @@ def save(examples: Iterable[PersonalizationExample], folder: Path) -> None:
         raise PopiError(f"cannot write {folder}: {error.strerror or error}; nothing was changed") from error
 
 
-def load(folder: Path) -> Iterator[PersonalizationExample]:
-    """Reads what :func:`save` wrote, in constant memory.
+def load_rows(folder: Path) -> Iterator[dict[str, Any]]:
+    """Reads the rows of a data set that :func:`save` wrote, in constant memory.
 
     Raises:
         InputError: If it is not such a data set.
@@ -90,12 +108,12 @@ def load(folder: Path) -> Iterator[PersonalizationExample]:
         raise InputError("is not a data set on disk", file=folder, fix="give one that popi wrote") from error
     if not isinstance(found, Dataset) or found.features != FEATURES:
         raise InputError("is not a data set of users and their signals", file=folder, fix="give one that popi wrote")
-    return map(from_row, found)
+    return iter(found)
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the progress bars of ``datasets``."""
+    """Turns off the progress bars of ``datasets``."""
     shown = not datasets.are_progress_bars_disabled()
     datasets.disable_progress_bars()
     try:

@@ -1,24 +1,27 @@
-"""Domain-Specific Preference: queries that were each answered for four audiences (Linear95/DSP, arXiv 2309.03126).
+"""Domain-Specific Preference: queries with one response for each of four audiences (Linear95/DSP, arXiv 2309.03126).
 
-An audience is a user: for each of some queries they prefer the answer that was written for them to one that was written
-for another audience. The plain answers are much shorter than the others, so they are no fair dispreferred side and are
-not used.
+An audience is a user: for each of some queries they prefer the response that was written for them to one that was
+written for another audience. The data set also has generic responses. They are much shorter, which would make them easy
+to tell apart, so they are not used.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
 from random import Random
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import ConfigDict
 
+from popi.claims import as_text
 from popi.data.convert import Conversion, Dropped, check_any, read_records
 from popi.data.example import HeldOutPair, PersonalizationExample
 from popi.errors import InputError
 from popi.io import validate
-from popi.signals import PreferencePair, Text, UserSignals
-from popi.summary import Claim, as_text
+from popi.signals import FileRecord, PreferencePair, Text, UserSignals
+from popi.summary import Claim
 
 AUDIENCES = {
     "academy": "academia",
@@ -26,11 +29,14 @@ AUDIENCES = {
     "entertainment": "entertainment",
     "literature": "literature and the arts",
 }
-"""The audiences as the data name them, and in words."""
+"""The audiences by their names in the data, and in words."""
+
+FILES = "domain_specific_preference*.json"
+"""Pattern of the publisher's files in a folder."""
 
 
-class _Responses(BaseModel):
-    model_config = ConfigDict(str_strip_whitespace=True)
+class _Responses(FileRecord):
+    model_config = ConfigDict(extra="ignore")
 
     academy: Text
     business: Text
@@ -38,97 +44,118 @@ class _Responses(BaseModel):
     literature: Text
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(str_strip_whitespace=True)
+class _Record(FileRecord):
+    model_config = ConfigDict(extra="ignore")
 
     query: Text
     responses: _Responses
 
+
+@dataclass(frozen=True, slots=True)
+class _Query:
+    """A usable record and its place."""
+
+    file: str
+    index: int
+    record: _Record
+
     def by(self, audience: str) -> str:
-        answer: str = getattr(self.responses, audience)
-        return answer
+        response: str = getattr(self.record.responses, audience)
+        return response
 
     def others(self, audience: str) -> list[str]:
-        """The audiences whose answer is another text."""
+        """The audiences with a different response."""
         return [other for other in AUDIENCES if self.by(other) != self.by(audience)]
+
+    def drop(self, reason: str, field: str) -> Dropped:
+        return Dropped(reason, self.file, self.index, field=field)
 
 
 def convert_dsp(path: Path, *, signals_per_user: int = 4, tests_per_user: int = 4, seed: int = 0) -> Conversion:
-    """Makes users of an audience's preferences, many of each audience.
+    """Makes users from the preferences of the audiences, many from each audience.
 
-    The queries are shuffled for each audience and dealt out in blocks, one a user, so no two users of an audience share
-    a query. Users of one audience share a taste all the same: an interval by user speaks of these four tastes alone.
+    For each audience, the queries are shuffled and divided into blocks, one per user, so that no two users of an
+    audience share a query. They do share their preferences: a confidence interval by user is about these four
+    preferences only.
 
     Args:
-        path: ``domain_specific_preference.*.json`` as its publisher made it.
-        signals_per_user: Pairs that a user shows.
-        tests_per_user: Pairs that a user is tested on.
-        seed: Another seed deals the queries otherwise and chooses other dispreferred answers.
+        path: One of the publisher's files ``domain_specific_preference.*.json``, or a folder with some of them.
+        signals_per_user: Number of pairs in the signals of a user.
+        tests_per_user: Number of held-out pairs of a user.
+        seed: Determines which user gets which queries, and the rejected responses.
 
     Raises:
-        InputError: If the file is not what it should be, a number makes no sense, or there are too few queries.
+        InputError: If the files are not in this format, an argument is out of range, or there are too few queries.
     """
     if signals_per_user < 1 or tests_per_user < 0:
-        raise InputError(f"a user cannot have {signals_per_user} signals and {tests_per_user} tests")
+        raise InputError(f"a user cannot have {signals_per_user} signals and {tests_per_user} held-out pairs")
     size = signals_per_user + tests_per_user
-    records, dropped = _read(path)
-    check_any(path, records, dropped, what="query with its responses")
+    queries, dropped = _read(path)
     examples: list[PersonalizationExample] = []
     for audience in AUDIENCES:
-        usable = [index for index, record in records.items() if record.others(audience)]
+        usable = [query for query in queries if query.others(audience)]
         dropped += [
-            Dropped("no other audience's answer is another text", path.name, index, f"responses.{audience}")
-            for index, record in records.items()
-            if not record.others(audience)
+            query.drop("no other audience has a different response", f"responses.{audience}")
+            for query in queries
+            if not query.others(audience)
         ]
         rng = Random(f"{seed}/{audience}")
         rng.shuffle(usable)
         for number, start in enumerate(range(0, len(usable) - size + 1, size)):
-            block = [records[index] for index in usable[start : start + size]]
-            examples.append(_example(rng, audience, number, block, signals_per_user))
+            examples.append(_example(rng, audience, number, usable[start : start + size], signals_per_user))
         left = usable[len(usable) // size * size :]
         dropped += [
-            Dropped("too few queries are left for one more user", path.name, index, f"responses.{audience}")
-            for index in sorted(left)
+            query.drop("too few queries are left for another user", f"responses.{audience}")
+            for query in sorted(left, key=queries.index)
         ]
     if not examples:
         raise InputError(
-            f"has {len(records)} queries, too few for a user of {size}",
+            f"contains {len(queries)} queries, too few for a user of {size}",
             file=path,
-            fix="ask for fewer signals or tests of a user",
+            fix="request fewer signals or held-out pairs per user",
         )
     return Conversion(tuple(examples), tuple(dropped))
 
 
-def _read(path: Path) -> tuple[dict[int, _Record], list[Dropped]]:
-    """The usable records by their place, and what is not usable."""
-    records: dict[int, _Record] = {}
-    dropped: list[Dropped] = []
-    places: dict[str, int] = {}
-    for index, value in enumerate(read_records(path, holds="queries with their responses")):
-        try:
-            record = validate(_Record, value)
-        except InputError as error:
-            dropped.append(Dropped(error.what, path.name, index, error.field or ""))
-            continue
-        if record.query in places:
-            dropped.append(Dropped("the same query stands before", path.name, index, "query"))
-            continue
-        places[record.query] = index
-        records[index] = record
-        for one, other in combinations(AUDIENCES, 2):
-            if record.by(one) == record.by(other):
-                both = f"responses.{one} and {other}"
-                dropped.append(Dropped("the two answers are the same text", path.name, index, both))
-    return records, dropped
+def _read(path: Path) -> tuple[list[_Query], list[Dropped]]:
+    """The usable records, and what is not usable."""
+    files, dropped = _find(path)
+    queries: list[_Query] = []
+    known: set[str] = set()
+    for file in files:
+        for index, value in enumerate(read_records(file, of="queries with responses")):
+            try:
+                query = _Query(file.name, index, validate(_Record, value))
+            except InputError as error:
+                dropped.append(Dropped(error.what, file.name, index, field=error.field or ""))
+                continue
+            words = " ".join(query.record.query.split())
+            if words in known:
+                dropped.append(query.drop("repeats an earlier query", "query"))
+                continue
+            known.add(words)
+            queries.append(query)
+            for one, other in combinations(AUDIENCES, 2):
+                if query.by(one) == query.by(other):
+                    dropped.append(query.drop("two responses are the same text", f"responses.{one} and {other}"))
+    check_any(path, queries, dropped, what="queries with responses", fix="give the publisher's files unchanged")
+    return queries, dropped
 
 
-def _example(rng: Random, audience: str, number: int, block: list[_Record], signals: int) -> PersonalizationExample:
+def _find(path: Path) -> tuple[list[Path], list[Dropped]]:
+    if not path.is_dir():
+        return [path], []
+    files = sorted(path.rglob(FILES))
+    others = [Dropped(f"is not {FILES}", file.name) for file in sorted(path.rglob("*.json")) if file not in files]
+    return files, others
+
+
+def _example(rng: Random, audience: str, number: int, block: Sequence[_Query], signals: int) -> PersonalizationExample:
     pairs = [
         HeldOutPair(
-            prompt=record.query, chosen=record.by(audience), rejected=record.by(rng.choice(record.others(audience)))
+            prompt=query.record.query, chosen=query.by(audience), rejected=query.by(rng.choice(query.others(audience)))
         )
-        for record in block
+        for query in block
     ]
     truth = Claim(text=f"answers as somebody in {AUDIENCES[audience]} would give them")
     return PersonalizationExample(

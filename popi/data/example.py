@@ -1,58 +1,67 @@
-"""The shape in which every data set reaches training and evaluation: one user's signals and test pairs."""
+"""The format in which every data set reaches training and evaluation: a user's signals and held-out pairs."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Annotated, Any
 
-from pydantic import BaseModel, Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
-from popi.errors import InputError, MissingExtra
-from popi.io import read_json_lines, validate
-from popi.signals import FROZEN, Text, UserSignals
+from popi.errors import InputError
+from popi.signals import (
+    Comment,
+    Conversation,
+    Edit,
+    FileRecord,
+    PreferencePair,
+    Rating,
+    Signal,
+    Speaker,
+    Text,
+    UserSignals,
+    number_as_text,
+    without_missing,
+)
 
 
-class HeldOutPair(BaseModel):
-    """A prompt that the signals do not show, with the answer that the user prefers and the one they do not."""
-
-    model_config = FROZEN
+class HeldOutPair(FileRecord):
+    """A prompt that is not in the signals, with the response that the user prefers and one that they do not."""
 
     prompt: Text
     chosen: Text
     rejected: Text
 
     @model_validator(mode="after")
-    def _answers_differ(self) -> HeldOutPair:
+    def _responses_differ(self) -> HeldOutPair:
         if self.chosen == self.rejected:
-            raise ValueError("chosen and rejected are the same text, so the pair cannot test anything")
+            raise ValueError("chosen and rejected are the same text")
         return self
 
 
-class PersonalizationExample(BaseModel):
-    """One user: what is seen and what is asked.
+class PersonalizationExample(FileRecord):
+    """One user: the signals that a writer may read, and the pairs that measure whether they were understood.
 
     Attributes:
-        user: The signals, which is all that a writer may read.
-        tests: Pairs that the signals do not show.
-        oracles: Summaries that a writer could not know, by name: ``truth`` (the true tastes) and ``evidence`` (the best
-            summary given only the signals). Present only where the truth is known.
-        facts: What a data set knows beside, for judges: never shown to a writer or a generator. Users of one
-            ``cluster``, where it is told, do not witness independently of each other.
+        user: The signals. A writer sees nothing else.
+        tests: Held-out pairs. See :func:`find_unusable` for what makes one unusable.
+        oracles: Summaries that no writer could know, by name: ``truth`` (the true preferences) and ``evidence`` (the
+            best summary given only the signals). Present only where the truth is known.
+        facts: What else is known about the user. It is for judges, and never shown to a writer or a generator. Users
+            with the same ``cluster`` are not independent of each other.
     """
-
-    model_config = FROZEN
 
     user: UserSignals
     tests: tuple[HeldOutPair, ...] = ()
-    oracles: dict[str, str] = Field(default_factory=dict)
+    oracles: Annotated[dict[str, str], BeforeValidator(without_missing)] = Field(default_factory=dict)
     facts: dict[str, Any] = Field(default_factory=dict)
 
     @property
     def cluster(self) -> str:
-        """What is resampled as a whole when an interval is drawn."""
-        return str(self.facts.get("cluster", self.user.user_id))
+        """What is resampled as a whole when a confidence interval is computed."""
+        cluster = self.facts.get("cluster")
+        return self.user.user_id if cluster is None else str(number_as_text(cluster))
 
     @field_validator("facts")
     @classmethod
@@ -64,43 +73,79 @@ class PersonalizationExample(BaseModel):
         return facts
 
 
-def read_examples(path: Path) -> Iterator[PersonalizationExample]:
-    """Reads examples, in constant memory but for the names of the users.
+def find_unusable(user: UserSignals, tests: Sequence[HeldOutPair]) -> dict[int, str]:
+    """Finds held-out pairs that measure nothing.
+
+    A pair is unusable if a signal contains its prompt together with one of its responses, because a generator that sees
+    the signals can then look up the answer, or if an earlier pair has the same prompt and the same two responses, in
+    either order. A comment without a prompt matches any prompt. Texts are compared without regard to white space.
 
     Args:
-        path: JSON lines, in which a line that holds bare signals is an example without test pairs; or the folder of a
-            ``datasets.Dataset`` that popi wrote.
+        user: The signals.
+        tests: The held-out pairs of the same user.
+
+    Returns:
+        The reason for each unusable pair, by its place in ``tests``.
+    """
+    prompts = {_key(pair.prompt) for pair in tests} | {""} if tests else set()
+    kinds = {
+        (prompt, _key(response)): signal.kind
+        for signal in user.signals
+        for shown_prompt, response in _shown(signal)
+        if (prompt := _key(shown_prompt)) in prompts
+    }
+    reasons: dict[int, str] = {}
+    earlier: set[tuple[str, frozenset[str]]] = set()
+    for place, pair in enumerate(tests):
+        prompt, responses = _key(pair.prompt), (_key(pair.chosen), _key(pair.rejected))
+        found = (kinds.get((shown, text)) for text in responses for shown in (prompt, ""))
+        kind = next(filter(None, found), None)
+        if kind is not None:
+            reasons[place] = f"a signal of the kind {kind} has the prompt and a response of this pair"
+        elif (prompt, frozenset(responses)) in earlier:
+            reasons[place] = "repeats an earlier held-out pair"
+        earlier.add((prompt, frozenset(responses)))
+    return reasons
+
+
+def check_held_out(example: PersonalizationExample) -> None:
+    """Checks that all held-out pairs of a user can be used.
 
     Raises:
-        InputError: If a line is broken or a user appears twice.
-        MissingExtra: If a folder is given and ``datasets`` is not installed.
+        InputError: If one cannot: see :func:`find_unusable`.
     """
-    seen: dict[str, int] = {}
-    for number, example in _from_folder(path) if path.is_dir() else _from_lines(path):
-        user_id = example.user.user_id
-        if user_id in seen:
-            raise InputError(
-                f"user {user_id!r} stands in line {seen[user_id]} already",
-                file=path,
-                line=number,
-                field="user_id",
-                fix="join the two lines into one",
-            )
-        seen[user_id] = number
-        yield example
+    reasons = find_unusable(example.user, example.tests)
+    if reasons:
+        place, reason = next(iter(reasons.items()))
+        prompt = example.tests[place].prompt
+        raise InputError(
+            f"{reason}; prompt {prompt[:60]!r}; {len(reasons)} of {len(example.tests)} held-out pairs of user "
+            f"{example.user.user_id!r} cannot be used",
+            field=f"tests.{place}",
+            fix="remove them from tests, or from the signals",
+        )
 
 
-def _from_lines(path: Path) -> Iterator[tuple[int, PersonalizationExample]]:
-    for number, record in read_json_lines(path):
-        if isinstance(record, dict) and "user" in record:
-            yield number, validate(PersonalizationExample, record, file=path, line=number)
-        else:
-            yield number, PersonalizationExample(user=validate(UserSignals, record, file=path, line=number))
+def _shown(signal: Signal) -> list[tuple[str, str]]:
+    """The prompts and responses that a signal contains; the prompt is empty if it is not given."""
+    match signal:
+        case PreferencePair():
+            return [(signal.prompt, signal.chosen), (signal.prompt, signal.rejected)]
+        case Rating():
+            return [(signal.prompt, signal.response)]
+        case Edit():
+            return [(signal.prompt, signal.original), (signal.prompt, signal.edited)]
+        case Comment() if signal.about:
+            return [(signal.prompt, signal.about)]
+        case Conversation():
+            return [
+                (turn.text, reply.text)
+                for turn, reply in pairwise(signal.turns)
+                if (turn.speaker, reply.speaker) == (Speaker.USER, Speaker.ASSISTANT)
+            ]
+        case _:
+            return []
 
 
-def _from_folder(path: Path) -> Iterator[tuple[int, PersonalizationExample]]:
-    try:
-        from popi.data.dataset import load
-    except ModuleNotFoundError as error:
-        raise MissingExtra("datasets", "train") from error
-    return enumerate(load(path), start=1)
+def _key(text: str) -> str:
+    return " ".join(text.split())

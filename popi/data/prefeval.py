@@ -1,11 +1,11 @@
-"""PrefEval: a preference, shown in one of three forms, and a question that it bears on (amazon-science/PrefEval).
+"""PrefEval: a preference in one of three forms, and a question for which it matters (amazon-science/PrefEval).
 
-Each item is a user in each form: the preference is stated, or shown by a choice among options that an assistant gave,
-or told in passing in a dialogue. The test is the item's question, with the option that follows the preference against
-one of those that do not. The true preference is known, so the faithfulness of a summary can be checked.
+Each item becomes one user per form: the preference is stated, shown by a choice among options that an assistant gave,
+or mentioned in a dialogue. The held-out pair is the item's question, with the option that follows the preference and
+one of those that violate it. The true preference is known, so that the faithfulness of a summary can be checked.
 
-The test of an item is the same in every form, so its users do not witness independently: they share a ``cluster``, and
-intervals resample clusters.
+The held-out pair of an item is the same in every form, so its users are not independent: they have the same
+``cluster``, and confidence intervals resample clusters.
 """
 
 from __future__ import annotations
@@ -14,25 +14,26 @@ from pathlib import Path
 from random import Random
 from typing import Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import ConfigDict, Field
 
+from popi.claims import as_text
 from popi.data.convert import Conversion, Dropped, check_any, read_records
 from popi.data.example import HeldOutPair, PersonalizationExample
 from popi.errors import InputError
 from popi.io import validate
-from popi.signals import Conversation, Speaker, Statement, Text, Turn, UserSignals
-from popi.summary import Claim, as_text
+from popi.signals import Conversation, FileRecord, Speaker, Statement, Text, Turn, UserSignals
+from popi.summary import Claim
 
 OPTIONS = "mcq_options"
-"""The folder that has a file for each topic, with the options of each of its items."""
+"""The folder with the options of the items, one file per topic."""
 
 ORIGIN = "prefeval"
 
 
-class _Explicit(BaseModel):
+class _Explicit(FileRecord):
     """An item that states its preference."""
 
-    model_config = ConfigDict(str_strip_whitespace=True)
+    model_config = ConfigDict(extra="ignore")
     form: ClassVar[str] = "explicit"
 
     preference: Text
@@ -46,8 +47,8 @@ class _Explicit(BaseModel):
         return {"form": self.form, "preference": self.preference, "explanation": self.explanation}
 
 
-class _Choice(BaseModel):
-    model_config = ConfigDict(str_strip_whitespace=True)
+class _Choice(FileRecord):
+    model_config = ConfigDict(extra="ignore")
 
     query: Text
     assistant_options: Text
@@ -56,7 +57,7 @@ class _Choice(BaseModel):
 
 
 class _ByChoice(_Explicit):
-    """An item whose preference shows in a choice."""
+    """An item that shows its preference by a choice."""
 
     form = "choice"
 
@@ -67,15 +68,15 @@ class _ByChoice(_Explicit):
         return _conversation(said.query, said.assistant_options, said.user_selection, said.assistant_acknowledgment)
 
 
-class _Exchange(BaseModel):
-    model_config = ConfigDict(str_strip_whitespace=True)
+class _Exchange(FileRecord):
+    model_config = ConfigDict(extra="ignore")
 
     user: Text
     assistant: Text
 
 
 class _InDialogue(_Explicit):
-    """An item whose preference is told in passing."""
+    """An item that mentions its preference in a dialogue."""
 
     form = "persona"
 
@@ -89,10 +90,10 @@ class _InDialogue(_Explicit):
         return super().facts() | {"persona": self.persona}
 
 
-class _Options(BaseModel):
-    """What an item asks, and answers of which the first follows the preference and the others do not."""
+class _Options(FileRecord):
+    """The question of an item, and responses. The first one follows the preference, and the others violate it."""
 
-    model_config = ConfigDict(str_strip_whitespace=True)
+    model_config = ConfigDict(extra="ignore")
 
     question: Text
     classification_task_options: list[Text] = Field(min_length=2)
@@ -110,46 +111,45 @@ FORMS: dict[str, type[_Explicit]] = {
     "choice-based": _ByChoice,
     "persona-driven": _InDialogue,
 }
-"""What the items of the publisher's folders are; each folder has a file a topic."""
+"""The types of the items in the publisher's folders, which have one file per topic."""
 
 
 def convert_prefeval(path: Path, *, seed: int = 0) -> Conversion:
-    """Makes a user of each item in each form.
+    """Makes a user from each item in each form.
 
     Args:
-        path: The publisher's folder, one of the folders in it, or one file of these.
-        seed: Another seed chooses other dispreferred options. An item has the same test in every form.
+        path: The publisher's folder, a folder in it, or one file.
+        seed: Determines the rejected options. An item has the same held-out pair in every form.
 
     Raises:
-        InputError: If the files are not what they should be, or the options of a file are not to be found.
+        InputError: If the files are not in this format, or the options of a file were not found.
     """
     examples: dict[str, PersonalizationExample] = {}
     files, dropped = _find(path)
     for file in files:
-        records = read_records(file, holds="items with a preference and a question")
+        records = read_records(file, of="items with a preference and a question")
+        form = _form_of(file, records)
         options = _options_of(file, records)
         for index, record in enumerate(records):
             try:
-                example = _example(file, index, record, options, seed)
+                example = _example(file, form, index, record, options, seed)
             except InputError as error:
                 name = str(error.file) if error.file else _name(file, path)
-                dropped.append(Dropped(error.what, name, index, error.field or ""))
+                dropped.append(Dropped(error.what, name, index, field=error.field or ""))
                 continue
             if examples.setdefault(example.user.user_id, example) is not example:
-                dropped.append(Dropped("a file of the same form and topic came before", _name(file, path), index))
-    check_any(path, examples, dropped, what="item that can be used")
+                dropped.append(Dropped("an earlier file has the same form and topic", _name(file, path), index))
+    check_any(path, examples, dropped, what="usable items", fix="give the publisher's files unchanged")
     return Conversion(tuple(examples.values()), tuple(dropped))
 
 
 def _find(path: Path) -> tuple[list[Path], list[Dropped]]:
-    """The files of items, and those that are something else; options are items only where there are no others."""
+    """The files of items, and the other files. Options are items only if there are no other items."""
     if not path.is_dir():
-        if path.exists() and path.absolute().parent.name not in FORMS:
-            raise InputError(f"lies in none of {', '.join(FORMS)}", file=path, fix="keep it in its publisher's folder")
         return [path], []
     found = sorted(path.rglob("*.json"))
     items = [file for file in found if file.absolute().parent.name in FORMS]
-    others = [Dropped("holds no items", _name(file, path)) for file in found if file not in items]
+    others = [Dropped("contains no items", _name(file, path)) for file in found if file not in items]
     return [file for file in items if file.absolute().parent.name != OPTIONS] or items, others
 
 
@@ -157,25 +157,42 @@ def _name(file: Path, path: Path) -> str:
     return file.relative_to(path).as_posix() if path.is_dir() else file.name
 
 
+def _form_of(file: Path, records: list[Any]) -> type[_Explicit]:
+    """The form of a file's items, by its folder; for a file from elsewhere by the first item."""
+    folder = file.absolute().parent.name
+    if folder in FORMS:
+        return FORMS[folder]
+    first = records[0] if records and isinstance(records[0], dict) else {}
+    if "conversation" not in first:
+        return _Explicit
+    return _InDialogue if "persona" in first else _ByChoice
+
+
 def _options_of(file: Path, records: list[Any]) -> list[Any]:
-    """The options of a file's items: in the items themselves, or in the file of its name beside its folder."""
-    if file.absolute().parent.name == OPTIONS:
+    """The options of a file's items: in the items themselves, or in the file of the same name in ``OPTIONS``."""
+    if file.absolute().parent.name == OPTIONS or (
+        records and isinstance(records[0], dict) and "classification_task_options" in records[0]
+    ):
         return records
-    for parent in file.absolute().parents[1:3]:
+    for parent in file.absolute().parents[:3]:
         if (parent / OPTIONS / file.name).is_file():
-            return read_records(parent / OPTIONS / file.name, holds="items with their options")
+            return read_records(parent / OPTIONS / file.name, of="items with their options")
     raise InputError(
-        "its options are not to be found", file=file, fix=f"put the publisher's {OPTIONS} beside its folder"
+        f"the options of its items were not found in {OPTIONS}/{file.name}",
+        file=file,
+        fix=f"keep the file in the publisher's folder, with {OPTIONS} next to its folder",
     )
 
 
-def _example(file: Path, index: int, record: object, options: list[Any], seed: int) -> PersonalizationExample:
-    item = validate(FORMS[file.absolute().parent.name], record)
+def _example(
+    file: Path, form: type[_Explicit], index: int, record: object, options: list[Any], seed: int
+) -> PersonalizationExample:
+    item = validate(form, record)
     if index >= len(options):
         raise InputError(f"has no options in {OPTIONS}")
     choices = validate(_Options, options[index], file=Path(OPTIONS, file.name))
     if choices.question != item.question:
-        raise InputError(f"asks something else than in {OPTIONS}", field="question")
+        raise InputError(f"is not the question in {OPTIONS}", field="question")
     follows, *others = choices.classification_task_options
     violating = [option for option in others if option != follows]
     if not violating:

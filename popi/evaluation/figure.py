@@ -1,4 +1,4 @@
-"""The figure: preference accuracy against the length of what the generator was told."""
+"""The figure: preference accuracy against the length of the interface."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ MARKERS = "os^Dv<>Pp*"
 
 
 def draw_accuracy(results: Results, path: Path) -> None:
-    """Draws every accuracy as a point with its interval: a colour for each row, a shape for each generator.
+    """Draws every accuracy as a point with its confidence interval. Rows differ in color, generators in shape.
 
     Raises:
         MissingExtra: If matplotlib is not installed.
@@ -22,12 +22,12 @@ def draw_accuracy(results: Results, path: Path) -> None:
     figure = registry.load("matplotlib.figure:Figure")(figsize=(9, 5), layout="constrained")
     axes = figure.add_subplot()
     rows = list(dict.fromkeys(cell.row for cell in results.cells))
-    columns = list(dict.fromkeys(cell.column for cell in results.cells if cell.accuracy is not None))
+    drawn = [cell for cell in results.cells if cell.accuracy is not None and cell.context_tokens is not None]
+    columns = list(dict.fromkeys(cell.column for cell in drawn))
     color = {row: f"C{place}" for place, row in enumerate(rows)}
     marker = {column: MARKERS[place % len(MARKERS)] for place, column in enumerate(columns)}
-    for cell in results.cells:
-        if cell.accuracy is None:
-            continue
+    for cell in drawn:
+        assert cell.accuracy is not None and cell.context_tokens is not None
         value, low, high = (100 * part for part in (cell.accuracy.value, cell.accuracy.low, cell.accuracy.high))
         axes.errorbar(
             cell.context_tokens,
@@ -43,7 +43,7 @@ def draw_accuracy(results: Results, path: Path) -> None:
         axes.axhline(level, linestyle="--", linewidth=0.8, color="grey", zorder=0)
         axes.annotate(name, (1, level), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=8)
     axes.set_xscale("symlog", linthresh=10)
-    axes.set_xlim(-1, 2 * max(10.0, *(cell.context_tokens for cell in results.cells)))
+    axes.set_xlim(-1, 2 * max([10.0, *(cell.context_tokens or 0.0 for cell in results.cells)]))
     axes.set_xlabel("context tokens, mean")
     axes.set_ylabel("preference accuracy, %")
     points = [axes.plot([], [], marker="o", linestyle="none", color=color[row], label=row)[0] for row in rows]
@@ -52,6 +52,6 @@ def draw_accuracy(results: Results, path: Path) -> None:
         axes.plot([], [], marker=marker[column], linestyle="none", color="black", label=column)[0] for column in columns
     ]
     axes.legend(handles=shapes, title="generator")
-    drawn = BytesIO()
-    figure.savefig(drawn, format="png", dpi=150)
-    write_bytes(path, drawn.getvalue())
+    picture = BytesIO()
+    figure.savefig(picture, format="png", dpi=150)
+    write_bytes(path, picture.getvalue())

@@ -1,14 +1,14 @@
-"""The folder of an evaluation: what was measured, kept piece by piece, so that an interrupted run goes on.
+"""The folder of an evaluation. It keeps the measurements piece by piece, so that an interrupted run can be resumed.
 
 ::
 
     config.json                          settings, models, versions, time
-    users/<sample>/summaries/*.jsonl     what a writer wrote, a line a user
-    users/<sample>/<column>/<row>.jsonl  what a generator did under a row's summaries, a line a user
+    users/<sample>/summaries/*.jsonl     the summaries of a writer, one user per line
+    users/<sample>/<column>/<row>.jsonl  the measurements of a generator under a row, one user per line
     results.json, results.md, *.png      the figures
 
-A piece is whole or absent and is never written again, so a folder holds pieces of the same settings only. Rows,
-columns and samples may be added by a later run.
+A piece is written as a whole and never changed, so all pieces of a folder have the same settings. A later run can add
+rows, columns and samples.
 """
 
 from __future__ import annotations
@@ -32,17 +32,17 @@ Record = TypeVar("Record", bound=BaseModel)
 
 
 class RunConfig(BaseModel):
-    """What made the pieces of a folder.
+    """How the pieces of a folder were made.
 
     Attributes:
-        settings: What every piece depends on.
-        models: The fingerprint of each model's files, ``None`` where there are none at hand.
-        rows: Of the last run, as the columns and the seeds.
-        columns: The generators.
-        seeds: One for each sample of users.
-        versions: Of what was used.
-        started: When the first run began, in UTC.
-        seconds: The time that all runs took together.
+        settings: Settings that every piece depends on.
+        models: The fingerprint of each model's files; ``None`` if they are not on this machine.
+        rows: The rows of the last run.
+        columns: The generators of the last run.
+        seeds: The seeds of the last run, one for each sample of users.
+        versions: Versions of popi, Python and libraries.
+        started: Start of the first run, in UTC.
+        seconds: Total duration of all runs.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -58,16 +58,20 @@ class RunConfig(BaseModel):
 
 
 class Folder:
-    """A folder of pieces, made when it is not there."""
+    """A folder of pieces.
+
+    Args:
+        path: The folder. It is created with the first file.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     def open(self, config: RunConfig) -> RunConfig:
-        """Makes this the folder of these settings, or finds that it is.
+        """Starts a run: writes the configuration, after comparing it with that of earlier runs.
 
         Returns:
-            The configuration as it now stands in the folder, with the models and the time of earlier runs.
+            The configuration, with the models and the duration of earlier runs.
 
         Raises:
             InputError: If the folder was made with other settings, or with another model of the same name.
@@ -75,7 +79,7 @@ class Folder:
         path = self.path / "config.json"
         if path.exists():
             before = _read_config(path)
-            # Settings with which nothing was measured bind nobody.
+            # Without any piece the earlier settings have no effect.
             if (self.path / PIECES).exists():
                 _check_unchanged(before, config, self.path)
             models = {**before.models, **config.models}
@@ -85,7 +89,7 @@ class Folder:
         return config
 
     def close(self, config: RunConfig, seconds: float) -> None:
-        """Adds the time of this run to the configuration.
+        """Ends a run: adds its duration to the configuration.
 
         Raises:
             PopiError: If it cannot be written.
@@ -94,7 +98,7 @@ class Folder:
         self.write("config.json", spent.model_dump_json(indent=2) + "\n")
 
     def write(self, name: str, text: str) -> None:
-        """Writes a file of the folder, whole or not at all.
+        """Writes a file of the folder, as a whole or not at all.
 
         Raises:
             PopiError: If it cannot be written.
@@ -104,15 +108,15 @@ class Folder:
     async def piece(
         self, *names: str, model: type[Record], make: Callable[[], Awaitable[list[Record]]]
     ) -> list[Record]:
-        """Reads a piece, or makes and keeps it.
+        """Reads a piece, or makes and writes it.
 
         Args:
-            names: Where it stands below ``users/``, from the outside in.
-            model: What each line holds.
-            make: Measures it.
+            names: Its path below ``users/``, without the ending.
+            model: The type of its lines.
+            make: Makes it.
 
         Raises:
-            InputError: If the piece is there and broken.
+            InputError: If the piece exists and cannot be read.
             PopiError: If it cannot be written.
         """
         *folders, last = map(_file_name, names)
@@ -133,14 +137,14 @@ def _read_config(path: Path) -> RunConfig:
 
 
 def _check_unchanged(before: RunConfig, now: RunConfig, folder: Path) -> None:
-    fix = "name another folder with --out, or remove this one to measure anew"
+    fix = "name another folder with --out, or remove this one to measure again"
     check_unchanged(before.settings, now.settings, file=folder, fix=fix)
-    # A model that had to be fetched first was not known then.
+    # A model that was downloaded during an earlier run had no fingerprint then.
     both = {name: files for name, files in before.models.items() if files is not None and name in now.models}
     check_unchanged({"models": both}, {"models": {name: now.models[name] for name in both}}, file=folder, fix=fix)
 
 
 def _file_name(name: str) -> str:
-    """A name as a file name; one that has to be changed for it keeps apart from others by a fingerprint."""
+    """A name as a file name. If it must be changed, a hash of the name keeps it unique."""
     safe = re.sub(r"[^\w.-]+", "-", name).strip("-.")
     return safe if safe == name else f"{safe}-{hashlib.sha256(name.encode()).hexdigest()[:6]}"

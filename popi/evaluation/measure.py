@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
-from popi.backends.base import Backend, ChatResult, ScoreResult
+from popi.backends.base import Backend, ChatResult, FailureKind, ScoreResult
 from popi.data.example import PersonalizationExample
 from popi.errors import BackendError
 from popi.evaluation.judges import Comparison, Judge
-from popi.roles import Candidate, Conditioned, ConditionedGenerator
-from popi.summary import PreferenceSummary
+from popi.interface import Interface, UserEmbedding
+from popi.roles import Candidate, Conditioned, ConditionedGenerator, Failure
+from popi.signals import UserId
 
-Failable = float | None
-"""A figure in nats, or ``None`` where a score failed."""
+Failable = Annotated[float, Field(allow_inf_nan=False)] | None
+"""A finite number of nats, or ``None`` if a score failed."""
+
+ITEM_FAILURES: frozenset[FailureKind | None] = frozenset({None, "request", "malformed", "empty"})
+"""Failures that say something about the generator. Any other one, such as a rate limit, ends the evaluation."""
+
+Context = Interface | Failure | None
+"""What a generator reads about a user: an interface, why there is none, or ``None`` for the plain prompt."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,11 +33,11 @@ class Column:
     """A generator under test.
 
     Attributes:
-        name: Names it in tables.
-        generator: Scores and answers.
-        backend: The model behind it.
-        reference: The generator whose answers to the bare prompts the margins and the judge compare with: of one that
-            was trained, what it was before; ``None`` is the generator itself.
+        name: Name in tables.
+        generator: Scores and responds.
+        backend: The backend of its model.
+        reference: The generator whose scores and responses on the plain prompts are the baseline of margins and win
+            rates: for a trained generator, the one that it was trained from; ``None`` is the generator itself.
     """
 
     name: str
@@ -39,67 +47,68 @@ class Column:
 
 
 class _Record(BaseModel):
-    """What is kept of a user.
+    """The measurements of one user.
 
     Attributes:
         user_id: The user.
-        answer: The answer to the first test prompt; ``None`` when it was not asked, or failed.
-        prompt_tokens: That were read for that answer, what was told of the user included.
-        completion_tokens: That were written.
+        answer: The response to the first held-out prompt; ``None`` if it was not requested, or failed.
+        prompt_tokens: Length of the conversation of that response, including what the generator reads about the user.
+        completion_tokens: Length of the response.
+        error: Why the first of the failed scores or responses failed; empty if none did.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    user_id: str
+    user_id: UserId
     answer: str | None = None
     prompt_tokens: int | None = None
     completion_tokens: int | None = None
+    error: str = ""
 
 
 class Plain(_Record):
-    """What a column's reference does for a user on the bare prompts.
+    """The measurements of a column's reference on the plain prompts of one user.
 
     Attributes:
-        differences: log pi(y_w | x) - log pi(y_l | x) of each test pair; none from a backend without log-probabilities.
+        differences: log pi(y_w | x) - log pi(y_l | x) of each held-out pair; empty if the backend does not score.
     """
 
     differences: tuple[Failable, ...]
 
 
 class Measured(_Record):
-    """What a generator does for a user under a row's summary.
+    """The measurements of a generator under a row's interface for one user.
 
     Attributes:
-        margins: h of each test pair; none from a backend without log-probabilities.
-        context_tokens: Length of what it was told of the user, by its own tokenizer.
-        won: Whether the judge prefers the answer to the bare prompt's: 1, 0, or 1/2 for a tie; ``None`` for a user
-            who was not judged. A failed answer ties.
+        margins: h of each held-out pair, in nats; empty if the backend does not score.
+        context_tokens: Length of the interface, by the generator's tokenizer; ``None`` if the user has none.
+        won: Whether the judge prefers the response to that of the plain prompt: 1, 0, or 1/2 for a tie; ``None`` if the
+            user was not judged. A failed response ties.
     """
 
     margins: tuple[Failable, ...]
-    context_tokens: int
+    context_tokens: int | None
     won: float | None = None
 
 
 async def measure_plain(column: Column, examples: Sequence[PersonalizationExample], *, judged: int) -> list[Plain]:
-    """Measures every user on the bare prompts; the first ``judged`` of them get an answer too."""
-    nothing = [None] * len(examples)
+    """Measures every user on the plain prompts. Responses are requested for the first ``judged`` users only."""
+    plain: list[None] = [None] * len(examples)
     reference = column.reference or column.generator
-    differences = await _differences(column, reference, examples, nothing)
-    answers = await _answers(reference, examples[:judged], nothing[:judged])
-    answers += nothing[judged:]
+    scored = await _differences(column, reference, examples, plain)
+    answers = await _answers(reference, examples[:judged], plain[:judged])
     return [
-        Plain(user_id=example.user.user_id, differences=tuple(found), **_kept(answer))
-        for example, found, answer in zip(examples, differences, answers, strict=True)
+        Plain(user_id=example.user.user_id, differences=tuple(differences), **_fields(_at(answers, place), error))
+        for place, (example, (differences, error)) in enumerate(zip(examples, scored, strict=True))
     ]
 
 
 def measure_nothing(plain: Sequence[Plain], *, judged: int) -> list[Measured]:
-    """The bare prompt of a generator that is its own reference: every margin is zero and every answer ties."""
+    """The plain prompts of a generator that is its own reference: every margin is zero and every response ties."""
     return [
         Measured(
             **bare.model_dump(exclude={"differences"}),
-            margins=(0.0,) * len(bare.differences),
+            margins=tuple(None if difference is None else 0.0 for difference in bare.differences),
             context_tokens=0,
             won=0.5 if place < judged else None,
         )
@@ -110,94 +119,129 @@ def measure_nothing(plain: Sequence[Plain], *, judged: int) -> list[Measured]:
 async def measure(
     column: Column,
     examples: Sequence[PersonalizationExample],
-    summaries: Sequence[PreferenceSummary | None],
+    contexts: Sequence[Context],
     plain: Sequence[Plain],
     *,
     judge: Judge | None,
     judged: int,
 ) -> list[Measured]:
-    """Measures every user under a row's summaries.
+    """Measures every user under a row's interfaces.
 
     Args:
         column: The generator.
         examples: The users.
-        summaries: One for each user; ``None`` is the bare prompt.
-        plain: What the column's reference does for them on the bare prompts.
-        judge: Compares the answers.
-        judged: How many of the first users get an answer that is compared; none without a judge.
+        contexts: What the generator reads about each user. All items of a user with a ``Failure`` fail.
+        plain: The measurements of the column's reference on the plain prompts.
+        judge: Compares the responses.
+        judged: Number of users, from the first, whose responses are compared. Without a judge there are none.
+
+    Raises:
+        BackendError: If the backend is not available.
     """
-    asked = judged if judge else 0
-    differences = await _differences(column, column.generator, examples, summaries)
-    answers = await _answers(column.generator, examples[:asked], summaries[:asked])
-    texts = [None if answer is None else answer.text for answer in answers]
-    won = await _compare(judge, examples[:asked], texts, plain[:asked]) if judge else []
+    compared = judged if judge else 0
+    scored = await _differences(column, column.generator, examples, contexts)
+    answers = await _answers(column.generator, examples[:compared], contexts[:compared])
+    texts = [answer.text if isinstance(answer, ChatResult) else None for answer in answers]
+    won = await _compare(judge, examples[:compared], texts, plain[:compared]) if judge else []
     return [
         Measured(
             user_id=example.user.user_id,
-            margins=tuple(map(_minus, differences[place], plain[place].differences)),
-            context_tokens=0 if told is None else column.backend.count_tokens(told.text),
-            won=won[place] if place < asked else None,
-            **_kept(answers[place] if place < asked else None),
+            margins=tuple(map(_minus, differences, plain[place].differences)),
+            context_tokens=_context_tokens(column.backend, contexts[place]),
+            won=won[place] if place < compared else None,
+            **_fields(_at(answers, place), error or plain[place].error),
         )
-        for place, (example, told) in enumerate(zip(examples, summaries, strict=True))
+        for place, (example, (differences, error)) in enumerate(zip(examples, scored, strict=True))
     ]
+
+
+def _at(answers: Sequence[ChatResult | str], place: int) -> ChatResult | str:
+    return answers[place] if place < len(answers) else ""
+
+
+def _context_tokens(backend: Backend, context: Context) -> int | None:
+    if isinstance(context, Failure):
+        return None
+    if isinstance(context, UserEmbedding):
+        return len(context.vectors)
+    return 0 if context is None else backend.count_tokens(context.text)
 
 
 async def _differences(
     column: Column,
     generator: ConditionedGenerator,
     examples: Sequence[PersonalizationExample],
-    summaries: Sequence[PreferenceSummary | None],
-) -> list[list[Failable]]:
-    """What sets the two answers of every pair apart, all asked in one call so that the backend can batch."""
+    contexts: Sequence[Context],
+) -> list[tuple[list[Failable], str]]:
+    """The difference of the two scores of each pair and the first error, by user. One call lets the backend batch."""
     if not column.backend.capabilities.score:
-        return [[] for _ in examples]
+        return [([], "") for _ in examples]
     candidates = [
-        Candidate(Conditioned(pair.prompt, summary), response)
-        for example, summary in zip(examples, summaries, strict=True)
+        Candidate(Conditioned(pair.prompt, context), response)
+        for example, context in zip(examples, contexts, strict=True)
+        if not isinstance(context, Failure)
         for pair in example.tests
         for response in (pair.chosen, pair.rejected)
     ]
-    scores = iter([None if _failed(score) else score.logprob for score in await generator.score(candidates)])
-    return [[_minus(next(scores), next(scores)) for _ in example.tests] for example in examples]
+    scores = iter(await generator.score(candidates))
+    return [
+        ([None] * len(example.tests), context.error)
+        if isinstance(context, Failure)
+        else _subtract(scores, len(example.tests))
+        for example, context in zip(examples, contexts, strict=True)
+    ]
+
+
+def _subtract(scores: Iterator[ScoreResult], pairs: int) -> tuple[list[Failable], str]:
+    differences, first = [], ""
+    for _ in range(pairs):
+        both = next(scores), next(scores)
+        errors = [error for score in both if (error := _error(score))]
+        differences.append(None if errors else both[0].logprob - both[1].logprob)
+        first = first or next(iter(errors), "")
+    return differences, first
 
 
 async def _answers(
-    generator: ConditionedGenerator,
-    examples: Sequence[PersonalizationExample],
-    summaries: Sequence[PreferenceSummary | None],
-) -> list[ChatResult | None]:
-    """The answer to each user's first test prompt; ``None`` where it failed."""
-    if not examples:
-        return []
-    asked = [
-        Conditioned(example.tests[0].prompt, summary) for example, summary in zip(examples, summaries, strict=True)
+    generator: ConditionedGenerator, examples: Sequence[PersonalizationExample], contexts: Sequence[Context]
+) -> list[ChatResult | str]:
+    """The response to each user's first held-out prompt, or why it failed."""
+    items = [
+        Conditioned(example.tests[0].prompt, context)
+        for example, context in zip(examples, contexts, strict=True)
+        if not isinstance(context, Failure)
     ]
-    return [None if _failed(result) else result for result in await generator.respond(asked)]
+    results = iter(await generator.respond(items) if items else ())
+    answers: list[ChatResult | str] = []
+    for context in contexts:
+        if isinstance(context, Failure):
+            answers.append(context.error)
+        else:
+            result = next(results)
+            answers.append(_error(result) or result)
+    return answers
 
 
-def _kept(answer: ChatResult | None) -> dict[str, Any]:
-    """The fields of a record that are of an answer."""
-    if answer is None:
-        return {}
-    if not answer.prompt_tokens:  # no prompt is empty: this server counts none
-        return {"answer": answer.text}
-    return {
-        "answer": answer.text,
-        "prompt_tokens": answer.prompt_tokens,
-        "completion_tokens": answer.completion_tokens,
-    }
+def _fields(answer: ChatResult | str, error: str) -> dict[str, Any]:
+    """The fields of a record that are about its response and its failures."""
+    if isinstance(answer, str):
+        return {"error": error or answer}
+    tokens = {"prompt_tokens": answer.prompt_tokens, "completion_tokens": answer.completion_tokens}
+    # No prompt is empty: a server that reports none does not count tokens.
+    return {"answer": answer.text, "error": error, **(tokens if answer.prompt_tokens else {})}
 
 
-def _failed(result: ChatResult | ScoreResult) -> bool:
-    """Whether an item failed by itself; a limit, a broken line or an empty purse is no property of a generator.
+def _error(result: ChatResult | ScoreResult) -> str:
+    """Why an item failed; empty if it did not.
 
     Raises:
-        BackendError: If it is one of these.
+        BackendError: If the failure says nothing about the generator.
     """
-    if result.failure not in (None, "request"):
+    if result.failure not in ITEM_FAILURES:
         raise BackendError(f"{result.model}: {result.error}", failure=result.failure)
-    return result.error is not None
+    if result.error is None and isinstance(result, ScoreResult) and not math.isfinite(result.logprob):
+        return f"the log-probability is {result.logprob}"
+    return "" if result.error is None else result.error or "failed"
 
 
 async def _compare(
@@ -206,7 +250,7 @@ async def _compare(
     answers: Sequence[str | None],
     plain: Sequence[Plain],
 ) -> list[float]:
-    """Has each answer judged against the bare prompt's, in an order that a judge cannot guess."""
+    """Has each response judged against that of the plain prompt, in an order that the judge cannot guess."""
     items: dict[int, Comparison] = {}
     for place, (example, answer, bare) in enumerate(zip(examples, answers, plain, strict=True)):
         if answer is not None and bare.answer is not None:
@@ -219,7 +263,7 @@ async def _compare(
 
 
 def _swapped(example: PersonalizationExample) -> bool:
-    """A coin for each user, which falls the same in every row."""
+    """A coin flip for each user, the same in every row."""
     return bool(hashlib.sha256(example.user.user_id.encode("utf-8", "surrogatepass")).digest()[0] & 1)
 
 

@@ -1,4 +1,4 @@
-"""The exact judge of the mini world: it parses the style of any answer and the claims of any summary."""
+"""The exact judge of the mini world. It parses the style of any response and the claims of any summary."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from popi.evaluation.judges import Comparison, Tastes
 
 
 class MiniWorld:
-    """Knows the tastes of the users, so it neither errs nor favours what stands first."""
+    """Knows the tastes of the users, so that its judgments have neither errors nor a bias for the first response."""
 
     remark = (
-        "The mini world is a miniature, and these are the numbers of a miniature. That popi-mini-base, its untrained "
-        "writer, is mediocre is a design choice of it: the distance to the evidence oracle is the room for training."
+        "The mini world is a miniature, and so are its numbers. Its untrained writer, popi-mini-base, is mediocre by "
+        "design: the distance to the evidence oracle is the room for training."
     )
 
     async def compare(self, items: Sequence[Comparison]) -> list[float]:
-        """Prefers the answer of higher utility for the user's true tastes."""
+        """Prefers the response with the higher utility for the user's true tastes."""
         return [self._compare(item) for item in items]
 
     def _compare(self, item: Comparison) -> float:
@@ -27,13 +27,19 @@ class MiniWorld:
         return 0.5 if first == second else float(first > second)
 
     def claimed(self, summary: str) -> Tastes:
-        """The sides that a summary names; one that it names both ways is left out."""
+        """The sides that a summary names. A dimension of which it names both sides is left out."""
         return claimed_tastes(summary)
 
     def true(self, example: PersonalizationExample) -> Tastes | None:
         """The tastes that the user was made with."""
-        return example.facts.get("tastes")
+        return _tastes(example, "tastes")
 
     def evident(self, example: PersonalizationExample) -> Tastes | None:
         """The claims that the exact posterior supports."""
-        return example.facts.get("evidence_tastes")
+        return _tastes(example, "evidence_tastes")
+
+
+def _tastes(example: PersonalizationExample, fact: str) -> Tastes | None:
+    # Facts of users' files may be anything.
+    tastes = example.facts.get(fact)
+    return tastes if isinstance(tastes, dict) else None

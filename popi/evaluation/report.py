@@ -1,4 +1,4 @@
-"""Results as tables for people: on a terminal, and in Markdown."""
+"""Formats results as tables, for a terminal and in Markdown."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from popi.evaluation.statistics import LEVEL, QUANTILES, Estimate
 FIGURE = "accuracy_vs_context.png"
 
 Share = Callable[[Estimate | None, str], str]
-"""Writes a share in percent with its interval; the text is the sign of positive ones."""
+"""Formats a share in percent with its interval. The second argument is the sign option, as in format strings."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,8 +20,8 @@ class Table:
     """A table of texts.
 
     Attributes:
-        title: What it shows.
-        records: One for each line, all with the same keys: the heads of its columns.
+        title: The title.
+        records: The lines. All have the same keys, the names of the columns.
     """
 
     title: str
@@ -29,11 +29,11 @@ class Table:
 
 
 def tables(results: Results, *, narrow: bool = False) -> Iterator[Table]:
-    """The tables of an evaluation: one for each generator, then what the summaries are like.
+    """The tables of an evaluation: one for each generator, then those about the summaries.
 
     Args:
         results: The figures.
-        narrow: Whether an interval is told by half its width instead of its ends, as fits a terminal.
+        narrow: Whether to format an interval as half its width, which fits a terminal, or else as its ends.
     """
     share = _short if narrow else _percent
     for column in dict.fromkeys(cell.column for cell in results.cells):
@@ -50,10 +50,8 @@ def tables(results: Results, *, narrow: bool = False) -> Iterator[Table]:
     if any(report.truth for report in results.summaries):
         yield Table("Summaries: faithfulness of the claimed tastes in %", list(_faithfulness_records(results, share)))
         yield Table("Summaries: what is claimed, in %", list(_claim_records(results)))
-    if any(cell.row == UNTRAINED for cell in results.cells):
-        yield Table(
-            f"The {_words(UNTRAINED)}: percentiles of single users and summaries", list(_spread_records(results))
-        )
+    if spread := list(_spread_records(results)):
+        yield Table(f"The {_words(UNTRAINED)}: percentiles of single users and summaries", spread)
 
 
 def markdown(results: Results, *, figure: bool) -> str:
@@ -61,7 +59,7 @@ def markdown(results: Results, *, figure: bool) -> str:
 
     Args:
         results: The figures.
-        figure: Whether :data:`FIGURE` stands beside it.
+        figure: Whether to show :data:`FIGURE`, a file in the same folder.
     """
     settings = ", ".join(f"{name} {value}" for name, value in results.settings.items() if value is not None)
     parts = ["# Evaluation", f"{results.users} users. Settings: {settings}."]
@@ -74,17 +72,17 @@ def markdown(results: Results, *, figure: bool) -> str:
 
 
 def remarks(results: Results) -> list[str]:
-    """What stands beside the tables, one line each."""
+    """The notes and the rows that were left out, one line each."""
     return [*results.notes, *(f"{_words(row)} is left out: {why}." for row, why in results.left_out.items())]
 
 
 def _cell_record(cell: Cell, references: Sequence[str], share: Share) -> dict[str, str]:
     return {
         "row": _words(cell.row),
-        "accuracy": share(cell.accuracy, ""),
+        "accuracy": share(cell.accuracy, "") if cell.unavailable is None else "unavailable",
         **{f"minus {_words(name)}": share(cell.differences.get(name), "+") for name in references},
         "win rate": share(cell.win_rate, ""),
-        "context tokens": f"{cell.context_tokens:.1f}",
+        "context tokens": "" if cell.context_tokens is None else f"{cell.context_tokens:.1f}",
     }
 
 
@@ -126,12 +124,14 @@ def _claim_records(results: Results) -> Iterator[dict[str, str]]:
 def _spread_records(results: Results) -> Iterator[dict[str, str]]:
     for report in results.summaries:
         if report.row == UNTRAINED:
-            yield _spread("claims of a summary", report.claims_quantiles)
+            if report.claims_quantiles:
+                yield _spread("claims of a summary", report.claims_quantiles)
             if report.precision_quantiles:
                 yield _spread("precision of a summary, %", [100 * value for value in report.precision_quantiles])
     for cell in results.cells:
         if cell.row == UNTRAINED:
-            yield _spread(f"tokens of a summary ({cell.column})", cell.context_quantiles)
+            if cell.context_quantiles:
+                yield _spread(f"tokens of a summary ({cell.column})", cell.context_quantiles)
             if cell.accuracy_quantiles:
                 yield _spread(
                     f"accuracy of a user, % ({cell.column})", [100 * share for share in cell.accuracy_quantiles]

@@ -1,26 +1,29 @@
-"""The rows of a table: what a generator is told of each user.
+"""The rows of a table: what a generator reads about each user.
 
-A row is an entry of :data:`ROWS` and a small class that makes a summary for each user, a
-:class:`popi.roles.PreferenceInference`. A later row is one more of each.
+A row is an entry of :data:`ROWS`, which builds a :class:`popi.roles.PreferenceInference`. To add a row, add an entry,
+and a class for its inference.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from pydantic import BaseModel, ConfigDict
+
 from popi import registry
-from popi.backends.base import Backend
+from popi.backends.base import Backend, InterfaceKind
 from popi.data.example import PersonalizationExample
-from popi.errors import ConfigError, PopiError, did_you_mean
-from popi.roles import PreferenceInference
-from popi.signals import UserSignals
+from popi.errors import BackendError, ConfigError, PopiError
+from popi.roles import Failure, PreferenceInference
+from popi.signals import UserId, UserSignals
 from popi.summary import PreferenceSummary
 
 
 class RowUnavailable(PopiError):
-    """The data lack what a row needs; the table is made without it and says why."""
+    """The data lack what a row needs. The table is made without the row and says why."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,9 +31,9 @@ class Materials:
     """What the rows of one sample of users are made from.
 
     Attributes:
-        writer: The inference under test; it writes once for each user, however many rows ask.
-        untrained: What it was before it was trained; ``None`` if it was not.
-        reader: The model that will answer.
+        writer: The inference under test. It writes once per user, however many rows use the summaries.
+        untrained: The inference that it was trained from; ``None`` if it was not trained.
+        reader: The backend of the generator.
         examples: The users.
     """
 
@@ -42,49 +45,85 @@ class Materials:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One way to tell a generator of a user.
+    """What a generator reads about a user.
 
     Attributes:
-        name: Names it on the command line and in tables.
-        build: Makes the inference, or raises :class:`RowUnavailable`. ``None`` is the bare prompt.
-        claims: Whether what it tells is a summary, whose claims can be held against the truth.
+        name: Name on the command line and in results.
+        build: Makes the inference, or raises :class:`RowUnavailable`. ``None`` is the plain prompt.
+        interface: The kind of interface that the inference makes.
+        claims: Whether the interface is a summary whose claims can be compared with the truth.
     """
 
     name: str
     build: Callable[[Materials], PreferenceInference] | None
+    interface: InterfaceKind = "summary"
     claims: bool = True
+
+    def accepted_by(self, reader: Backend) -> bool:
+        """Whether a generator's backend declares that it accepts the interface of this row."""
+        return self.build is None or self.interface in reader.capabilities.interfaces
+
+
+class Written(BaseModel):
+    """The summary of one user, or why there is none."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    user_id: UserId
+    summary: PreferenceSummary | None = None
+    error: str = ""
+
+    @classmethod
+    def of(cls, outcome: PreferenceSummary | Failure) -> Written:
+        """Makes the record of an outcome."""
+        if isinstance(outcome, Failure):
+            return cls(user_id=outcome.user_id, error=outcome.error)
+        return cls(user_id=outcome.user_id, summary=outcome)
+
+    def outcome(self) -> PreferenceSummary | Failure:
+        """The outcome, inverse of :meth:`of`."""
+        return self.summary or Failure(self.user_id, self.error)
 
 
 class WrittenOnce(PreferenceInference):
-    """Summaries that are had once, so that rows which share a writer share what it wrote.
+    """Summaries that are written or read once, so that rows with the same writer share its summaries.
 
     Args:
-        name: The writer's.
-        have: Writes or reads the summaries of all users of a sample; called when the first of them is asked for.
+        name: The name of the writer.
+        have: Writes or reads the summaries of all users of a sample. It is called when the first one is needed.
     """
 
-    def __init__(self, name: str, have: Callable[[], Awaitable[Sequence[PreferenceSummary]]]) -> None:
+    def __init__(self, name: str, have: Callable[[], Awaitable[Sequence[Written]]]) -> None:
         self.name = name
         self._have = have
-        self._written: dict[str, PreferenceSummary] = {}
+        self._written: dict[str, Written] = {}
 
     async def infer(self, users: Sequence[UserSignals]) -> list[PreferenceSummary]:
-        """Returns one summary a user."""
+        """See :meth:`PreferenceInference.infer`."""
+        summaries = []
+        for outcome in await self.try_infer(users):
+            if isinstance(outcome, Failure):
+                raise BackendError(f"no summary of user {outcome.user_id!r}: {outcome.error}")
+            summaries.append(outcome)
+        return summaries
+
+    async def try_infer(self, users: Sequence[UserSignals]) -> list[PreferenceSummary | Failure]:
+        """See :meth:`PreferenceInference.try_infer`."""
         if not self._written:
-            self._written = {summary.user_id: summary for summary in await self._have()}
-        return [self._written[user.user_id] for user in users]
+            self._written = {written.user_id: written for written in await self._have()}
+        return [self._written[user.user_id].outcome() for user in users]
 
 
 def _raw(materials: Materials) -> PreferenceInference:
-    """Raw signals leave room for the longest test pair: a pair that cannot be scored would count against them."""
+    """Raw signals, with room for the longest held-out pair: a pair that does not fit would count against them."""
     texts = [
-        f"{pair.prompt}\n{answer}"
+        f"{pair.prompt}\n{response}"
         for example in materials.examples
         for pair in example.tests
-        for answer in (pair.chosen, pair.rejected)
+        for response in (pair.chosen, pair.rejected)
     ]
     longest = materials.reader.count_tokens(max(texts, key=len))
-    # What takes more than half of the context is too long for every row.
+    # A pair of more than half of the context does not fit under any row.
     half = (materials.reader.capabilities.context_length or 2 * longest) // 2
     usual = registry.inference_options("raw")["answer_tokens"]
     return registry.make_inference("raw", materials.reader, answer_tokens=max(usual, min(longest, half)))
@@ -109,7 +148,7 @@ def _trained(materials: Materials) -> PreferenceInference:
 
 def _another_user(materials: Materials) -> PreferenceInference:
     if len(materials.examples) < 2:
-        raise RowUnavailable("there is no other user")
+        raise RowUnavailable("there is only one user")
     return registry.inference("another-user")(materials.writer)
 
 
@@ -128,22 +167,29 @@ ROWS = (
 )
 
 REFERENCES = (UNTRAINED, NO_CONTEXT)
-"""The rows from which every other row's difference is told."""
+"""The rows from which the differences of all other rows are computed."""
 
 
 def choose(names: Sequence[str], *, trained: bool = False) -> tuple[Row, ...]:
-    """The rows of these names, in the order of the table; when none is named, all that there are for the writer.
+    """Selects rows by name, in the order of the table.
 
     Args:
-        names: Of rows.
+        names: Names of rows. Case, spaces, hyphens and apostrophes are ignored: ``Another user's summary`` is
+            ``another-users-summary``. If empty, all rows that exist for the writer.
         trained: Whether the writer is a trained one.
 
     Raises:
-        ConfigError: If there is no row of a name.
+        ConfigError: If a name is unknown.
     """
-    known = {row.name: row for row in ROWS}
+    known = {_letters(row.name): row.name for row in ROWS}
+    wanted = set()
     for name in names:
-        if name not in known:
-            raise ConfigError(f"unknown row {name!r}", field="rows", fix=did_you_mean(name, known))
-    wanted = names or [name for name in known if trained or name != TRAINED]
-    return tuple(row for row in ROWS if row.name in wanted)
+        if _letters(name) not in known:
+            rows = ", ".join(known.values())
+            raise ConfigError(f"unknown row {name!r}", field="rows", fix=f"the rows are: {rows}")
+        wanted.add(known[_letters(name)])
+    return tuple(row for row in ROWS if (row.name in wanted if names else trained or row.name != TRAINED))
+
+
+def _letters(name: str) -> str:
+    return re.sub(r"[\W_]", "", name.casefold())

@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
-from popi.errors import InputError
+from popi.errors import BackendError, InputError
 from popi.evaluation.folder import Folder
 from popi.evaluation.judges import World, world_of
-from popi.evaluation.measure import Column, Measured, Plain, measure, measure_nothing, measure_plain
-from popi.evaluation.results import Cell, Results
-from popi.evaluation.rows import NO_CONTEXT, REFERENCES, Materials, Row, RowUnavailable, WrittenOnce
+from popi.evaluation.measure import (
+    ITEM_FAILURES,
+    Column,
+    Context,
+    Measured,
+    Plain,
+    measure,
+    measure_nothing,
+    measure_plain,
+)
+from popi.evaluation.notes import notes
+from popi.evaluation.results import Results
+from popi.evaluation.rows import REFERENCES, Materials, Row, RowUnavailable, Written, WrittenOnce
 from popi.evaluation.samples import Sample
 from popi.evaluation.tabulate import MeasuredUser, Tabulator
-from popi.models import shipped
-from popi.roles import PreferenceInference
+from popi.roles import Failure, PreferenceInference
 from popi.summary import PreferenceSummary
 
 
@@ -30,23 +39,23 @@ async def evaluate(
     settings: Mapping[str, object],
     advance: Callable[[int], None] = lambda users: None,
 ) -> Results:
-    """Measures what is not measured yet, and makes the table.
+    """Measures what has not been measured yet, and computes the table.
 
     Args:
-        samples: The users; nobody is in two of them.
-        rows: What the generators are told. A row that the data cannot have is left out and named in the results.
-        columns: The generators.
+        samples: The users. No user is in two of them.
+        rows: What the generators read. A row that cannot be made from the data is left out and named in the results.
+        columns: The generators. A cell whose generator does not accept the interface of its row is unavailable.
         writer: The inference under test.
-        untrained: What it was before it was trained; ``None`` if it was not.
-        folder: Keeps what is measured; what it holds already is not measured again.
-        judged: How many users of each sample get an answer that is judged, where their world has a judge.
-        settings: Goes into the results.
-        advance: Told after each row of each column how many users are done; a sample has
+        untrained: The inference that it was trained from; ``None`` if it was not trained.
+        folder: Keeps the measurements. Those that it contains already are not repeated.
+        judged: Number of users per sample whose responses are judged, if their world has a judge.
+        settings: Settings to add to the results.
+        advance: Called after each row of each column with the number of users. The total over a sample is
             ``len(rows) * len(columns)`` times its users.
 
     Raises:
-        BackendError: If a model cannot serve.
-        InputError: If the folder holds broken pieces, or the data can have none of the rows.
+        BackendError: If a backend is not available.
+        InputError: If the folder contains broken pieces, or none of the rows can be made from the data.
         PopiError: If the folder cannot be written.
     """
     world = world_of([example for sample in samples for example in sample.examples])
@@ -55,7 +64,7 @@ async def evaluate(
     made = [row for row in rows if row.name not in left_out]
     if not made:
         reasons = "; ".join(f"{name}: {why}" for name, why in left_out.items())
-        raise InputError(f"none of the rows can be had of these data ({reasons})", fix="ask for other rows")
+        raise InputError(f"none of the rows can be made from these data ({reasons})", fix="choose other rows")
     for bench in benches:
         for column in columns:
             await bench.measure(made, column, advance)
@@ -64,20 +73,22 @@ async def evaluate(
 
     table = Tabulator([user for bench in benches for user in bench.users])
     names = [column.name for column in columns]
-    cells = table.cells([row.name for row in made], names, REFERENCES)
+    cells = table.cells([row.name for row in made], names, REFERENCES, refused=_refused(made, columns))
+    summaries = [table.summaries(row.name, world) for row in made if row.claims]
+    models = [writer.name, *(column.backend.model for column in columns)]
     return Results(
         settings=dict(settings),
         users=sum(len(sample.examples) for sample in samples),
         cells=cells,
         controls=table.controls(names),
-        summaries=[table.summaries(row.name, world) for row in made if row.claims],
+        summaries=summaries,
         left_out=left_out,
-        notes=_notes(cells, world, [writer.name, *(column.backend.model for column in columns)], _clusters(samples)),
+        notes=notes(cells, summaries, world, models, table.clusters),
     )
 
 
 class _Bench:
-    """One sample of users under measurement."""
+    """Measures one sample of users."""
 
     def __init__(
         self,
@@ -98,17 +109,21 @@ class _Bench:
         self._untrained = None if untrained is None else self._written_once(untrained)
 
     def _written_once(self, writer: PreferenceInference) -> WrittenOnce:
-        def have() -> Awaitable[list[PreferenceSummary]]:
-            make = partial(writer.infer, self._signals)
-            return self._keep("summaries", writer.name, model=PreferenceSummary, make=make)
+        async def write() -> list[Written]:
+            outcomes = await writer.try_infer(self._signals)
+            for outcome in outcomes:
+                if isinstance(outcome, Failure) and outcome.failure not in ITEM_FAILURES:
+                    error = f"no summary of user {outcome.user_id!r}: {outcome.error}"
+                    raise BackendError(error, failure=outcome.failure)
+            return [Written.of(outcome) for outcome in outcomes]
 
-        return WrittenOnce(writer.name, have)
+        return WrittenOnce(writer.name, partial(self._keep, "summaries", writer.name, model=Written, make=write))
 
     def materials(self, column: Column) -> Materials:
         return Materials(self._writer, self._untrained, column.backend, self._examples)
 
     async def measure(self, rows: Sequence[Row], column: Column, advance: Callable[[int], None]) -> None:
-        """Fills one column."""
+        """Measures the cells of one column."""
         plain = await self._keep(
             column.name,
             "plain",
@@ -118,38 +133,37 @@ class _Bench:
         for user, bare in zip(self.users, plain, strict=True):
             user.plain[column.name] = bare
         for row in rows:
-            if row.build is None and column.reference is None:
-                cells = measure_nothing(plain, judged=self._judged)
-            else:
-                cells = await self._keep(
-                    column.name,
-                    row.name,
-                    model=Measured,
-                    make=partial(self._measure_row, row, column, plain),
-                )
-            for user, measured in zip(self.users, cells, strict=True):
-                user.cells[row.name, column.name] = measured
+            if row.accepted_by(column.backend):
+                cells = await self._measure_row(row, column, plain)
+                for user, measured in zip(self.users, cells, strict=True):
+                    user.cells[row.name, column.name] = measured
             advance(len(self.users))
 
     async def collect(self, rows: Sequence[Row], column: Column) -> None:
-        """Gets the summaries of rows whose claims can be checked."""
+        """Adds the summaries of rows whose claims can be checked."""
         for row in rows:
-            for user, summary in zip(self.users, await self._told(row, column), strict=True):
-                if summary is not None:
+            for user, summary in zip(self.users, await self._contexts(row, column), strict=True):
+                if isinstance(summary, PreferenceSummary):
                     user.summaries[row.name] = summary
 
     async def _measure_row(self, row: Row, column: Column, plain: Sequence[Plain]) -> list[Measured]:
-        told = await self._told(row, column)
-        return await measure(column, self._examples, told, plain, judge=self._world, judged=self._judged)
+        if row.build is None and column.reference is None:
+            return measure_nothing(plain, judged=self._judged)
 
-    async def _told(self, row: Row, column: Column) -> Sequence[PreferenceSummary | None]:
+        async def make() -> list[Measured]:
+            contexts = await self._contexts(row, column)
+            return await measure(column, self._examples, contexts, plain, judge=self._world, judged=self._judged)
+
+        return await self._keep(column.name, row.name, model=Measured, make=make)
+
+    async def _contexts(self, row: Row, column: Column) -> Sequence[Context]:
         if row.build is None:
             return [None] * len(self._signals)
-        return await row.build(self.materials(column)).infer(self._signals)
+        return await row.build(self.materials(column)).try_infer(self._signals)
 
 
 def _why_not(row: Row, benches: Sequence[_Bench], columns: Sequence[Column]) -> str | None:
-    """Why a row cannot be made, if so."""
+    """Why a row cannot be made, or ``None``."""
     try:
         for bench in benches:
             for column in columns:
@@ -160,40 +174,11 @@ def _why_not(row: Row, benches: Sequence[_Bench], columns: Sequence[Column]) -> 
     return None
 
 
-def _clusters(samples: Sequence[Sample]) -> int | None:
-    """How many clusters the users make, if not each is one."""
-    examples = [example for sample in samples for example in sample.examples]
-    count = len({example.cluster for example in examples})
-    return count if count < len(examples) else None
-
-
-def _notes(cells: Sequence[Cell], world: World | None, models: Sequence[str], clusters: int | None) -> list[str]:
-    """What a reader of the table has to know."""
-    miniatures = sorted(set(models) & set(shipped()))
-    notes = [world.remark] if world else []
-    if world is None and miniatures:
-        notes.append(f"{' and '.join(miniatures)} know the mini world alone: their scores mean nothing on these data.")
-    bare = [cell.accuracy for cell in cells if cell.row == NO_CONTEXT and cell.accuracy is not None]
-    if any(accuracy.low == accuracy.high == 0.5 for accuracy in bare):
-        notes.append(
-            "No context is 50 % by construction where a generator is its own reference: with the same prompt on both "
-            "sides of the margin every pair ties, and a tie counts one half."
-        )
-    texts = [cell.column for cell in cells if cell.accuracy is None]
-    if texts:
-        notes.append(f"{' and '.join(dict.fromkeys(texts))} gives text alone: win rates, no accuracy.")
-    unscored = [f"{cell.unscored} of {cell.pairs} in {cell.row} ({cell.column})" for cell in cells if cell.unscored]
-    if unscored:
-        notes.append(
-            f"Pairs that could not be scored, most likely for their length, count as ties: {', '.join(unscored)}."
-        )
-    if clusters is not None:
-        notes.append(f"These users do not witness independently: they make {clusters} clusters, which are resampled.")
-    if world is None:
-        notes.append("Nothing is known of the truth behind these data: no win rate, no faithfulness.")
-    elif cells and cells[0].judged:
-        notes.append(
-            "The win rate is that of the answer to a user's first test prompt against the same generator's answer to "
-            f"the bare prompt, for {cells[0].judged} users, in random order; a tie counts one half."
-        )
-    return notes
+def _refused(rows: Sequence[Row], columns: Sequence[Column]) -> dict[tuple[str, str], str]:
+    """Why cells cannot be measured, by row and column."""
+    return {
+        (row.name, column.name): f"{column.name} does not accept the interface {row.interface}"
+        for row in rows
+        for column in columns
+        if not row.accepted_by(column.backend)
+    }

@@ -1,4 +1,4 @@
-"""The users of an evaluation: one sample for each seed, of a world or dealt from a file."""
+"""The users of an evaluation: one sample per seed, from a world or from a file."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ from pathlib import Path
 import numpy as np
 
 from popi import registry
-from popi.data.example import PersonalizationExample, read_examples
+from popi.data.example import PersonalizationExample
+from popi.data.reading import read_examples
 from popi.errors import ConfigError, InputError, did_you_mean
+from popi.io import BadRows
 
 GENERATORS = {"miniworld": "popi.data.miniworld:generate"}
-"""What makes the users of each world, as ``module:name``."""
+"""The functions that make the users of a world, as ``module:name``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,8 +23,8 @@ class Sample:
     """Users that are measured together.
 
     Attributes:
-        seed: Tells samples apart.
-        examples: Each with test pairs. No user is in two samples of an evaluation.
+        seed: The seed of the sample.
+        examples: The users, each with held-out pairs. No user is in two samples of an evaluation.
     """
 
     seed: int
@@ -30,45 +32,45 @@ class Sample:
 
 
 def from_world(world: str, *, split: str, users: int, seeds: Sequence[int]) -> list[Sample]:
-    """Has a world make ``users`` users for each seed.
+    """Makes ``users`` users of a world for each seed.
 
     Raises:
-        ConfigError: If there is no such world, or no user is asked for.
+        ConfigError: If the world is unknown, or ``users`` is not positive.
         InputError: If the world has no such split.
     """
     if world not in GENERATORS:
         raise ConfigError(f"unknown world {world!r}", field="world", fix=did_you_mean(world, GENERATORS))
     if users < 1:
-        raise ConfigError("at least one user is needed", field="users")
+        raise ConfigError(f"must be positive, not {users}", field="users")
     generate = registry.load(GENERATORS[world])
     return [Sample(seed, list(generate(split=split, users=users, seed=seed))) for seed in seeds]
 
 
-def from_file(path: Path, *, users: int | None, seeds: Sequence[int]) -> list[Sample]:
-    """Deals the users of a file who have test pairs into a sample for each seed.
+def from_file(path: Path, *, users: int | None, seeds: Sequence[int], bad_rows: BadRows | None = None) -> list[Sample]:
+    """Divides the users of a file who have held-out pairs into one sample per seed.
 
     Args:
-        path: JSON lines, see :func:`popi.data.example.read_examples`.
-        users: Of each sample; ``None`` deals out everybody.
-        seeds: The first one shuffles the users.
+        path: The file; see :func:`popi.data.reading.read_examples`.
+        users: Number of users per sample; ``None`` uses all users.
+        seeds: The seeds of the samples. The first one determines how the users are shuffled.
+        bad_rows: Collects the bad rows of the file.
 
     Raises:
-        ConfigError: If no user is asked for.
-        InputError: If the file is broken, or has too few such users.
+        ConfigError: If ``users`` is not positive.
+        InputError: If the file has bad rows that are not to be skipped, or too few users with held-out pairs.
     """
-    examples = [example for example in read_examples(path) if example.tests]
+    examples = [example for example in read_examples(path, bad_rows=bad_rows) if example.tests]
     size = len(examples) // len(seeds) if users is None else users
     if users is not None and users < 1:
-        raise ConfigError("at least one user is needed", field="users")
+        raise ConfigError(f"must be positive, not {users}", field="users")
     if not size or size * len(seeds) > len(examples):
         raise InputError(
-            f"{len(examples)} users with test pairs, and {max(size, 1) * len(seeds)} are needed",
+            f"has {len(examples)} users with held-out pairs, but {max(size, 1) * len(seeds)} are needed",
             file=path,
-            fix="ask for fewer users or seeds" if examples else "give users their test pairs in the field tests",
+            fix="lower the number of users or seeds" if examples else "add held-out pairs in the field tests",
         )
     order = np.random.default_rng(seeds[0]).permutation(len(examples))
-    # Users of one cluster stand together, where the first of them is: what they share is dealt to one sample, but for
-    # the cluster at the border of two.
+    # Users of a cluster are neighbours, so that they are in the same sample unless they are at the border of two.
     rank: dict[str, int] = {}
     for place in order:
         rank.setdefault(examples[place].cluster, len(rank))

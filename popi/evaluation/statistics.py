@@ -1,4 +1,4 @@
-"""Shares with intervals: a bootstrap over users, because the pairs of one user are not independent of each other."""
+"""Shares with confidence intervals by a bootstrap over users: the pairs of one user are not independent."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from pydantic import BaseModel, ConfigDict
 Floats = NDArray[np.float64]
 
 LEVEL = 0.95
-"""Share of the resamples that an interval holds."""
+"""Confidence level: the share of the resamples inside an interval."""
 
 TIE = 1e-4
-"""Margins within this many nats of zero are ties: scores in float32 are no more precise."""
+"""Margins within this many nats of zero are ties. Scores in float32 are not more precise."""
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
 
 class Estimate(BaseModel):
-    """A figure with its interval, at level :data:`LEVEL`."""
+    """A figure with its confidence interval, at level :data:`LEVEL`."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -30,9 +30,13 @@ class Estimate(BaseModel):
 
 
 def wins(margins: Sequence[float | None]) -> Floats:
-    """Which pairs a margin decides rightly: 1 where it is positive, 0 where negative, 1/2 where it is a tie.
+    """Preference accuracy of each pair: 1 for a positive margin, 0 for a negative one, 1/2 for a tie.
 
-    A pair that could not be scored (``None``) is a tie as well: a generator that says nothing chooses by chance.
+    A pair whose score failed (``None``) is a tie too: without a score, a generator chooses by chance.
+
+    Example:
+        >>> wins([1.5, -0.2, 0.0, None]).tolist()
+        [1.0, 0.0, 0.5, 0.5]
 
     Args:
         margins: h of each pair, in nats: (pairs,).
@@ -45,33 +49,33 @@ def wins(margins: Sequence[float | None]) -> Floats:
 
 
 class Bootstrap:
-    """Resamples of users, drawn once and used for every figure of a table, so that differences are paired.
+    """Resamples of users. They are drawn once and used for every figure of a table, so that differences are paired.
 
     Args:
-        clusters: The cluster of each user; whole clusters are drawn. In most data every user is one.
-        seed: Seeds the draws.
-        resamples: How many times the clusters are drawn anew, with replacement.
+        clusters: The cluster of each user. Whole clusters are resampled. In most data every user is its own cluster.
+        seed: Seed of the resamples.
+        resamples: Number of times that the clusters are drawn, with replacement.
     """
 
     def __init__(self, clusters: Sequence[str], *, seed: int = 0, resamples: int = 1000) -> None:
         rng = np.random.default_rng(seed)
-        # In the order of their first users, so that users who are clusters of their own are drawn as they stand.
+        # Clusters are numbered by their first users, so that the draws do not depend on their names.
         number = {name: place for place, name in enumerate(dict.fromkeys(clusters))}
         drawn = rng.multinomial(len(number), np.full(len(number), 1 / len(number)), size=resamples)
-        # How often each resample holds each user: (resamples, users). A figure of a resample is then one product.
+        # How often each user is in each resample: (resamples, users). The sums of a resample are then one product.
         self._times = drawn[:, [number[name] for name in clusters]].astype(np.float64)
 
     def ratio(self, hits: ArrayLike, counts: ArrayLike) -> Estimate | None:
         """The pooled share, sum of hits over sum of counts, with its percentile interval.
 
-        A paired difference of two shares over the same counts is the ratio of the difference of their hits.
+        The paired difference of two shares with the same counts is the ratio of the difference of their hits.
 
         Args:
-            hits: What each user adds above the line: (users,).
-            counts: What each user adds below it; 0 for a user who was not asked: (users,).
+            hits: The numerator of each user: (users,).
+            counts: The denominator of each user; 0 for a user without measurements: (users,).
 
         Returns:
-            The estimate, or ``None`` when nobody counts.
+            The estimate, or ``None`` if all counts are 0.
         """
         hits_U, counts_U = np.asarray(hits, np.float64), np.asarray(counts, np.float64)
         if not counts_U.sum():
@@ -84,5 +88,5 @@ class Bootstrap:
 
 
 def quantiles(values: Sequence[float] | Floats) -> list[float]:
-    """How values spread: their :data:`QUANTILES`, or nothing when there are no values."""
+    """The :data:`QUANTILES` of values; empty if there are no values."""
     return [float(value) for value in np.quantile(values, QUANTILES)] if len(values) else []

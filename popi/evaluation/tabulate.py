@@ -1,8 +1,8 @@
-"""From what was measured of each user to the figures of the table. Nothing here asks a model."""
+"""Computes the figures of the table from the measurements of each user, without any model."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -17,14 +17,14 @@ from popi.summary import PreferenceSummary
 
 @dataclass(slots=True)
 class MeasuredUser:
-    """All that was measured of one user.
+    """All measurements of one user.
 
     Attributes:
-        seed: Of the sample that the user belongs to.
+        seed: Seed of the user's sample.
         example: The user.
-        summaries: By row, for the rows whose claims can be checked.
-        plain: By column.
-        cells: By row and column.
+        summaries: The summaries by row, for the rows whose claims can be checked. A failed one is missing.
+        plain: The measurements on the plain prompts, by column.
+        cells: The measurements by row and column. An unavailable cell is missing.
     """
 
     seed: int
@@ -35,10 +35,10 @@ class MeasuredUser:
 
 
 class Tabulator:
-    """Makes the figures of one table; all of them rest on the same resamples of the users.
+    """Computes the figures of one table. All of them use the same resamples of the users.
 
     Args:
-        users: In any order, which changes nothing.
+        users: The users. Their order has no effect.
     """
 
     def __init__(self, users: Sequence[MeasuredUser]) -> None:
@@ -47,93 +47,123 @@ class Tabulator:
         self._seeds = np.array([user.seed for user in self._users])
         self._pairs = self._each(lambda user: len(user.example.tests))
 
-    def cells(self, rows: Sequence[str], columns: Sequence[str], references: Sequence[str]) -> list[Cell]:
+    @property
+    def clusters(self) -> int | None:
+        """The number of clusters of users, or ``None`` if every user is one."""
+        count = len({user.example.cluster for user in self._users})
+        return count if count < len(self._users) else None
+
+    def cells(
+        self,
+        rows: Sequence[str],
+        columns: Sequence[str],
+        references: Sequence[str],
+        *,
+        refused: Mapping[tuple[str, str], str] | None = None,
+    ) -> list[Cell]:
         """The cells, row by row.
 
         Args:
-            rows: Names, in the order of the table.
-            columns: Names.
-            references: Rows from which the difference of every other row is told, where they are there.
+            rows: Names of the rows, in the order of the table.
+            columns: Names of the columns.
+            references: Rows from which the difference of every other row is computed, if they are in the table.
+            refused: Why cells were not measured, by row and column.
         """
+        refused = refused or {}
         return [
-            self._cell(row, column, [name for name in references if name in rows and name != row])
+            Cell(row=row, column=column, unavailable=refused[row, column])
+            if (row, column) in refused
+            else self._cell(row, column, [name for name in references if self._is_reference(name, row, column, rows)])
             for row in rows
             for column in columns
         ]
 
     def controls(self, columns: Sequence[str]) -> list[Control]:
-        """What can be had without a summary: a perfect chooser (where known), length, plain likelihood."""
+        """Choices without a summary: a perfect chooser (if known), by length, and by plain likelihood."""
         controls = [self._control("longest-answer", None, self._each(_longest))]
-        for column in filter(self._scores, columns):
-            plain = self._each(lambda user, column=column: wins(user.plain[column].differences).sum())  # type: ignore[misc]
-            controls.append(self._control("plain-likelihood", column, plain))
-        if all("perfect_choice" in user.example.facts for user in self._users):
-            perfect = self._each(lambda user: sum(user.example.facts["perfect_choice"]))
-            controls.append(self._control(PERFECT, None, perfect))
+        for column in columns:
+            if any(_any_score(user.plain[column].differences) for user in self._users):
+                plain = self._each(lambda user, column=column: wins(user.plain[column].differences).sum())  # type: ignore[misc]
+                controls.append(self._control("plain-likelihood", column, plain))
+        perfect = [_perfect(user) for user in self._users]
+        if None not in perfect:
+            controls.append(self._control(PERFECT, None, np.array(perfect, dtype=np.float64)))
         return controls
 
     def summaries(self, row: str, reader: TasteReader | None) -> SummaryReport:
-        """What the summaries of a row are like.
+        """The report on the summaries of a row. A failed summary claims nothing.
 
         Args:
             row: A row that makes claims.
-            reader: Reads tastes; without it the claims are only counted.
+            reader: Reads preferences. Without it the claims are only counted.
         """
-        told = [user.summaries[row] for user in self._users]
+        summaries = [user.summaries.get(row) for user in self._users]
+        present = [summary for summary in summaries if summary is not None]
         claims: dict[str, float] = {}
         precision: list[float] = []
         if reader and all(reader.true(user.example) is not None for user in self._users):
             sorts = [
                 _sort_claims(summary, reader.claimed(summary.text), reader.true(user.example) or {})
-                for summary, user in zip(told, self._users, strict=True)
+                for summary, user in zip(summaries, self._users, strict=True)
+                if summary is not None
             ]
             total = max(1, sum(sum(sort.values()) for sort in sorts))
-            claims = {name: sum(sort[name] for sort in sorts) / total for name in sorts[0]}
+            claims = {name: sum(sort[name] for sort in sorts) / total for name in CLAIMS}
             checked = [(sort["true"], sum(sort.values()) - sort["unchecked"]) for sort in sorts]
             precision = [hits / count for hits, count in checked if count]
         return SummaryReport(
             row=row,
-            truth=self._faithfulness(told, reader.claimed, reader.true) if reader else None,
-            evidence=self._faithfulness(told, reader.claimed, reader.evident) if reader else None,
-            not_enough_evidence=float(np.mean([summary.status == "not_enough_evidence" for summary in told])),
+            truth=self._faithfulness(summaries, reader.claimed, reader.true) if reader else None,
+            evidence=self._faithfulness(summaries, reader.claimed, reader.evident) if reader else None,
+            not_enough_evidence=_mean([summary.status == "not_enough_evidence" for summary in present]) or 0.0,
             claims=claims,
-            claims_quantiles=quantiles([len(summary.claims) for summary in told]),
+            claims_quantiles=quantiles([len(summary.claims) for summary in present]),
             precision_quantiles=quantiles(precision),
+            failed=len(summaries) - len(present),
         )
 
     def _cell(self, row: str, column: str, references: Sequence[str]) -> Cell:
         measured = [user.cells[row, column] for user in self._users]
+        lengths = [found.context_tokens for found in measured if found.context_tokens is not None]
+        scored = self._scored(row, column)
         hits = self._hits(row, column)
-        lengths = [found.context_tokens for found in measured]
-        scores = self._scores(column)
+        margins = [margin for found in measured for margin in found.margins]
+        error = next((found.error for found in measured if None in found.margins), "")
+        unavailable = None if scored or not margins else f"none of its {len(margins)} pairs could be scored ({error})"
         return Cell(
             row=row,
             column=column,
-            accuracy=self._accuracy(hits) if scores else None,
-            by_seed=self._by_seed(hits) if scores else {},
-            differences={
-                name: difference
-                for name in references
-                if (difference := self._difference(row, name, column, scores=scores)) is not None
-            },
+            accuracy=self._accuracy(hits) if scored else None,
+            by_seed=self._by_seed(hits) if scored else {},
+            differences={} if unavailable else self._differences(row, references, column, scored=scored),
             win_rate=self._win_rate(row, column),
             judged=sum(found.won is not None for found in measured),
-            context_tokens=float(np.mean(lengths)),
+            context_tokens=_mean(lengths),
             prompt_tokens=_mean([found.prompt_tokens for found in measured]),
             completion_tokens=_mean([found.completion_tokens for found in measured]),
             context_quantiles=quantiles(lengths),
-            accuracy_quantiles=quantiles(hits / self._pairs) if scores else [],
-            pairs=int(self._pairs.sum()) if scores else 0,
-            unscored=sum(margin is None for found in measured for margin in found.margins),
+            accuracy_quantiles=quantiles(hits / self._pairs) if scored else [],
+            pairs=len(margins),
+            unscored=sum(margin is None for margin in margins),
+            error=error,
+            unavailable=unavailable,
         )
 
-    def _difference(self, row: str, reference: str, column: str, *, scores: bool) -> Estimate | None:
-        if scores:
-            return self._accuracy(self._hits(row, column) - self._hits(reference, column))
-        return self._win_rate(row, column, minus=reference)
+    def _is_reference(self, name: str, row: str, column: str, rows: Sequence[str]) -> bool:
+        """Whether the difference from a row can be computed: both are measured, and if one has scores, both have."""
+        if name not in rows or name == row or any((name, column) not in user.cells for user in self._users):
+            return False
+        return self._scored(name, column) == self._scored(row, column)
+
+    def _differences(self, row: str, references: Sequence[str], column: str, *, scored: bool) -> dict[str, Estimate]:
+        if scored:
+            hits = self._hits(row, column)
+            return {name: self._accuracy(hits - self._hits(name, column)) for name in references}
+        found = {name: self._win_rate(row, column, minus=name) for name in references}
+        return {name: difference for name, difference in found.items() if difference is not None}
 
     def _win_rate(self, row: str, column: str, *, minus: str | None = None) -> Estimate | None:
-        """Of the users whose answer was judged, or how much more than under another row."""
+        """The win rate of the users who were judged, possibly minus that of another row."""
         judged = self._each(lambda user: user.cells[row, column].won is not None)
         won = self._each(lambda user: user.cells[row, column].won or 0.0)
         other = 0.0 if minus is None else self._each(lambda user: user.cells[minus, column].won or 0.0)
@@ -146,17 +176,17 @@ class Tabulator:
         """A figure of every user: (users,)."""
         return np.array([measure(user) for user in self._users], dtype=np.float64)
 
-    def _scores(self, column: str) -> bool:
-        """Whether a generator gives log-probabilities."""
-        return any(user.plain[column].differences for user in self._users)
+    def _scored(self, row: str, column: str) -> bool:
+        """Whether any pair of a cell was scored."""
+        return any(_any_score(user.cells[row, column].margins) for user in self._users)
 
     def _hits(self, row: str, column: str) -> Floats:
-        """How many pairs each user's margins decide rightly: (users,)."""
+        """The number of pairs of each user that the margins decide correctly: (users,)."""
         return self._each(lambda user: wins(user.cells[row, column].margins).sum())
 
     def _accuracy(self, hits: Floats) -> Estimate:
         estimate = self._bootstrap.ratio(hits, self._pairs)
-        assert estimate is not None, "every user has test pairs"
+        assert estimate is not None, "every user has held-out pairs"
         return estimate
 
     def _by_seed(self, hits: Floats) -> dict[int, float]:
@@ -167,15 +197,15 @@ class Tabulator:
 
     def _faithfulness(
         self,
-        told: Sequence[PreferenceSummary],
+        summaries: Sequence[PreferenceSummary | None],
         claimed: Callable[[str], Tastes],
-        held: Callable[[PersonalizationExample], Tastes | None],
+        actual: Callable[[PersonalizationExample], Tastes | None],
     ) -> Faithfulness | None:
-        """Precision and recall of the claimed tastes against those that are held, if these are known of everybody."""
-        known = [held(user.example) for user in self._users]
+        """Precision and recall of the claimed preferences; ``None`` if the actual ones of some user are unknown."""
+        known = [actual(user.example) for user in self._users]
         if any(tastes is None for tastes in known):
             return None
-        claims = [set(claimed(summary.text).items()) for summary in told]
+        claims = [set() if summary is None else set(claimed(summary.text).items()) for summary in summaries]
         truth = [set(tastes.items()) for tastes in known if tastes is not None]
         right = np.array([len(ours & theirs) for ours, theirs in zip(claims, truth, strict=True)])
         return Faithfulness(
@@ -184,25 +214,37 @@ class Tabulator:
         )
 
 
-def _mean(counts: Sequence[int | None]) -> float | None:
-    """Of those that are known."""
-    known = [count for count in counts if count is not None]
+def _mean(values: Sequence[float | None]) -> float | None:
+    """The mean of the known values."""
+    known = [value for value in values if value is not None]
     return float(np.mean(known)) if known else None
 
 
+def _any_score(values: Sequence[float | None]) -> bool:
+    return any(value is not None for value in values)
+
+
 def _longest(user: MeasuredUser) -> float:
-    """How many pairs the longer answer, in characters, wins."""
+    """The number of pairs in which the longer response, in characters, is the chosen one."""
     lengths = [(len(pair.chosen), len(pair.rejected)) for pair in user.example.tests]
     return sum(0.5 if chosen == rejected else float(chosen > rejected) for chosen, rejected in lengths)
 
 
+def _perfect(user: MeasuredUser) -> float | None:
+    """The number of pairs that the perfect chooser decides correctly, if the facts of the user say so."""
+    known = user.example.facts.get("perfect_choice")
+    if not isinstance(known, list) or not all(isinstance(value, int | float) for value in known):
+        return None
+    return float(sum(known)) if len(known) == len(user.example.tests) else None
+
+
+CLAIMS = ("true", "opposite", "idle", "unchecked")
+"""What a claim can be, see :class:`popi.evaluation.results.SummaryReport`."""
+
+
 def _sort_claims(summary: PreferenceSummary, claimed: Tastes, truth: Tastes) -> dict[str, int]:
-    """Counts the claims of one summary by what is to be thought of them."""
+    """The number of claims of one summary of each of :data:`CLAIMS`."""
     true = sum(truth.get(dimension) == side for dimension, side in claimed.items())
     idle = sum(dimension not in truth for dimension in claimed)
-    return {
-        "true": true,
-        "opposite": len(claimed) - true - idle,
-        "idle": idle,
-        "unchecked": max(0, len(summary.claims) - len(claimed)),
-    }
+    unchecked = max(0, len(summary.claims) - len(claimed))
+    return dict(zip(CLAIMS, (true, len(claimed) - true - idle, idle, unchecked), strict=True))

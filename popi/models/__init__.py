@@ -5,7 +5,6 @@ Each folder beside this file that holds a ``config.json`` is a model, with its c
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 
@@ -13,9 +12,6 @@ from popi import provenance
 from popi.errors import ModelError, did_you_mean
 
 FOLDER = Path(__file__).parent
-ORIGIN = "popi.json"
-"""Beside a model that popi trained: ``{"from": ...}``, the model that it was made from."""
-
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
@@ -72,18 +68,3 @@ def fingerprint(name_or_path: str) -> str | None:
         return provenance.fingerprint_files(where)
     folder = folder_of(name_or_path)
     return None if folder is None else folder.name
-
-
-def origin(name_or_path: str) -> str | None:
-    """The model that a model was made from by training, or ``None`` if nothing tells of one.
-
-    Raises:
-        ModelError: If what stands beside the model cannot be read.
-    """
-    file = Path(find(name_or_path)) / ORIGIN
-    if not file.is_file():
-        return None
-    try:
-        return str(json.loads(file.read_text(encoding="utf-8"))["from"])
-    except (OSError, ValueError, LookupError, TypeError) as error:
-        raise ModelError(f"{file} does not tell what the model was made from ({error})", fix="remove it") from error

@@ -7,14 +7,15 @@ from collections.abc import Sequence
 import numpy as np
 
 from popi.backends.base import Backend, ChatRequest, ScoreRequest
+from popi.claims import as_text
 from popi.data.miniworld.language import as_vector, claimed_tastes, claims_for, draw_question, write_answer
 from popi.data.miniworld.observe import draw_style
 from popi.data.miniworld.tastes import DIMENSIONS, Style, best_claims, draw_taste
 from popi.data.miniworld.topics import TOPICS
 from popi.data.miniworld.world import User, draw_user
-from popi.prompts import Message, answer_messages, inference_messages
+from popi.prompts import DEFAULT, Message
 from popi.render import render_signals
-from popi.summary import Claim, as_text
+from popi.summary import Claim
 
 SUMMARY_TOKENS = 64
 
@@ -28,7 +29,9 @@ async def probe_writing(backend: Backend, users: int) -> dict[str, float]:
     """
     people = [draw_user("validation", 0, place) for place in range(users)]
     texts = [render_signals([seen.signal for seen in user.observations], len).text for user in people]
-    answers = await backend.chat([ChatRequest(inference_messages(text), max_tokens=SUMMARY_TOKENS) for text in texts])
+    answers = await backend.chat(
+        [ChatRequest(DEFAULT.inference_messages(text), max_tokens=SUMMARY_TOKENS) for text in texts]
+    )
     claims = np.stack([as_vector(claimed_tastes(answer.text)) for answer in answers])
     best = np.stack([best_claims(user.beliefs()[-1]) for user in people])
     agreed = float(((claims == best) & (best != 0)).sum())
@@ -79,7 +82,7 @@ def _pair(rng: np.random.Generator, dimension: int) -> list[ScoreRequest]:
     answers = [write_answer(rng, question, style) for style in (liked, other)]
     context = as_text([Claim(text=text) for text in claims_for(rng, taste)])
     conversations: tuple[list[Message], ...] = (
-        answer_messages(question.text, context),
-        answer_messages(question.text),
+        DEFAULT.answer_messages(question.text, context),
+        DEFAULT.answer_messages(question.text),
     )
     return [ScoreRequest(messages, answer) for messages in conversations for answer in answers]

@@ -19,7 +19,7 @@ from popi.backends.ledger import FREE, Ledger
 from popi.backends.wrappers.cost import Cost
 from popi.data.example import PersonalizationExample
 from popi.io import read_json, write_text
-from popi.roles import PreferenceInference
+from popi.roles import PreferenceInference, infer_or_nothing
 from popi.seeds import seed_of
 from popi.training.pair import Pair
 from popi.training.scoring import Judged, Reference
@@ -131,11 +131,12 @@ class Contexts:
             return None
         if self._kind == "raw-signals":
             return registry.make_inference("raw", self._pair.generator_backend)
-        options = {"max_tokens": self._max_tokens, "temperature": temperature}
+        options = {"max_tokens": self._max_tokens, "temperature": temperature, "attempts": 1}
         return registry.make_inference("llm", writer, **options, seed=seed_of(self._seed, purpose))
 
 
 def _told(users: Sequence[PersonalizationExample], inference: PreferenceInference | None) -> list[str | None]:
     if inference is None:
         return [None] * len(users)
-    return [summary.text for summary in asyncio.run(inference.infer([example.user for example in users]))]
+    summaries, _ = asyncio.run(infer_or_nothing(inference, [example.user for example in users]))
+    return [summary.text for summary in summaries]

@@ -9,7 +9,7 @@ from typing import Any
 
 from popi.data.example import PersonalizationExample
 from popi.errors import BackendError
-from popi.roles import PreferenceInference
+from popi.roles import PreferenceInference, infer_or_nothing
 from popi.summary import PreferenceSummary
 from popi.training.generator import check_finite, diverged
 from popi.training.objective import accuracy
@@ -64,7 +64,7 @@ async def look(
     told: Sequence[PreferenceSummary | None] = [None] * len(users)
     if inference is not None:
         try:
-            told = await inference.infer([example.user for example in users])
+            told, _ = await infer_or_nothing(inference, [example.user for example in users])
         except BackendError as error:
             # A backend makes one error of all that its model raises; this one is the training's.
             if isinstance(error.__cause__, ArithmeticError):

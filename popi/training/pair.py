@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,9 +11,10 @@ from transformers import GenerationConfig
 from popi.backends.transformers import TransformersBackend
 from popi.engine.chat_tokens import ChatTokens
 from popi.engine.loading import load
-from popi.io import write_text
-from popi.models import ORIGIN, folder_of
+from popi.models import folder_of
+from popi.prompts import DEFAULT
 from popi.run_folder import save_model
+from popi.trained import TrainingRecord
 from popi.training.likelihood import computing
 from popi.training.objective import Over
 from popi.training.scoring import PairScorer
@@ -81,7 +81,7 @@ class Pair:
             (self.writer, self.writer_tokenizer) if role == WRITER else (self.generator, self._generator_tokenizer)
         )
         save_model(model, tokenizer, card, folder)
-        write_text(Path(folder) / ORIGIN, json.dumps({"from": self._names[role]}) + "\n")
+        TrainingRecord(self._names[role], DEFAULT.hash).write(Path(folder))
 
 
 def _loaded(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

@@ -21,7 +21,7 @@ from popi.engine.chat_tokens import ChatTokens
 from popi.engine.packing import Row, Scored, pack, tokens_of
 from popi.errors import InputError
 from popi.io import read_json, write_text
-from popi.prompts import answer_messages, template_hash
+from popi.prompts import DEFAULT
 from popi.training.likelihood import in_memory_for, response_logps
 from popi.training.objective import Over, margin
 
@@ -146,7 +146,7 @@ class PairScorer:
 
     def _encode(self, items: Sequence[Judged], *, within: float) -> list[Scored]:
         """The chosen and the rejected answer of each item, one after the other."""
-        prompts = self._tokens.render([answer_messages(item.pair.prompt, item.context) for item in items])
+        prompts = self._tokens.render([DEFAULT.answer_messages(item.pair.prompt, item.context) for item in items])
         texts = list(dict.fromkeys(text for item in items for text in (item.pair.chosen, item.pair.rejected)))
         responses = {
             text: [*tokens, *self._tokens.end_of_turn]
@@ -212,7 +212,7 @@ class Reference:
         wanted = {reference_key(pair): pair for pair in pairs}
         made_of = {
             "model": fingerprint,
-            "template_hash": template_hash(),
+            "template_hash": DEFAULT.hash,
             "over": scorer.over,
             "pairs": hashlib.sha256("".join(sorted(wanted)).encode()).hexdigest()[:16],
         }

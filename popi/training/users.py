@@ -10,12 +10,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from popi import registry
 from popi.backends.base import Backend
-from popi.data.example import HeldOutPair, PersonalizationExample, read_examples
+from popi.data.example import HeldOutPair, PersonalizationExample
+from popi.data.reading import read_examples
 from popi.errors import ConfigError, InputError
-from popi.prompts import Message, inference_messages
-from popi.render import render_signals
-from popi.roles import context_tokens
+from popi.prompts import Message
 
 OF_NO_USE = "for want of evidence or of pairs"
 BESIDE_HELD_OUT = "since they share their pairs with held-out users"
@@ -108,10 +108,10 @@ def conversations(users: Sequence[PersonalizationExample], backend: Backend, max
     Raises:
         ModelError: If the writer's context has no room for any signal.
     """
-    budget = context_tokens(backend, inference_messages(""), max_tokens)
-    return [
-        inference_messages(render_signals(example.user.signals, backend.count_tokens, budget).text) for example in users
-    ]
+    writer = registry.make_inference("llm", backend, max_tokens=max_tokens)
+    assert writer.format is not None, "a language model writes by a format"
+    prompts = [writer.format.render(example.user) for example in users]
+    return [list(prompt.messages) for prompt in prompts if prompt is not None]
 
 
 def in_turn(users: int, count: int, *, seed: int) -> list[int]:

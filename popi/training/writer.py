@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from popi.claims import finished_part
 from popi.engine.cache import has_plain_cache
 from popi.engine.chat_tokens import ChatTokens
 from popi.engine.decoding import Draft, decode, end_tokens_of
@@ -18,7 +19,7 @@ from popi.engine.packing import Scored
 from popi.errors import InputError
 from popi.prompts import Message
 from popi.seeds import seed_of
-from popi.summary import Author, PreferenceSummary, Provenance, finished_part, read_reply
+from popi.summary import Author, PreferenceSummary, Provenance, read_reply
 from popi.training.checkpoints import Saves
 from popi.training.generator import diverged
 from popi.training.likelihood import computing, token_likelihood
@@ -168,7 +169,7 @@ class WriterTrainer(Saves, GRPOTrainer):
         """The summary that was sampled; without its end, without what was unfinished."""
         ended = bool(completion) and completion[-1] in self._ends
         text = self._chat.decode(completion[:-1] if ended else completion)
-        return read_reply("", text if ended else finished_part(text), (), TRAINED)
+        return read_reply("", text if ended else finished_part(text) or text, (), TRAINED)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """TRL's, timed: what is neither rollout nor scoring is the update."""

@@ -26,12 +26,12 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from popi.claims import as_text, finished_part, parse_claims
 from popi.data.example import HeldOutPair, PersonalizationExample
 from popi.data.miniworld import generate
 from popi.models import find
-from popi.prompts import Message, answer_messages, inference_messages
+from popi.prompts import DEFAULT, Message
 from popi.render import render_signals
-from popi.summary import as_text, finished_part, parse_claims
 
 MODEL = "popi-mini-base"
 USERS_PER_STEP, SAMPLES, PAIRS, MAX_TOKENS, TEMPERATURE = 8, 8, 4, 96, 0.8
@@ -99,14 +99,14 @@ class Chat:
     def preference(self, pair: HeldOutPair, context: str | None) -> Tensor:
         """Log pi(y_w|x,z) - log pi(y_l|x,z): a scalar, in nats."""
         answers = [self.response(pair.chosen), self.response(pair.rejected)]
-        logps_2_S, _ = self.logps(self.prompt(answer_messages(pair.prompt, context)), answers)
+        logps_2_S, _ = self.logps(self.prompt(DEFAULT.answer_messages(pair.prompt, context)), answers)
         chosen, rejected = logps_2_S.sum(dim=1)
         return chosen - rejected
 
 
 def read_signals(writer: Chat, user: PersonalizationExample) -> Tensor:
     """What the writer reads of a user."""
-    return writer.prompt(inference_messages(render_signals(user.user.signals, len).text))
+    return writer.prompt(DEFAULT.inference_messages(render_signals(user.user.signals, len).text))
 
 
 def read_summary(writer: Chat, tokens: Tensor) -> str:

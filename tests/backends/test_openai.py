@@ -50,10 +50,10 @@ async def test_a_black_box_answers_as_the_open_model_does(vllm_url: str) -> None
 async def test_greedy_texts_and_scores_are_those_of_transformers(vllm_url: str) -> None:
     from popi.backends.transformers import TransformersBackend
     from popi.data.miniworld import generate
-    from popi.prompts import answer_messages
+    from popi.prompts import DEFAULT
 
     made = [(example, pair) for example in generate(split="validation", users=8, seed=0) for pair in example.tests]
-    told = [answer_messages(pair.prompt, example.oracles["truth"]) for example, pair in made]
+    told = [DEFAULT.answer_messages(pair.prompt, example.oracles["truth"]) for example, pair in made]
     chats = [ChatRequest(messages, max_tokens=40) for messages in told]
     scores = [ScoreRequest(messages, pair.chosen) for messages, (_, pair) in zip(told, made, strict=True)]
     async with backend(vllm_url, tokenizer=SERVED) as known, TransformersBackend(SERVED) as local:

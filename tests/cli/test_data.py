@@ -9,9 +9,8 @@ from typing import Any
 
 import pytest
 
-from popi.data.dataset import load
-from popi.data.example import read_examples
 from popi.data.miniworld import SPLITS, generate
+from popi.data.reading import read_examples
 
 from .conftest import Ran
 
@@ -41,7 +40,7 @@ def test_converts_dsp_and_says_what_was_dropped(popi: Run, queries: Path, tmp_pa
     # Eight queries make two users of three queries for each audience; two queries are left for none of the four.
     assert summary == {"users": 8, "signals": 16, "tests": 8, "dropped": 9, "out": str(out)}
     assert dropped[0] == {
-        "reason": "the two answers are the same text",
+        "reason": "two responses are the same text",
         "file": "queries.json",
         "index": 2,
         "field": "responses.business and literature",
@@ -60,7 +59,7 @@ def test_on_a_terminal_the_report_is_by_reason(
     rows = [re.split(r"\s{2,}", line.strip()) for line in ran.out.splitlines()]
     assert [row for row in rows if any(cell.isdigit() for cell in row)] == [
         ["4", "16", "16", "1", str(tmp_path / "users.jsonl")],
-        ["the two answers are the same text", "1", "queries.json[2].responses.business and literature"],
+        ["two responses are the same text", "1", "queries.json[2].responses.business and literature"],
     ]
 
 
@@ -79,10 +78,63 @@ def test_converts_prefeval(popi: Run, tmp_path: Path) -> None:
     assert example.tests[0].chosen == "A hat."
 
 
+def test_converts_a_table_and_says_what_was_dropped(popi: Run, tmp_path: Path) -> None:
+    table, out = tmp_path / "table.csv", tmp_path / "users.jsonl"
+    table.write_text("user_id;text;mood\nann;I like lists.;good\n7;Short, please.;\n7;Short, please.;\n")
+    ran = popi("data", "convert", "csv", table, "--out", out)
+    assert (ran.code, ran.err) == (0, "")
+    assert records(ran) == [
+        {"users": 2, "signals": 2, "tests": 0, "dropped": 2, "out": str(out)},
+        {"reason": "unknown column", "file": "table.csv", "field": "mood"},
+        {"reason": "repeats an earlier row", "file": "table.csv", "line": 4},
+    ]
+    assert [example.user.user_id for example in read_examples(out)] == ["ann", "7"]
+
+
+def test_converts_a_chat_log(popi: Run, tmp_path: Path) -> None:
+    log, out = tmp_path / "log.jsonl", tmp_path / "users.jsonl"
+    messages = [{"role": "system", "content": "Be nice."}, {"role": "user", "content": "Keep it short."}]
+    log.write_text(json.dumps({"messages": messages, "user": "ann"}))
+    ran = popi("data", "convert", "chat", log, "--out", out)
+    assert (ran.code, ran.err) == (0, "")
+    assert records(ran) == [
+        {"users": 1, "signals": 1, "tests": 0, "dropped": 1, "out": str(out)},
+        {"reason": "turn of the role system", "file": "log.jsonl", "line": 1, "field": "messages.0"},
+    ]
+    [example] = read_examples(out)
+    assert example.user.signals[0].is_evidence
+
+
+@pytest.mark.parametrize(
+    ("form", "good", "bad"),
+    [
+        ("csv", "user_id,text\nann,Hi.\n", ",Hi.\n"),
+        ("chat", '{"messages": [{"role": "user", "content": "Hi."}], "user": "ann"}\n', '{"user": "ann"}\n'),
+    ],
+)
+def test_bad_rows_are_reported_and_skipped_on_request(
+    popi: Run, tmp_path: Path, form: str, good: str, bad: str
+) -> None:
+    source, out = tmp_path / "source", tmp_path / "users.jsonl"
+    source.write_text(good + 12 * bad)
+    ran = popi("data", "convert", form, source, "--out", out)
+    first, *lines = ran.err.splitlines()
+    assert (ran.code, ran.out, out.exists()) == (2, "", False)
+    assert first.startswith(f"popi: {source}: 12 bad rows; the first: line ")
+    assert first.endswith("; fix them, or continue without them with --skip-bad-rows")
+    assert all(re.match(rf"popi: {source}:\d+, field (user_id|messages): ", line) for line in lines[:-1])
+    assert (len(lines), lines[-1]) == (10, "popi: ... and 2 more")
+    ran = popi("data", "convert", form, source, "--out", out, "--skip-bad-rows")
+    assert ran.code == 0
+    assert re.fullmatch(rf"popi: skipped 12 bad rows; the first: {source}:\d+, field .*\n", ran.err)
+    summary, *dropped = records(ran)
+    assert (summary["users"], summary["dropped"], len(dropped)) == (1, 12, 12)
+
+
 def test_the_source_is_never_overwritten(popi: Run, queries: Path) -> None:
     before = queries.read_text()
     ran = popi("data", "convert", "dsp", queries, "--out", queries, "--signals", 1, "--tests", 1)
-    assert (ran.code, ran.err) == (2, f"popi: {queries}: is the file to be converted; give another --out\n")
+    assert (ran.code, ran.err) == (2, f"popi: {queries}: is the file to convert; name another file with --out\n")
     assert queries.read_text() == before
 
 
@@ -91,7 +143,9 @@ def test_the_source_is_never_overwritten(popi: Run, queries: Path) -> None:
     [
         (("convert", "dsp", "missing.json"), "missing.json: cannot be read"),
         (("convert", "prefeval", "missing"), "missing: cannot be read"),
-        (("miniworld", "--users", "2", "--split", "everything"), "there is no split 'everything'; use one of train,"),
+        (("convert", "csv", "missing.csv"), "missing.csv: cannot be read"),
+        (("convert", "chat", "missing.jsonl"), "missing.jsonl: cannot be read"),
+        (("miniworld", "--users", "2", "--split", "everything"), "unknown split 'everything'; use one of train,"),
         (("miniworld", "--users", "0"), "greater than or equal to 1"),
         (("miniworld", "--users", "2", "--format", "csv"), "'csv' is not one of 'jsonl', 'dataset'"),
     ],
@@ -127,7 +181,7 @@ def test_a_data_set_holds_the_same_as_the_lines(popi: Run, tmp_path: Path) -> No
     lines, folder = tmp_path / "world.jsonl", tmp_path / "world"
     assert popi("data", "miniworld", "--users", 3, "--out", lines).code == 0
     assert popi("data", "miniworld", "--users", 3, "--out", folder, "--format", "dataset").code == 0
-    assert list(load(folder)) == list(read_examples(lines))
+    assert list(read_examples(folder)) == list(read_examples(lines))
 
 
 def test_the_help_names_every_split(popi: Run) -> None:

@@ -15,7 +15,8 @@ from popi.cli import main
 from popi.data.miniworld import generate
 from popi.evaluation.results import Results
 from popi.io import write_jsonl
-from popi.prompts import OPEN
+from popi.prompts import DEFAULT
+from popi.signals import PreferencePair
 from popi.testing import ScriptedBackend
 
 
@@ -28,7 +29,7 @@ def backends(monkeypatch: pytest.MonkeyPatch) -> dict[str, ScriptedBackend]:
         return "- bullet points [1]" if "Signals of one user" in request.messages[-1].content else "One thing."
 
     def score(request: ScoreRequest) -> float:
-        return float(len(request.response)) if OPEN in request.messages[-1].content else 0.0
+        return float(len(request.response)) if DEFAULT.open in request.messages[-1].content else 0.0
 
     def make(model: str) -> ScriptedBackend:
         made[model] = ScriptedBackend(answer, score, model=model)
@@ -139,7 +140,7 @@ def test_ctrl_c_keeps_what_is_measured(
     monkeypatch.setattr(ScriptedBackend, "score", interrupted)
     assert evaluate() == 130
     error = capsys.readouterr().err.splitlines()[-1]
-    assert "interrupted; what is measured is kept in" in error
+    assert "interrupted; measurements are kept in" in error
     assert list((tmp_path / "out/users").rglob("*.jsonl"))
     assert not (tmp_path / "out/results.json").exists()
     monkeypatch.setattr(ScriptedBackend, "score", real)
@@ -158,7 +159,7 @@ def test_a_file_of_users_with_some_rows(
         for example in generate(split="unseen-users", users=6, seed=0)
     ]
     write_jsonl(path, examples)
-    rows = "no-context, raw-signals,true-taste-oracle"
+    rows = "no context, Raw signals,true-taste-oracle"
     assert evaluate("--data", str(path), "--rows", rows, "--json", users="5") == 0
     lines = printed(capsys)
     assert {line["row"] for line in lines if line["kind"] == "cell"} == {"no-context", "raw-signals"}
@@ -166,11 +167,38 @@ def test_a_file_of_users_with_some_rows(
     assert not any("miniature" in remark for remark in lines[-1]["remarks"])  # type: ignore[attr-defined]
 
 
+def test_held_out_pairs_among_the_signals_are_refused_and_their_users_skipped_on_request(
+    evaluate: Callable[..., int],
+    backends: dict[str, ScriptedBackend],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    path = tmp_path / "users.jsonl"
+    examples = list(generate(split="unseen-users", users=6, seed=0))
+    for place in (1, 4):
+        shown = PreferencePair(**examples[place].tests[2].model_dump())
+        examples[place] = examples[place].model_copy(update={"user": examples[place].user.add(shown)})
+    write_jsonl(path, examples)
+    assert evaluate("--data", str(path), users="3") == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0].startswith(f"popi: {path}: 2 bad rows; the first: line 2, field tests.2: a signal of the kind pair")
+    assert "1 of 4 held-out pairs of user 'unseen-users-0-1' cannot be used (remove them from tests" in lines[0]
+    assert [line.split(": ")[1] for line in lines[1:]] == [f"{path}:5, field tests.2"]
+    assert not (tmp_path / "out").exists()
+    assert evaluate("--data", str(path), "--skip-bad-rows", "--rows", "empty summary", users="4") == 0
+    captured = capsys.readouterr()
+    assert f"popi: skipped 2 bad rows; the first: {path}:2, field tests.2: " in captured.err
+    assert json.loads((tmp_path / "out/config.json").read_text())["settings"]["skipped_bad_rows"] == 2
+
+
 @pytest.mark.parametrize(
     ("more", "says"),
     [
-        (["--rows", "raw-signal"], "did you mean raw-signals"),
-        (["--split", "moon"], "no split 'moon'"),
+        (
+            ["--rows", "raw-signal"],
+            "unknown row 'raw-signal'; the rows are: no-context, raw-signals, untrained-summary",
+        ),
+        (["--split", "moon"], "unknown split 'moon'"),
         (["--world", "minworld"], "did you mean miniworld"),
         (["--data", "absent.jsonl", "--world", "miniworld"], "give one of the two"),
         (["--data", "absent.jsonl"], "absent.jsonl: cannot be read"),
@@ -249,7 +277,7 @@ def test_a_budget_stops_an_evaluation_which_says_what_was_spent(
     assert evaluate("--generator", str(file)) == 1
     *_, told, last = capsys.readouterr().err.splitlines()
     assert re.match(rf"popi: {file}: \d+ requests read .* tokens and wrote \d+: 0\.[0-4]", told)
-    assert "of the budget of 0.5 is spent" in last and "what is measured is kept in" in last
+    assert "of the budget of 0.5 is spent" in last and "measurements are kept in" in last
 
 
 def test_a_backends_file_may_change_in_how_the_model_is_asked_and_not_in_what_it_is(

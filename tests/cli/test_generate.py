@@ -10,7 +10,7 @@ import pytest
 
 from popi.backends.base import ChatRequest, ChatResult
 from popi.errors import BackendError
-from popi.prompts import answer_messages, template_hash
+from popi.prompts import DEFAULT
 from popi.summary import Author, PreferenceSummary, Provenance
 
 from .conftest import Models, Ran
@@ -20,7 +20,7 @@ Write = Callable[..., Path]
 
 
 def summary(user_id: str, text: str, **provenance: Any) -> dict[str, Any]:
-    made = {"author": Author.INFERRED, "template_hash": template_hash(), **provenance}
+    made = {"author": Author.INFERRED, "template_hash": DEFAULT.hash, **provenance}
     return PreferenceSummary(user_id=user_id, text=text, provenance=Provenance(**made)).model_dump(mode="json")
 
 
@@ -48,7 +48,7 @@ def test_answers_a_bare_prompt(popi: Run, models: Models) -> None:
     assert ran.record["response"] == "Told: ."
     assert (ran.record["prompt"], ran.record["summary"], ran.record["model"]) == ("How?", None, "m")
     [request] = models.chats
-    assert request.messages == answer_messages("How?")
+    assert request.messages == DEFAULT.answer_messages("How?")
     assert (request.max_tokens, request.temperature, request.seed) == (9, 0.5, 3)
     assert models.closed == models.made
 
@@ -57,7 +57,7 @@ def test_answers_a_bare_prompt(popi: Run, models: Models) -> None:
 def test_answers_under_a_summary(args: list[str], popi: Run, summaries: Path, models: Models) -> None:
     ran = popi("generate", "--model", "m", "--prompt", "How?", *(summaries if arg == "FILE" else arg for arg in args))
     assert ran.record["response"] == "Told: - Short."
-    assert models.chats[0].messages == answer_messages("How?", "- Short")
+    assert models.chats[0].messages == DEFAULT.answer_messages("How?", "- Short")
 
 
 def test_prints_the_bare_answer_on_a_terminal(popi: Run, models: Models, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -118,8 +118,8 @@ def test_a_place_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     for path, says in (
         (tmp_path / "file" / "out.jsonl", "cannot write"),
-        (tmp_path / "folder", "is no regular file"),
-        (tmp_path / "pipe", "is no regular file"),
+        (tmp_path / "folder", "is not a regular file"),
+        (tmp_path / "pipe", "is not a regular file"),
     ):
         with pytest.raises(PopiError, match=says), GrowingFile(path):
             pass

@@ -10,9 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from popi.signals import Statement, UserSignals
+from popi.data.miniworld import generate
 from popi.summary import PreferenceSummary
-from popi.testing import tiny_model
 
 from .conftest import Ran
 
@@ -20,19 +19,9 @@ USERS = 24
 
 
 @pytest.fixture
-def model(tmp_path: Path) -> Path:
-    folder = tmp_path / "model"
-    model, tokenizer = tiny_model()
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture
 def users(tmp_path: Path) -> Path:
     path = tmp_path / "users.jsonl"
-    signals = ((Statement(text=f"I like the number {n}"),) for n in range(USERS))
-    people = (UserSignals(user_id=f"user-{n}", signals=said) for n, said in enumerate(signals))
+    people = (example.user for example in generate(split="train", users=USERS, seed=0))
     path.write_text("".join(f"{person.model_dump_json()}\n" for person in people))
     return path
 
@@ -69,11 +58,11 @@ def texts(out: Path) -> dict[str, str]:
 
 @pytest.mark.slow
 def test_after_kill_9_and_ctrl_c_the_same_command_ends_as_if_it_had_never_stopped(
-    popi: Callable[..., Ran], model: Path, users: Path, tmp_path: Path
+    popi: Callable[..., Ran], users: Path, tmp_path: Path
 ) -> None:
     def command(out: Path) -> list[str]:
         options = ["--batch-size", "2", "--max-tokens", "48"]
-        return ["summarize", "--signals", str(users), "--model", str(model), "--out", str(out), *options]
+        return ["summarize", "--signals", str(users), "--model", "popi-mini-writer", "--out", str(out), *options]
 
     out, straight = tmp_path / "stopped.jsonl", tmp_path / "straight.jsonl"
     code, _ = stop_midway(command(out), out, 4, signal.SIGKILL)

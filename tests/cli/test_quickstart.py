@@ -8,7 +8,7 @@ import pytest
 
 from popi.backends.base import ChatRequest, ChatResult
 from popi.cli import main
-from popi.prompts import OPEN
+from popi.prompts import DEFAULT
 from popi.testing import ScriptedBackend
 
 
@@ -16,7 +16,7 @@ def answer(request: ChatRequest) -> str | ChatResult:
     text = request.messages[-1].content
     if "Signals of one user" in text:
         return "- bullet points [2, 1]\n- something [nice]"
-    return "Told." if OPEN in text else "Plain."
+    return "Told." if DEFAULT.open in text else "Plain."
 
 
 @pytest.fixture(autouse=True)

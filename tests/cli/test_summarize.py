@@ -13,7 +13,7 @@ import pytest
 from popi.backends.base import ChatRequest, ChatResult
 from popi.cli.growing import GrowingFile
 from popi.errors import BackendError, ModelError
-from popi.prompts import template_hash
+from popi.prompts import DEFAULT
 from popi.signals import UserSignals
 from popi.summary import PreferenceSummary
 
@@ -85,7 +85,10 @@ def test_leaves_the_settings_beside(summarize: Run, models: Models, out: Path) -
         "temperature": 0.0,
         "budget": 100,
         "seed": 7,
-        "template_hash": template_hash(),
+        "language": "auto",
+        "attempts": 2,
+        "prompts": None,
+        "template_hash": DEFAULT.hash,
     }
     assert {"popi", "python"} <= meta["versions"].keys()
 
@@ -270,7 +273,7 @@ def test_summaries_of_another_model_or_other_templates_are_refused(summarize: Ru
     meta = out.parent / "summaries.jsonl.meta.json"
     meta.unlink()
     assert "is by 'm', not by 'other'" in summarize([*USERS, says_more()], model="other").err
-    out.write_text(out.read_text().replace(template_hash(), "0" * 12))
+    out.write_text(out.read_text().replace(DEFAULT.hash, "0" * 12))
     ran = summarize(USERS)
     assert ran.code == 2
     assert f"{out}:1 was made with prompt templates 000000000000" in ran.err
@@ -284,7 +287,7 @@ def test_summaries_of_another_model_or_other_templates_are_refused(summarize: Ru
             ":2, field signals.0.text: field required",
         ),
         ([USERS[0], "{half"], ":2: is not JSON"),
-        ([USERS[0], USERS[0]], ":2, field user_id: user 'user-0' stands in line 1 already"),
+        ([USERS[0], USERS[0]], ":2, field user_id: user 'user-0' is already in line 1"),
     ],
 )
 def test_broken_signals_are_found_before_any_work(
@@ -335,7 +338,7 @@ def test_a_pipe_is_refused_because_it_is_read_twice(popi: Run, models: Models, o
     os.mkfifo(pipe)
     ran = popi("summarize", "--signals", pipe, "--model", "m", "--out", out)
     assert ran.code == 2
-    assert ran.err == f"popi: {pipe}: is no regular file, and it is read twice; save what comes from it first\n"
+    assert ran.err == f"popi: {pipe}: is not a regular file, but is read twice; save its content to a file first\n"
 
 
 def test_settings_that_gave_nothing_bind_nobody(summarize: Run, models: Models, out: Path) -> None:
@@ -349,7 +352,7 @@ def test_no_two_at_once(summarize: Run, models: Models, out: Path) -> None:
     with GrowingFile(out):
         ran = summarize(USERS)
     assert ran.code == 1
-    assert ran.err == f"popi: {out} is being written by another process; wait for it or choose another place\n"
+    assert ran.err == f"popi: {out} is being written by another process; wait for it or choose another path\n"
 
 
 def test_a_full_disk_is_one_line_and_keeps_whole_lines(summarize: Run, models: Models, out: Path) -> None:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from popi.data.convert import Conversion
 from popi.data.dsp import AUDIENCES, convert_dsp
-from popi.data.example import read_examples
+from popi.data.reading import read_examples
 from popi.errors import InputError
 from popi.io import write_jsonl
 from popi.signals import PreferencePair
@@ -56,7 +56,7 @@ def test_deals_every_query_once_to_users_of_each_audience(
     records = [record(number) for number in range(queries)]
     users, left = divmod(queries, signals + tests)
     if not users:
-        with pytest.raises(InputError, match=f"has {queries} queries, too few for a user of {signals + tests}"):
+        with pytest.raises(InputError, match=f"contains {queries} queries, too few for a user of {signals + tests}"):
             convert_dsp(save(records), signals_per_user=signals, tests_per_user=tests, seed=seed)
         return
     conversion = convert_dsp(save(records), signals_per_user=signals, tests_per_user=tests, seed=seed)
@@ -94,8 +94,8 @@ def test_identical_answers_are_dropped_and_counted(save: Callable[[Any], Path]) 
     check(conversion, records)
     # Query 3 has one pair of equal answers, query 5 all six of them, and so no use to any of the four audiences.
     assert [(entry["dropped because"], entry["count"]) for entry in conversion.reasons()] == [
-        ("the two answers are the same text", 7),
-        ("no other audience's answer is another text", 4),
+        ("two responses are the same text", 7),
+        ("no other audience has a different response", 4),
     ]
     assert conversion.reasons()[0]["first"] == "queries.json[3].responses.academy and business"
     assert len(conversion.examples) == 4
@@ -121,14 +121,14 @@ def test_broken_records_are_dropped_with_index_field_and_reason(save: Callable[[
         ("queries.json", 8, "query"),
         ("queries.json", 9, "query"),
     ]
-    assert [item.reason for item in conversion.dropped][::5] == ["is not a JSON object", "the same query stands before"]
+    assert [item.reason for item in conversion.dropped][::5] == ["is not a JSON object", "repeats an earlier query"]
 
 
 @pytest.mark.parametrize(
     ("content", "says"),
     [
-        ({"query": "q"}, "is not a list of queries with their responses"),
-        ([], "no query with its responses in it; give"),
+        ({"query": "q"}, "is not a list of queries with responses"),
+        ([], "contains no queries with responses; give"),
         (
             [{"preference": "x"}],
             r"the first of 1 dropped: queries\.json\[0\]\.query, field required\)",
@@ -146,6 +146,23 @@ def test_a_file_that_is_not_json_is_refused(tmp_path: Path) -> None:
         convert_dsp(tmp_path / "x.json")
     with pytest.raises(InputError, match="cannot be read"):
         convert_dsp(tmp_path / "missing.json")
+
+
+def test_a_folder_of_files_is_read_as_one(save: Callable[[Any], Path], tmp_path: Path) -> None:
+    records = [record(number) for number in range(16)]
+    for part, name in ((records[:9], "test"), (records[8:], "train")):
+        (tmp_path / f"domain_specific_preference.{name}.json").write_text(json.dumps(part))
+    (tmp_path / "other.json").write_text("{}")
+    conversion = convert_dsp(tmp_path)
+    assert conversion.examples == convert_dsp(save(records)).examples
+    assert [(item.place, item.reason) for item in conversion.dropped] == [
+        ("other.json", "is not domain_specific_preference*.json"),
+        ("domain_specific_preference.train.json[0].query", "repeats an earlier query"),
+    ]
+    assert convert_dsp(tmp_path / "domain_specific_preference.test.json").summary()["users"] == 4
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match="contains no queries with responses"):
+        convert_dsp(tmp_path / "empty")
 
 
 @pytest.mark.parametrize(("signals", "tests"), [(0, 4), (4, -1)])
@@ -166,7 +183,7 @@ def test_the_publishers_file(shared_data: Path, tmp_path: Path) -> None:
         if entry["responses"][one].strip() == entry["responses"][other].strip()
     ]
     counts = {entry["dropped because"]: entry["count"] for entry in conversion.reasons()}
-    assert counts["the two answers are the same text"] == len(equal) > 0
+    assert counts["two responses are the same text"] == len(equal) > 0
     # Every query is with a user of each audience, or is told to be dropped for it.
     used = conversion.summary()["signals"] + conversion.summary()["tests"]
     assert used + len(conversion.dropped) - len(equal) == len(records) * len(AUDIENCES)

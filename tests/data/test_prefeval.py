@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
-from popi.data.example import PersonalizationExample, read_examples
+from popi.data.example import PersonalizationExample
 from popi.data.prefeval import convert_prefeval
+from popi.data.reading import read_examples
 from popi.errors import InputError
 from popi.io import write_jsonl
 from popi.signals import Conversation, Speaker, Statement
@@ -162,13 +163,13 @@ def test_broken_items_are_dropped_with_file_index_field_and_reason(folder: Path)
     save(folder / "turns.json", [{"conversation_id": "x"}])
     conversion = convert_prefeval(folder)
     assert [(item.place, item.reason.split(",")[0]) for item in conversion.dropped] == [
-        ("turns.json", "holds no items"),
+        ("turns.json", "contains no items"),
         ("explicit_preference/hats.json[1].classification_task_options", "all options are the same text"),
         (
             "mcq_options/hats.json[2].classification_task_options",
             "list should have at least 2 items after validation",
         ),
-        ("implicit_preference/choice-based/hats.json[0].question", "asks something else than in mcq_options"),
+        ("implicit_preference/choice-based/hats.json[0].question", "is not the question in mcq_options"),
         ("implicit_preference/choice-based/hats.json[1].conversation", "field required"),
         (
             "implicit_preference/choice-based/hats.json[2].conversation.user_selection",
@@ -196,9 +197,20 @@ def test_a_second_copy_of_a_file_is_not_counted_twice(folder: Path) -> None:
     assert [item.place for item in conversion.dropped] == [f"old/explicit_preference/hats.json[{n}]" for n in range(3)]
 
 
+@pytest.mark.parametrize("form", FOLDERS)
+def test_a_file_outside_the_publishers_folder_is_known_by_its_items(folder: Path, form: str) -> None:
+    elsewhere = folder / "elsewhere"
+    (elsewhere / "mcq_options").mkdir(parents=True)
+    shutil.copy(folder / FOLDERS[form] / "hats.json", elsewhere / "hats.json")
+    if form != "options":
+        shutil.copy(folder / FOLDERS["options"] / "hats.json", elsewhere / "mcq_options" / "hats.json")
+    expected = convert_prefeval(folder / FOLDERS[form] / "hats.json").examples
+    assert convert_prefeval(elsewhere / "hats.json").examples == expected
+
+
 def test_files_that_cannot_be_used_are_refused(folder: Path, tmp_path: Path) -> None:
-    (folder / "turns.json").write_text("[]")
-    with pytest.raises(InputError, match="lies in none of explicit_preference"):
+    (folder / "turns.json").write_text('[{"conversation": []}]')
+    with pytest.raises(InputError, match=r"its items were not found in mcq_options/turns\.json"):
         convert_prefeval(folder / "turns.json")
     with pytest.raises(InputError, match="cannot be read"):
         convert_prefeval(folder / "nothing")
@@ -206,10 +218,10 @@ def test_files_that_cannot_be_used_are_refused(folder: Path, tmp_path: Path) -> 
     with pytest.raises(InputError, match="is not a list of items"):
         convert_prefeval(folder)
     shutil.rmtree(folder / "mcq_options")
-    with pytest.raises(InputError, match="its options are not to be found; put the publisher's mcq_options beside"):
+    with pytest.raises(InputError, match=r"not found in mcq_options/hats\.json; keep the file"):
         convert_prefeval(folder / "implicit_preference")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(InputError, match="no item that can be used"):
+    with pytest.raises(InputError, match="contains no usable items"):
         convert_prefeval(tmp_path / "empty")
 
 

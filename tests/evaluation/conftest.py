@@ -11,17 +11,17 @@ from popi.backends.base import ChatRequest, ScoreRequest
 from popi.data.example import HeldOutPair, PersonalizationExample
 from popi.data.miniworld import claimed_tastes, style_of, utility
 from popi.evaluation.measure import Column
-from popi.prompts import CLOSE, OPEN
+from popi.prompts import DEFAULT
 from popi.registry import generator
 from popi.signals import Statement, UserSignals
 from popi.testing import ScriptedBackend
 
-WRITTEN = "- bullet points [1]\n- something nice [2]"
+WRITTEN = "- bullet points\n- something nice"
 
 
 def context_of(request: ScoreRequest | ChatRequest) -> str:
     """What a request tells of the user; nothing on a bare prompt."""
-    found = re.search(f"{OPEN}\n(.*)\n{CLOSE}", request.messages[-1].content, re.DOTALL)
+    found = re.search(f"{DEFAULT.open}\n(.*)\n{DEFAULT.close}", request.messages[-1].content, re.DOTALL)
     return found.group(1) if found else ""
 
 

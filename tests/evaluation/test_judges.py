@@ -37,5 +37,7 @@ def test_a_world_is_known_by_its_examples(make_example: Make) -> None:
     assert isinstance(world_of([known, known]), MiniWorld)
     lost = known.model_copy(update={"facts": {"world": "miniworld"}})
     assert world_of([known, lost]) is None
-    for examples in ([known, unknown], [unknown], [elsewhere], [known, elsewhere], []):
+    odd = known.model_copy(update={"facts": {"world": ["miniworld"], "tastes": {}}})
+    untold = known.model_copy(update={"facts": {"world": "miniworld", "tastes": "prose"}})
+    for examples in ([odd], [untold], [known, unknown], [unknown], [elsewhere], [known, elsewhere], []):
         assert world_of(examples) is None

@@ -7,14 +7,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import pytest
+from pydantic import ValidationError
 
 from popi.backends.base import ChatRequest, ChatResult, ScoreRequest, ScoreResult
 from popi.data.example import PersonalizationExample
 from popi.errors import BackendError
 from popi.evaluation.judges import Comparison
 from popi.evaluation.measure import Column, Measured, Plain, measure, measure_nothing, measure_plain
-from popi.prompts import OPEN
+from popi.prompts import DEFAULT
 from popi.registry import generator
+from popi.roles import Failure
 from popi.summary import Author, PreferenceSummary, Provenance
 from popi.testing import ScriptedBackend
 
@@ -47,7 +49,7 @@ async def test_the_margin_is_the_conditioned_difference_minus_the_bare_one(make_
     nats = {("bare", "good"): -10.0, ("bare", "bad"): -7.0, ("told", "good"): -5.5, ("told", "bad"): -6.0}
 
     def score(request: ScoreRequest) -> float:
-        return nats["told" if OPEN in request.messages[-1].content else "bare", request.response]
+        return nats["told" if DEFAULT.open in request.messages[-1].content else "bare", request.response]
 
     column = column_of(ScriptedBackend(scores=score))
     ann = make_example("ann", ("good", "bad"))
@@ -69,14 +71,38 @@ async def test_all_pairs_of_all_users_are_scored_in_one_call(make_example: Make)
 
 async def test_a_failed_score_is_no_margin_and_spoils_no_other(make_example: Make) -> None:
     def score(request: ScoreRequest) -> float | ScoreResult:
-        return ScoreResult(math.nan, 1, error="too long") if request.response == "bad" else -1.0
+        return ScoreResult.failed("too long", "request", model="m") if request.response == "bad" else -1.0
 
     column = column_of(ScriptedBackend(scores=score))
     ann = make_example("ann", ("good", "bad"), ("fine", "poor"))
     plain = await measure_plain(column, [ann], judged=0)
     assert plain[0].differences == (None, 0.0)
     [measured] = await measure(column, [ann], [summary_of(ann)], plain, judge=None, judged=0)
-    assert measured.margins == (None, 0.0)
+    assert (measured.margins, measured.error) == ((None, 0.0), "too long")
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+async def test_a_score_that_is_not_finite_is_a_failed_one(value: float, make_example: Make) -> None:
+    column = column_of(ScriptedBackend(scores=lambda request: value if request.response == "bad" else -1.0))
+    [plain] = await measure_plain(column, [make_example("ann", PAIR, ("fine", "poor"))], judged=0)
+    assert plain == Plain(user_id="ann", differences=(None, 0.0), error=f"the log-probability is {value}")
+    assert Plain.model_validate_json(plain.model_dump_json()) == plain
+    [bare] = measure_nothing([plain], judged=0)
+    assert bare.margins == (None, 0.0)
+    with pytest.raises(ValidationError, match="finite number"):
+        Plain(user_id="ann", differences=(value,))
+
+
+async def test_a_user_without_a_summary_is_failed_and_spoils_no_other(make_example: Make) -> None:
+    column = column_of(ScriptedBackend(lambda _: "an answer"))
+    users = [make_example(name, PAIR, ("fine", "poor")) for name in ("ann", "bob", "cho")]
+    plain = await measure_plain(column, users, judged=3)
+    told = [summary_of(users[0]), Failure("bob", "it echoes"), None]
+    ann, bob, cho = await measure(column, users, told, plain, judge=PrefersFirst(), judged=3)
+    failed = {"answer": None, "prompt_tokens": None, "completion_tokens": None, "error": "it echoes", "won": 0.5}
+    assert bob == Measured(user_id="bob", margins=(None, None), context_tokens=None, **failed)
+    for one, tokens in ((ann, 3), (cho, 0)):
+        assert (one.margins, one.answer, one.context_tokens, one.error) == ((0.0, 0.0), "an answer", tokens, "")
 
 
 @pytest.mark.parametrize("failure", ["unreachable", "budget", "rate_limit"])
@@ -112,7 +138,9 @@ async def test_a_server_that_counts_no_tokens_says_nothing_of_costs(make_example
 async def test_the_order_of_answers_is_random_and_undone(make_example: Make) -> None:
     judge = PrefersFirst()
     users = [make_example(f"user {place}", ("good", "bad")) for place in range(100)]
-    column = column_of(ScriptedBackend(lambda request: "told" if OPEN in request.messages[-1].content else "bare"))
+    column = column_of(
+        ScriptedBackend(lambda request: "told" if DEFAULT.open in request.messages[-1].content else "bare")
+    )
     plain = await measure_plain(column, users, judged=80)
     told = [summary_of(user) for user in users]
     measured = await measure(column, users, told, plain, judge=judge, judged=80)
@@ -125,7 +153,7 @@ async def test_the_order_of_answers_is_random_and_undone(make_example: Make) -> 
 
 async def test_an_answer_that_failed_ties(make_example: Make) -> None:
     def answer(request: ChatRequest) -> str | ChatResult:
-        return ChatResult("", "error", error="filtered") if OPEN in request.messages[-1].content else "fine"
+        return ChatResult("", "error", error="filtered") if DEFAULT.open in request.messages[-1].content else "fine"
 
     ann = make_example("ann", ("good", "bad"))
     column = column_of(ScriptedBackend(answer))

@@ -7,11 +7,11 @@ from collections.abc import Callable
 import pytest
 
 from popi.data.example import PersonalizationExample
-from popi.errors import ConfigError
-from popi.evaluation.rows import ROWS, Materials, Row, RowUnavailable, WrittenOnce, choose
+from popi.errors import BackendError, ConfigError
+from popi.evaluation.rows import ROWS, Materials, Row, RowUnavailable, Written, WrittenOnce, choose
 from popi.registry import inference
+from popi.roles import Failure
 from popi.signals import Statement
-from popi.summary import PreferenceSummary
 from popi.testing import ScriptedBackend
 
 Make = Callable[..., PersonalizationExample]
@@ -27,7 +27,11 @@ def users(make_example: Make) -> list[PersonalizationExample]:
 def materials(users: list[PersonalizationExample], backend: ScriptedBackend) -> Materials:
     writer = inference("llm")(backend)
     signals = [example.user for example in users]
-    return Materials(WrittenOnce(writer.name, lambda: writer.infer(signals)), None, backend, users)
+
+    async def have() -> list[Written]:
+        return [Written.of(outcome) for outcome in await writer.try_infer(signals)]
+
+    return Materials(WrittenOnce(writer.name, have), None, backend, users)
 
 
 async def texts(row: Row, given: Materials) -> list[str]:
@@ -69,22 +73,26 @@ def test_what_the_data_lack_is_said(users: list[PersonalizationExample]) -> None
     assert another is not None
     with pytest.raises(RowUnavailable, match="3 of 3 users have no evidence oracle"):
         evidence(materials(users, statement_writer()))
-    with pytest.raises(RowUnavailable, match="no other user"):
+    with pytest.raises(RowUnavailable, match="there is only one user"):
         another(materials(users[:1], statement_writer()))
 
 
 async def test_summaries_are_had_when_they_are_asked_for(users: list[PersonalizationExample]) -> None:
     asked = []
 
-    async def have() -> list[PreferenceSummary]:
+    async def have() -> list[Written]:
         asked.append("all")
-        return await inference("empty")().infer([example.user for example in users])
+        made = await inference("empty")().infer([example.user for example in users[1:]])
+        return [Written.of(Failure("ann", "it echoes")), *map(Written.of, made)]
 
     writer = WrittenOnce("kept", have)
     assert asked == []
-    for example in users:
+    for example in users[1:]:
         [summary] = await writer.infer([example.user])
         assert summary.user_id == example.user.user_id
+    assert await writer.try_infer([users[0].user]) == [Failure("ann", "it echoes")]
+    with pytest.raises(BackendError, match="no summary of user 'ann': it echoes"):
+        await writer.infer([users[0].user])
     assert asked == ["all"]
 
 
@@ -92,8 +100,22 @@ def test_rows_are_chosen_by_name_in_the_order_of_the_table() -> None:
     assert [row.name for row in choose(["true-taste-oracle", "no-context"])] == ["no-context", "true-taste-oracle"]
     assert [row.name for row in ROWS if row not in choose([])] == ["popi-summary"]
     assert choose([], trained=True) == ROWS
-    with pytest.raises(ConfigError, match="unknown row 'raw-signal'; did you mean raw-signals"):
+    with pytest.raises(
+        ConfigError, match="unknown row 'raw-signal'; the rows are: no-context, raw-signals, untrained-"
+    ):
         choose(["raw-signal"])
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
+def test_a_row_is_known_by_the_name_that_tables_print(row: Row) -> None:
+    words = row.name.replace("-", " ")
+    for name in (row.name, words, words.title(), row.name.upper(), f" {row.name.replace('-', '_')} "):
+        assert choose([name], trained=True) == (row,)
+
+
+def test_an_apostrophe_may_be_written() -> None:
+    for name in ("another user's summary", "Another user\u2019s summary"):
+        assert [row.name for row in choose([name])] == ["another-users-summary"]
 
 
 async def test_raw_signals_leave_room_for_the_longest_test_pair(make_example: Make) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +21,7 @@ from popi.evaluation.run import evaluate
 from popi.evaluation.samples import Sample, from_world
 from popi.evaluation.statistics import TIE
 from popi.io import read_jsonl
-from popi.prompts import answer_messages
+from popi.prompts import DEFAULT
 from popi.registry import generator, inference
 from popi.testing import ScriptedBackend, tiny_model
 
@@ -90,7 +89,7 @@ async def test_a_column_of_text_alone_has_win_rates(samples: list[Sample], colum
             assert difference.value == pytest.approx(told.win_rate.value - cell(results, other).win_rate.value)
         assert told.win_rate == cell(judged, row).win_rate and told.context_tokens == cell(judged, row).context_tokens
     assert {control.name for control in results.controls} == {"longest-answer", "perfect-chooser"}
-    assert f"{column.name} gives text alone: win rates, no accuracy." in results.notes
+    assert f"{column.name} cannot score responses: win rates, no accuracy." in results.notes
     report = markdown(results, figure=False)
     assert "| evidence oracle |  | +" in report and "accuracy of a user" not in report
     draw_accuracy(results, tmp_path / "figure.png")
@@ -178,7 +177,7 @@ async def test_a_transformer_is_measured_like_the_double(samples: list[Sample], 
     pair, told = example.tests[0], example.oracles["truth"]
     chosen, rejected, plain_chosen, plain_rejected = await backend.score(
         [
-            ScoreRequest(answer_messages(pair.prompt, context), response)
+            ScoreRequest(DEFAULT.answer_messages(pair.prompt, context), response)
             for context in (told, None)
             for response in (pair.chosen, pair.rejected)
         ]
@@ -199,11 +198,9 @@ async def test_where_no_row_can_be_had_that_is_the_error(column: Column, make_ex
 
 async def test_clusters_and_pairs_without_a_score_are_told(make_example: Make, tmp_path: Path) -> None:
     def score(request: ScoreRequest) -> ScoreResult:
-        return (
-            ScoreResult(math.nan, 1, error="too long")
-            if "I am" in request.messages[-1].content
-            else ScoreResult(-1.0, 1)
-        )
+        if "I am 1" in request.messages[-1].content:
+            return ScoreResult.failed("too long", "request", model="double")
+        return ScoreResult(-1.0, 1)
 
     backend = ScriptedBackend(scores=score)
     column = Column("double", generator("prompted")(backend), backend)
@@ -211,8 +208,8 @@ async def test_clusters_and_pairs_without_a_score_are_told(make_example: Make, t
     users = [one.model_copy(update={"facts": {"cluster": place // 2}}) for place, one in enumerate(users)]
     results = await run([Sample(0, users)], column, tmp_path, rows=choose(["raw-signals", "empty-summary"]))
     notes = " ".join(results.notes)
-    assert "count as ties: 4 of 4 in raw-signals (double)." in notes
-    assert "they make 2 clusters" in notes
+    assert "count as ties: 1 of 4 in raw-signals (double). The first reason: too long." in notes
+    assert "they form 2 clusters" in notes
 
 
 async def test_a_trained_generator_is_compared_with_what_it_was(

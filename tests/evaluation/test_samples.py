@@ -10,7 +10,7 @@ import pytest
 from popi.data.example import PersonalizationExample
 from popi.errors import ConfigError, InputError
 from popi.evaluation.samples import Sample, from_file, from_world
-from popi.io import write_jsonl
+from popi.io import BadRows, write_jsonl
 
 Make = Callable[..., PersonalizationExample]
 
@@ -43,18 +43,27 @@ def test_a_file_is_dealt_out_and_nobody_is_dealt_twice(ten_users: Path) -> None:
 
 
 def test_a_file_with_too_few_users_says_how_many_are_needed(ten_users: Path, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="10 users with test pairs, and 12 are needed; ask for fewer"):
+    with pytest.raises(InputError, match="has 10 users with held-out pairs, but 12 are needed; lower the number"):
         from_file(ten_users, users=4, seeds=[0, 1, 2])
     empty = tmp_path / "empty.jsonl"
     empty.touch()
-    with pytest.raises(InputError, match=r"0 users with test pairs.*field tests"):
+    with pytest.raises(InputError, match=r"has 0 users with held-out pairs.*in the field tests"):
         from_file(empty, users=None, seeds=[0])
+
+
+def test_bad_rows_are_an_error_unless_they_are_skipped(ten_users: Path) -> None:
+    ten_users.write_text(ten_users.read_text() + '{"user_id": ""}\n{half\n')
+    with pytest.raises(InputError, match="2 bad rows; the first: line 13, field user_id"):
+        from_file(ten_users, users=3, seeds=[0])
+    bad = BadRows(skip=True)
+    assert len(from_file(ten_users, users=3, seeds=[0], bad_rows=bad)[0].examples) == 3
+    assert bad.count == 2
 
 
 def test_unknown_worlds_and_splits() -> None:
     with pytest.raises(ConfigError, match="did you mean miniworld"):
         from_world("minworld", split="train", users=1, seeds=[0])
-    with pytest.raises(InputError, match="no split 'moon'"):
+    with pytest.raises(InputError, match="unknown split 'moon'"):
         from_world("miniworld", split="moon", users=1, seeds=[0])
 
 

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from popi.data.example import HeldOutPair, PersonalizationExample
 from popi.evaluation.measure import Measured, Plain
+from popi.evaluation.results import Cell
 from popi.evaluation.tabulate import MeasuredUser, Tabulator
 from popi.signals import UserSignals
 from popi.summary import Author, Claim, PreferenceSummary, Provenance, summarize_claims
@@ -92,6 +93,35 @@ def test_the_order_of_the_users_changes_nothing(random: Random) -> None:
     table, other = Tabulator(FOUR), Tabulator(shuffled)
     for make in (lambda t: t.cells(["told", "other"], ["model"], ["other"]), lambda t: t.controls(["model"])):
         assert make(table) == make(other)
+
+
+def test_a_cell_whose_pairs_all_failed_has_no_accuracy_and_no_differences() -> None:
+    users = [user(str(place), {"told": (None, None), "other": (1.0, None)}, won=1.0) for place in range(3)]
+    for one in users:
+        failed = one.cells["told", "model"].model_copy(update={"error": "too long"})
+        one.cells["told", "model"] = failed
+        one.cells["lost", "model"] = failed
+    told, other, _ = Tabulator(users).cells(["told", "other", "lost"], ["model"], ["told", "other", "lost"])
+    assert (told.accuracy, told.by_seed, told.differences, told.accuracy_quantiles) == (None, {}, {}, [])
+    assert (told.pairs, told.unscored, told.error) == (6, 6, "too long")
+    assert told.unavailable == "none of its 6 pairs could be scored (too long)"
+    assert told.win_rate.value == 1
+    assert (other.accuracy.value, other.differences, other.unscored, other.unavailable) == (0.75, {}, 3, None)
+
+
+def test_a_cell_that_was_not_measured_is_unavailable_for_its_reason() -> None:
+    [told, absent] = Tabulator(FOUR).cells(
+        ["told", "absent"], ["model"], ["absent"], refused={("absent", "model"): "no"}
+    )
+    assert absent == Cell(row="absent", column="model", unavailable="no")
+    assert (told.accuracy.value, told.differences) == (0.5, {})
+
+
+@pytest.mark.parametrize("facts", [{"perfect_choice": None}, {"perfect_choice": [1.0, 0.0]}, {"perfect_choice": "1"}])
+def test_a_perfect_choice_that_is_not_one_number_a_pair_is_unknown(facts: dict[str, object]) -> None:
+    ann = user("ann", {"told": (1.0,)})
+    ann.example = ann.example.model_copy(update={"facts": facts})
+    assert [control.name for control in Tabulator([ann]).controls(["model"])] == ["longest-answer", "plain-likelihood"]
 
 
 def test_controls_need_no_summary() -> None:

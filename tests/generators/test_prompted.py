@@ -6,7 +6,7 @@ import pytest
 
 from popi.backends.base import ScoreRequest
 from popi.errors import BackendError, ConfigError
-from popi.prompts import answer_messages
+from popi.prompts import DEFAULT
 from popi.roles import Candidate, Conditioned
 from popi.summary import Author, PreferenceSummary, Provenance
 from popi.testing import ScriptedBackend
@@ -24,9 +24,9 @@ async def test_answers_under_the_frame_of_the_templates() -> None:
     results = await generator.respond(items)
     assert [result.text for result in results] == ["Fine."] * 3
     assert [request.messages for request in backend.chats] == [
-        answer_messages("How?", "- Short"),
-        answer_messages("How?"),
-        answer_messages("How?", ""),
+        DEFAULT.answer_messages("How?", "- Short"),
+        DEFAULT.answer_messages("How?"),
+        DEFAULT.answer_messages("How?", ""),
     ]
     assert {(request.max_tokens, request.temperature, request.seed) for request in backend.chats} == {(7, 0.5, 3)}
 
@@ -46,8 +46,8 @@ async def test_scores_the_response_given_prompt_and_summary() -> None:
     results = await generator.score([Candidate(given, "yes"), Candidate(Conditioned("Well?"), "no")])
     assert [result.logprob for result in results] == [-1.5, -2.5]
     assert backend.scored == [
-        ScoreRequest(answer_messages("Well?", "- Short"), "yes"),
-        ScoreRequest(answer_messages("Well?"), "no"),
+        ScoreRequest(DEFAULT.answer_messages("Well?", "- Short"), "yes"),
+        ScoreRequest(DEFAULT.answer_messages("Well?"), "no"),
     ]
 
 
@@ -57,11 +57,9 @@ async def test_a_summary_is_capped_by_the_tokenizer_and_not_silently(caplog: pyt
     with caplog.at_level(logging.WARNING):
         await generator.respond([Conditioned("How?", summary("- one two\n- three four\n- five six"))] * 2)
         await generator.score([Candidate(Conditioned("How?", summary("word " * 20)), "yes")])
-    assert backend.chats[0].messages == answer_messages("How?", "- one two\n- three four")
-    assert backend.scored[0].messages == answer_messages("How?", "word " * 6)
-    assert [record.getMessage() for record in caplog.records] == [
-        "the summary of 'ann' is shown up to 6 tokens alone"
-    ] * 2
+    assert backend.chats[0].messages == DEFAULT.answer_messages("How?", "- one two\n- three four")
+    assert backend.scored[0].messages == DEFAULT.answer_messages("How?", "word " * 6)
+    assert [record.getMessage() for record in caplog.records] == ["the summary of user 'ann' was cut to 6 tokens"] * 2
 
 
 async def test_a_summary_counts_its_tokens_once_however_many_candidates() -> None:

@@ -4,7 +4,7 @@ import pytest
 
 from popi.backends.base import ChatRequest, ChatResult
 from popi.errors import BackendError, ConfigError, ModelError
-from popi.prompts import template_hash
+from popi.prompts import DEFAULT
 from popi.roles import Failure
 from popi.signals import Comment, Speaker, Statement, UserSignals
 from popi.summary import NO_EVIDENCE, Author, PreferenceSummary
@@ -41,7 +41,7 @@ async def test_a_list_becomes_claims_with_their_evidence_and_a_whole_provenance(
         ("No emoji", ("ann-2", "ann-1")),
     ]
     made = summary.provenance
-    assert (made.author, made.model, made.template_hash) == (Author.INFERRED, "scripted", template_hash())
+    assert (made.author, made.model, made.template_hash) == (Author.INFERRED, "scripted", DEFAULT.hash)
     assert (made.signals_digest, made.tokens) == (ANN.digest(), 6)
     assert summary.status == "ok"
 
@@ -53,7 +53,7 @@ async def test_free_text_keeps_its_words_without_citations_and_is_read_line_by_l
     assert [claim.evidence for claim in summary.claims] == [("ann-1",), ("ann-2",)]
 
 
-async def test_citations_of_nothing_and_of_others_words_are_dropped() -> None:
+async def test_a_claim_that_cites_only_others_words_is_dropped_and_so_is_a_citation_of_nothing() -> None:
     mixed = UserSignals(
         user_id="eve",
         signals=(
@@ -61,8 +61,9 @@ async def test_citations_of_nothing_and_of_others_words_are_dropped() -> None:
             Statement(id="not-hers", text="I adore emoji", said_by=Speaker.ASSISTANT),
         ),
     )
-    [summary] = await LLMSummarizer(says("- Short [1, 2, 9]\n- Emoji [2]")).infer([mixed])
-    assert [claim.evidence for claim in summary.claims] == [("hers",), ()]
+    [summary] = await LLMSummarizer(says("- Short [1, 2, 9]\n- Emoji [2]\n- Tables [9]")).infer([mixed])
+    assert [(claim.text, claim.evidence) for claim in summary.claims] == [("Short", ("hers",)), ("Tables", ())]
+    assert summary.text == "- Short\n- Tables"
 
 
 @pytest.mark.parametrize("signals", [user("cy"), user("cy", "I like rhyme", said_by=Speaker.ASSISTANT)])
@@ -116,15 +117,26 @@ async def test_a_dead_backend_raises_for_all() -> None:
     [
         ("- Short answers\n- Answers without", "- Short answers"),
         ("They like it short. They want answers without", "They like it short."),
-        ("They want answers without", "They want answers without"),
-        ("1. They want answers without", "- They want answers without"),
-        ("Prefers short answers, e.g. bullet", "Prefers short answers, e.g. bullet"),
-        ("What they prefer:\n- short ans", "What they prefer:\n- short ans"),
+        ("他喜欢简短的回答。他不希望看到表情符号", "他喜欢简短的回答。"),
     ],
 )
 async def test_a_claim_that_was_cut_off_is_left_out(reply: str, text: str) -> None:
     assert (await summary_of(reply, "length")).text == text
-    assert (await summary_of(reply, "stop")).text.endswith(reply[3:])
+    assert (await summary_of(reply, "stop")).text == reply
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        "They want answers without",
+        "1. They want answers without",
+        "Prefers short answers, e.g. bullet",
+        "What they prefer:\n- short ans",
+    ],
+)
+async def test_half_a_claim_alone_is_no_summary(reply: str) -> None:
+    [failure] = await LLMSummarizer(says(reply, "length"), max_tokens=99).try_infer([ANN])
+    assert failure == Failure("ann", "the reply has no complete claim within 99 tokens; raise max_tokens")
 
 
 async def test_a_runaway_reply_is_capped_by_the_tokenizer() -> None:
@@ -140,14 +152,16 @@ async def test_the_prompt_keeps_to_the_budget_and_to_the_context() -> None:
     shown = backend.chats[0].messages[0].content.partition("<<<")[2].partition(">>>")[0]
     assert 0 < backend.count_tokens(shown) <= 40
 
-    narrow = ScriptedBackend(context_length=400)
+    narrow = ScriptedBackend(lambda request: "- Short", context_length=400)
     await LLMSummarizer(narrow, max_tokens=100).infer([many])
     assert sum(narrow.count_tokens(message.content) for message in narrow.chats[0].messages) <= 300
 
 
 def test_a_budget_that_cannot_be_is_refused() -> None:
     narrow = ScriptedBackend(context_length=300)
-    with pytest.raises(ConfigError, match="more than the"):
+    with pytest.raises(
+        ConfigError, match="field budget: 250 tokens do not fit the context of scripted, which has room for"
+    ):
         LLMSummarizer(narrow, max_tokens=100, budget=250)
     with pytest.raises(ConfigError, match="positive"):
         LLMSummarizer(narrow, max_tokens=100, budget=0)
@@ -166,3 +180,27 @@ async def test_a_users_seed_depends_on_the_user_and_the_seed_alone() -> None:
     assert ann != bob
     assert await seeds(0, BOB) == [bob]
     assert await seeds(1, ANN) != [ann]
+
+
+async def test_a_reply_that_is_no_summary_is_requested_again_with_another_seed() -> None:
+    replies = iter(["The user likes short answers. " * 9, "- Short [1]"])
+    backend = ScriptedBackend(lambda request: next(replies))
+    [summary] = await LLMSummarizer(backend).infer([ANN])
+    assert summary.text == "- Short"
+    first, second = backend.chats
+    assert first.messages == second.messages and first.seed != second.seed
+    assert (first.temperature, second.temperature) == (0.0, 0.7)
+
+
+async def test_after_the_last_attempt_the_user_has_failed_with_the_reason() -> None:
+    backend = ScriptedBackend(lambda request: "- Long [1]" if "tell me more" in request.messages[0].content else "...")
+    ann, bob = await LLMSummarizer(backend, attempts=3).try_infer([ANN, BOB])
+    assert ann == Failure("ann", "the reply contains no claim")
+    assert isinstance(bob, PreferenceSummary)
+    assert len(backend.chats) == 4
+
+
+async def test_a_failed_request_is_not_repeated_here() -> None:
+    backend = ScriptedBackend(fails_for_bob)
+    await LLMSummarizer(backend).try_infer([BOB])
+    assert len(backend.chats) == 1

@@ -11,7 +11,7 @@ from popi.backends.transformers import TransformersBackend
 from popi.data.example import HeldOutPair, PersonalizationExample
 from popi.engine.chat_tokens import ChatTokens
 from popi.errors import InputError
-from popi.prompts import answer_messages
+from popi.prompts import DEFAULT
 from popi.signals import UserSignals
 from popi.testing import tiny_model
 from popi.training.scoring import Judged, PairScorer, Reference
@@ -35,7 +35,7 @@ async def by_hand(tiny, over="sum"):
     backend = TransformersBackend.from_model(model, tokenizer, "tiny")
 
     async def logp(item, answer):
-        [result] = await backend.score([ScoreRequest(answer_messages(item.pair.prompt, item.context), answer)])
+        [result] = await backend.score([ScoreRequest(DEFAULT.answer_messages(item.pair.prompt, item.context), answer)])
         return result.logprob / (result.tokens if over == "mean" else 1)
 
     return [
@@ -102,7 +102,7 @@ def test_pairs_without_room_for_what_is_known_to_be_told_are_known_beforehand(ti
 
 def longest_pair(tokens, context):
     """The tokens of the longest pair under a context."""
-    [prompt] = tokens.render([answer_messages(PAIRS[-1].prompt, context)])
+    [prompt] = tokens.render([DEFAULT.answer_messages(PAIRS[-1].prompt, context)])
     return len(prompt.tokens) + len(tokens.encode([PAIRS[-1].rejected])[0]) + len(tokens.end_of_turn)
 
 

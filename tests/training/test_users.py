@@ -5,8 +5,9 @@ import pytest
 from popi import registry
 from popi.data.example import HeldOutPair, PersonalizationExample
 from popi.data.miniworld import generate
+from popi.errors import InputError
 from popi.io import write_jsonl
-from popi.signals import Statement, UserSignals
+from popi.signals import PreferencePair, Statement, UserSignals
 from popi.testing import ScriptedBackend
 from popi.training.users import conversations, in_turn, read_people
 
@@ -14,7 +15,7 @@ from popi.training.users import conversations, in_turn, read_people
 @pytest.mark.parametrize("context_length", [None, 400])
 def test_a_writer_reads_in_training_what_it_reads_in_use(context_length):
     users = list(generate(split="train", users=6, seed=3))
-    backend = ScriptedBackend(context_length=context_length)
+    backend = ScriptedBackend(lambda request: "- short", context_length=context_length)
     asyncio.run(registry.make_inference("llm", backend, max_tokens=40).infer([example.user for example in users]))
     assert [list(chat.messages) for chat in backend.chats] == conversations(users, backend, 40)
     assert len({str(chat.messages) for chat in backend.chats}) == 6
@@ -25,6 +26,14 @@ def test_everybody_comes_in_turn_before_anybody_comes_again():
     assert sorted(order[:5]) == sorted(order[5:10]) == list(range(5)) and len(order) == 12
     assert order[:5] != order[5:10]
     assert in_turn(5, 7, seed=3) == order[:7]
+
+
+def test_held_out_pairs_among_the_signals_are_refused(tmp_path):
+    pair = {"prompt": "How?", "chosen": "So.", "rejected": "No."}
+    user = UserSignals(user_id="ann", signals=(PreferencePair(**pair),))
+    write_jsonl(tmp_path / "users.jsonl", [PersonalizationExample(user=user, tests=(HeldOutPair(**pair),))])
+    with pytest.raises(InputError, match=r"users\.jsonl:1, field tests\.0: .* 1 of 1 held-out pairs of user 'ann'"):
+        read_people(tmp_path / "users.jsonl", users=None, held_out=1, seed=0)
 
 
 def test_users_who_share_their_pairs_with_held_out_ones_are_counted(tmp_path):

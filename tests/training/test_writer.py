@@ -5,7 +5,7 @@ import torch
 
 from popi.engine import decoding
 from popi.errors import InputError
-from popi.prompts import inference_messages
+from popi.prompts import DEFAULT
 from popi.testing import tiny_model
 
 pytestmark = pytest.mark.slow
@@ -35,7 +35,7 @@ def make(folder, **options):
         model,
         tokenizer,
         arguments,
-        conversations=[inference_messages(f"[1] said: I like {'very ' * n}much {n}") for n in range(4)],
+        conversations=[DEFAULT.inference_messages(f"[1] said: I like {'very ' * n}much {n}") for n in range(4)],
         order=range(4),
         names=["Ada", "Ben", "Cem", "Dov"],
         earn=lambda users, summaries, tokens, step: ([float(n) for n in tokens], {}),

@@ -1,7 +1,7 @@
-"""The mini world: users with known tastes, their signals, answers whose style a program can check.
+"""The mini world: users with known tastes, their signals, and answers whose style a program can check.
 
-A complete world in miniature, in which every part of popi runs for real on a laptop: the truth about each user is
-known, the posterior over tastes given the signals is exact, and so is the judge. Its numbers are those of a miniature.
+It is a complete world in miniature, in which every part of popi runs on a laptop. The truth about each user is known,
+and the posterior over tastes given the signals is exact, like the judge. Its numbers are those of a miniature.
 """
 
 from popi.data.miniworld.language import as_sides, as_vector, claimed_tastes, style_of
@@ -26,5 +26,14 @@ __all__ = [
 
 
 def utility(tastes: dict[str, str], style: dict[str, str]) -> int:
-    """How much a user likes a style, both by named sides: tastes met minus tastes missed."""
+    """How much a user likes a style: the number of tastes that it meets minus the number that it misses.
+
+    Example:
+        >>> utility({"length": "short", "tone": "casual"}, {"length": "short", "tone": "formal", "format": "prose"})
+        0
+
+    Args:
+        tastes: The preferred side of each dimension that the user cares about.
+        style: The side of each dimension that the style takes.
+    """
     return sum(1 if style[name] == side else -1 for name, side in tastes.items() if name in style)

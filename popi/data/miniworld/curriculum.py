@@ -1,9 +1,10 @@
-"""What the mini models learn from: conversations in popi's own templates, with what the truth says about them.
+"""The training sequences of the mini models: conversations in popi's own templates, labelled with the truth.
 
-Four tasks: *write* a summary from signals, and answer a prompt under a *summary*, under *raw* signals, or *bare*. The
-target of writing is the evidence oracle. Answers follow what the context claims (raw signals: what the user likes) and
-are of any style beyond. Beside the text, each sequence with signals says at the end of every signal what this signal
-shows and what the exact posterior is by then; without these two targets a small model needs far longer to infer.
+There are four tasks: *write* a summary from signals, and answer a prompt under a *summary*, under *raw* signals, or
+without context (*bare*). The target of writing is the evidence oracle. Answers follow what the context claims (for raw
+signals, what the user likes), and their style is random otherwise. A sequence with signals has two more targets at the
+end of each signal: what this signal shows, and the exact posterior after it. Without them a small model takes far
+longer to learn to infer.
 """
 
 from __future__ import annotations
@@ -15,29 +16,30 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from popi.claims import as_text, with_citations
 from popi.data.miniworld import phrases as say
 from popi.data.miniworld.language import claimed_tastes, claims_for, pick, write_answer
 from popi.data.miniworld.observe import Observation, draw_style
 from popi.data.miniworld.tastes import DIMENSIONS, SIDES, Floats, Style, best_claims, marginals
 from popi.data.miniworld.world import User, draw_user, evidence_for, training_question, training_taste
-from popi.prompts import Message, answer_messages, inference_messages
+from popi.prompts import DEFAULT, Message
 from popi.render import render_signals
-from popi.summary import NO_EVIDENCE, Claim, as_text, with_citations
+from popi.summary import NO_EVIDENCE, Claim
 
 Task = Literal["write", "raw", "summary", "bare"]
 
 
 @dataclass(frozen=True, slots=True)
 class Dilution:
-    """How an untrained writer falls short of the evidence.
+    """The errors of an untrained writer.
 
-    It has habits, so that its most likely summary is mediocre too, and it slips, so that sampling finds better ones.
+    It has habits, so that its most likely summary is mediocre, and random slips, so that sampling finds better ones.
 
     Attributes:
         blurred: Dimensions that it names without saying which side the user likes.
         overlooked: Dimensions that it leaves out.
-        slip: The chance that a claim is, against these habits, made well, blurred, left out or turned into its
-            opposite, each equally likely.
+        slip: Probability that a claim ignores these habits and is correct, blurred, left out or turned into its
+            opposite, each with the same probability.
     """
 
     blurred: tuple[str, ...]
@@ -51,12 +53,12 @@ class Lesson:
 
     Attributes:
         messages: The conversation.
-        response: What the model should say.
-        ends: Where each signal ends in the last message: the place of its last character; empty without signals.
+        response: The target response.
+        ends: Index of the last character of each signal in the last message; empty without signals.
         shown: What each signal shows by itself: (signals, dimensions) in {-1, 0, 1}.
         beliefs: The posterior after each signal: (signals, dimensions, 3), see ``tastes.marginals``.
-        answer_ends: Where each answer inside a signal ends, in the same way.
-        styles: Their styles: (answers, dimensions) in {-1, 1}.
+        answer_ends: Index of the last character of each answer inside a signal.
+        styles: The styles of these answers: (answers, dimensions) in {-1, 1}.
     """
 
     messages: list[Message]
@@ -69,12 +71,12 @@ class Lesson:
 
 
 def blend(rng: np.random.Generator, taste: Style) -> Style:
-    """The style of an answer for this taste: what is cared for as liked, the rest by chance."""
+    """The style of an answer for this taste: the preferred sides, and random sides in the other dimensions."""
     return np.where(taste != 0, taste, draw_style(rng)).astype(np.int8)
 
 
 def dilute(rng: np.random.Generator, claims: Sequence[Claim], how: Dilution) -> list[Claim]:
-    """Makes good claims mediocre."""
+    """Makes mediocre claims from good ones."""
     made: dict[str, Claim] = {}
     for claim in claims:
         [(dimension, side)] = claimed_tastes(claim.text).items()
@@ -96,26 +98,26 @@ def lesson(task: Task, seed: int, place: int, *, signals: int, dilution: Dilutio
     """Makes one lesson; the same arguments give the same lesson.
 
     Args:
-        task: What is learned.
-        seed: Of the training run.
+        task: The task.
+        seed: Seed of the training run.
         place: Number of the lesson.
-        signals: How many signals the user shows, where the task has signals.
-        dilution: Write like an untrained model instead of like the evidence oracle.
+        signals: Number of signals of the user, if the task has signals.
+        dilution: The errors of an untrained model in the target; ``None`` writes like the evidence oracle.
     """
     rng = np.random.default_rng([seed, place])
     if task in ("write", "raw"):
         return _from_signals(rng, task, draw_user("train", seed, place, signals=signals, tests=0), dilution)
     question = training_question(rng)
     if task == "bare":
-        return Lesson(answer_messages(question.text), write_answer(rng, question, draw_style(rng)))
+        return Lesson(DEFAULT.answer_messages(question.text), write_answer(rng, question, draw_style(rng)))
     taste = training_taste(rng)
     context = _context(rng, taste)
     answer = write_answer(rng, question, blend(rng, taste))
-    return Lesson(answer_messages(question.text, context), answer)
+    return Lesson(DEFAULT.answer_messages(question.text, context), answer)
 
 
 def _context(rng: np.random.Generator, taste: Style) -> str:
-    """A summary with these claims; now and then with a vague line, and empty in one of two ways without any."""
+    """A summary with these claims, sometimes with a vague line. Without claims it is empty in one of two ways."""
     claims = claims_for(rng, taste)
     if rng.random() < 0.2:
         claims.insert(int(rng.integers(len(claims) + 1)), pick(rng, tuple(say.VAGUE.values())))
@@ -128,14 +130,14 @@ def _from_signals(rng: np.random.Generator, task: Task, user: User, dilution: Di
     rendered = render_signals([seen.signal for seen in user.observations], len)
     beliefs = user.beliefs()
     if task == "write":
-        messages = inference_messages(rendered.text)
+        messages = DEFAULT.inference_messages(rendered.text)
         claims: Sequence[Claim] = evidence_for(user, best_claims(beliefs[-1]))
         if dilution is not None:
             claims = dilute(rng, claims, dilution)
         response = with_citations(claims, rendered.shown)
     else:
         question = training_question(rng)
-        messages = answer_messages(question.text, rendered.text)
+        messages = DEFAULT.answer_messages(question.text, rendered.text)
         response = write_answer(rng, question, blend(rng, user.taste))
     start = messages[-1].content.index(rendered.text)
     ends = _block_ends(rendered.text, len(user.observations))
@@ -152,7 +154,7 @@ def _from_signals(rng: np.random.Generator, task: Task, user: User, dilution: Di
 
 
 def _block_ends(text: str, count: int) -> list[int]:
-    """Where each numbered block ends in rendered signals, as the place of its last character."""
+    """The index of the last character of each numbered block in rendered signals."""
     starts = [0]
     for number in range(2, count + 1):
         starts.append(text.index(f"\n[{number}] ", starts[-1]))
@@ -162,7 +164,7 @@ def _block_ends(text: str, count: int) -> list[int]:
 def _answer_ends(
     text: str, observations: Sequence[Observation], ends: Sequence[int]
 ) -> tuple[list[int], NDArray[np.int8]]:
-    """Where the answers in each block end, and their styles."""
+    """The index of the last character of each answer in the blocks, and the styles of the answers."""
     places, styles, after = [], [], 0
     for seen, end in zip(observations, ends, strict=True):
         for answer, style in seen.answers:

@@ -1,6 +1,6 @@
-"""Writing answers in any style, and reading the style of any text back.
+"""Writes answers in any style, and reads the style of any text.
 
-Reading is parsing: nothing is remembered of what was written, so the judge works on whatever a model generates.
+Reading is parsing, without a record of what was written, so the judge works on whatever a model generates.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ SHORT_POINTS, LONG_POINTS = 1, 3
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """A prompt and what an answer to it can talk about."""
+    """A prompt, and the things that an answer to it can be about."""
 
     text: str
     topic: str
@@ -59,7 +59,7 @@ def write_answer(rng: np.random.Generator, question: Question, style: Style) -> 
 
     Args:
         rng: Draws the phrasing; the same state gives the same text.
-        question: What is asked.
+        question: The prompt.
         style: (dimensions,) in {-1, 1}.
     """
     count = LONG_POINTS if side_of(style, "length") == "long" else SHORT_POINTS
@@ -117,7 +117,7 @@ _SENTENCE = re.compile(r"[^.!?\n]+[.!?]*")
 
 
 def style_of(text: str) -> dict[str, str]:
-    """Reads the style of a text: its side in each dimension, left out where nothing tells (no unit, say)."""
+    """Reads the style of a text: its side in each dimension. A dimension that it does not show is left out."""
     found = {
         "opening": "greeting" if _GREETING.match(text.lstrip()) else "direct",
         "emoji": "emoji" if _EMOJI.search(text) else "plain",
@@ -134,7 +134,7 @@ def style_of(text: str) -> dict[str, str]:
 
 
 def _count_points(text: str) -> int:
-    """Sentences that are neither greeting, example nor question: what the answer has to say."""
+    """The number of sentences that are not a greeting, an example or a question."""
     body = _EMOJI.sub(" ", _GREETING.sub(" ", text))
     points = 0
     for sentence in _SENTENCE.findall(_BULLET.sub("", body)):
@@ -150,7 +150,7 @@ _CLAIM = _any_of(list(_CLAIMS))
 
 
 def claimed_tastes(summary: str) -> dict[str, str]:
-    """Reads which tastes a summary claims: the side of each dimension; a dimension claimed both ways is left out."""
+    """Reads the tastes that a summary claims. A dimension of which it names both sides is left out."""
     claimed: dict[str, set[str]] = {}
     for found in _CLAIM.findall(summary):
         dimension, side = _CLAIMS[found.lower()]
@@ -165,10 +165,10 @@ def as_vector(sides: dict[str, str]) -> Style:
 
 
 def as_sides(vector: Style) -> dict[str, str]:
-    """A vector as named sides, inverse of :func:`as_vector`."""
+    """A vector as named sides, the inverse of :func:`as_vector`."""
     return {name: side_of(vector, name) for place, name in enumerate(DIMENSIONS) if vector[place]}
 
 
 def claims_for(rng: np.random.Generator, taste: Style) -> list[str]:
-    """Claims for every taste in the vector, in the order of the dimensions, in words drawn at random."""
+    """Claims for every taste in the vector, in the order of the dimensions, in random words."""
     return [pick(rng, say.wording(int(place), int(taste[place])).names) for place in np.flatnonzero(taste)]

@@ -1,4 +1,4 @@
-"""Signals of every kind, each with the exact likelihood of what it shows."""
+"""Signals of every kind, each with its exact likelihood under every taste."""
 
 from __future__ import annotations
 
@@ -46,18 +46,18 @@ MIX = {
     "demographics": 0.06,
     "quoted": 0.04,
 }
-"""How often each kind of signal is seen; ``quoted`` is a statement of somebody else, which is no evidence."""
+"""Frequency of each kind of signal. ``quoted`` is a statement by somebody else, which is not evidence."""
 
 
 @dataclass(frozen=True, slots=True)
 class Observation:
-    """A signal with what it says of the user's taste.
+    """A signal with what it says about the user's taste.
 
     Attributes:
-        signal: What is seen.
-        log_likelihood: (hypotheses,).
-        shows: (dimensions,) in {-1, 0, 1}: the sides that this signal by itself speaks for.
-        answers: The answers in it as they are written, each with its style in {-1, 1}: (dimensions,).
+        signal: The signal.
+        log_likelihood: Log-likelihood of the signal under each taste: (hypotheses,).
+        shows: The sides that this signal by itself supports: (dimensions,) in {-1, 0, 1}.
+        answers: The answers in the signal, each with its style: (dimensions,) in {-1, 1}.
     """
 
     signal: Signal
@@ -68,13 +68,13 @@ class Observation:
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """A question with a preferred and a dispreferred answer.
+    """A question with a chosen and a rejected answer.
 
     Attributes:
-        question: What was asked.
-        chosen: The answer that the user took.
-        rejected: The other.
-        styles: Of the chosen and of the rejected, (dimensions,) in {-1, 1} each.
+        question: The question.
+        chosen: The answer that the user chose.
+        rejected: The other answer.
+        styles: The styles of the chosen and of the rejected answer: (dimensions,) in {-1, 1} each.
         meant: Whether the choice follows the user's utility.
     """
 
@@ -91,12 +91,12 @@ class Choice:
 
 
 def draw_style(rng: np.random.Generator) -> Style:
-    """Draws the style of an answer that was written for nobody."""
+    """Draws the style of an answer that was not written for a user."""
     return rng.choice(np.array([1, -1], np.int8), size=len(DIMENSIONS))
 
 
 def draw_choice(rng: np.random.Generator, taste: Style, question: Question) -> Choice:
-    """Lets a user choose between two answers that differ in few dimensions, at least one of them cared for."""
+    """Draws a choice between two answers that differ in few dimensions, so that the user prefers one of them."""
     while True:
         first = draw_style(rng)
         second = first.copy()
@@ -128,7 +128,7 @@ def _one(dimension: int, side: int) -> Style:
 
 
 def _remark(rng: np.random.Generator, taste: Style) -> tuple[int, int]:
-    """A side that the user speaks for: one that they like, or by mistake its opposite."""
+    """A dimension and side that the user asks for: one that they like, or by mistake its opposite."""
     dimension = int(rng.choice(np.flatnonzero(taste)))
     side = int(taste[dimension])
     return dimension, side if rng.random() >= NOISE else -side
@@ -228,10 +228,10 @@ def draw_observation(
     """Draws a signal of a user.
 
     Args:
-        rng: The source of chance.
+        rng: The random generator.
         taste: The user's taste.
-        question: What was asked, where the signal is about an answer.
-        kind: One of ``MIX``; drawn by its frequencies when not given.
+        question: The prompt, if the signal is about an answer.
+        kind: One of ``MIX``; ``None`` draws it by its frequency.
     """
     if kind is None:
         kind = str(rng.choice(list(MIX), p=list(MIX.values())))

@@ -1,4 +1,4 @@
-"""The words of the mini world: how each side of each dimension is written, claimed, stated, praised and asked for."""
+"""The words of the mini world: how each side of a dimension is written, claimed, praised and requested."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ class Wording:
     """How people talk about one side of one dimension.
 
     Attributes:
-        names: What the side is called, in summaries and statements.
-        praise: Said of an answer that has it by somebody who likes it.
-        complaint: Said of an answer that lacks it by somebody who likes it.
-        request: Asked of an assistant.
-        trade: An occupation whose people tend to like it.
+        names: Names of the side, in summaries and statements.
+        praise: Comments of a user who likes the side on an answer that has it.
+        complaint: Comments of a user who likes the side on an answer that lacks it.
+        request: Requests to an assistant.
+        trade: An occupation whose members tend to like the side.
     """
 
     names: tuple[str, ...]
@@ -187,7 +187,7 @@ VAGUE = {
     "examples": "how things are explained",
     "closing": "how an answer ends",
 }
-"""What a vague writer says: it names a dimension and not the side."""
+"""Claims of a vague writer, which name a dimension but not the side."""
 
 STATEMENTS = ("I like {}.", "Give me {}.", "For me it has to be {}.", "I always want {}.")
 
@@ -232,6 +232,6 @@ PROMPTS = (
 
 
 def wording(dimension: int, side: int) -> Wording:
-    """The words for a side (+1 the first, -1 the second) of a dimension given by its place."""
+    """The words for a side (+1 the first, -1 the second) of the dimension with this index."""
     name = DIMENSIONS[dimension]
     return WORDING[name, SIDES[name][0 if side > 0 else 1]]

@@ -1,8 +1,8 @@
-"""Tastes: what a user of the mini world can prefer, and how a signal changes what is known of it.
+"""Tastes: the preferences of users of the mini world, and how signals change the posterior over them.
 
-A taste is a vector over ten dimensions of an answer: +1 likes the first side, -1 likes the second, 0 does not care. A
-user cares about two to five dimensions, equally much. That leaves 12,564 hypotheses, few enough to hold the posterior
-over all of them exactly.
+A taste is a vector over ten dimensions of an answer: +1 prefers the first side, -1 the second, 0 has no preference. A
+user cares about two to five dimensions, all to the same degree. That gives 12,564 hypotheses, few enough to compute the
+posterior over all of them exactly.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Style = NDArray[np.int8]
-"""A vector over the dimensions: a taste in {-1, 0, 1}, or the style of an answer in {-1, 1} (0: cannot be told)."""
+"""A vector over the dimensions: a taste in {-1, 0, 1}, or the style of an answer in {-1, 1} (0: not shown)."""
 
 Floats = NDArray[np.float32]
 
@@ -30,22 +30,22 @@ SIDES: dict[str, tuple[str, str]] = {
     "examples": ("example", "abstract"),
     "closing": ("question", "stop"),
 }
-"""The dimensions in the order in which an answer shows them, with the names of both sides."""
+"""The dimensions in the order in which an answer shows them, each with the names of its two sides."""
 
 DIMENSIONS = tuple(SIDES)
 CARED = (2, 5)
-"""The least and the most dimensions that a user cares about; the number is uniform between them."""
+"""Minimum and maximum number of dimensions that a user cares about. The number is uniform between them."""
 
 NOISE = 0.05
-"""How often a user acts against their own utility."""
+"""Probability that a user acts against their own utility."""
 
 PAIR_DIFFERENCES = (1, 2)
-"""How many dimensions the two answers of a pair may differ in, each number equally likely."""
+"""Possible numbers of dimensions in which the two answers of a pair differ, all equally likely."""
 
 
 @cache
 def hypotheses() -> Style:
-    """All tastes, as rows: (hypotheses, dimensions), in a fixed order."""
+    """All tastes in a fixed order: (hypotheses, dimensions)."""
     rows: list[Style] = []
     for count in range(CARED[0], CARED[1] + 1):
         for chosen in combinations(range(len(DIMENSIONS)), count):
@@ -64,7 +64,7 @@ def cared() -> NDArray[np.int64]:
 
 @cache
 def log_prior() -> Floats:
-    """Log of the prior: the number of cared dimensions is uniform, then everything of that number: (hypotheses,)."""
+    """Log of the prior, uniform over the number of dimensions and over all tastes of a number: (hypotheses,)."""
     numbers, counts = np.unique(cared(), return_counts=True)
     weight = dict(zip(numbers.tolist(), counts.tolist(), strict=True))
     return -np.log([len(numbers) * weight[k] for k in cared().tolist()]).astype(np.float32)
@@ -80,10 +80,10 @@ def draw_taste(rng: np.random.Generator) -> Style:
 
 @cache
 def decisive_rate() -> Floats:
-    """The chance that a random pair of answers leaves a hypothesis with a preference: (hypotheses,).
+    """The probability that a hypothesis prefers one answer of a random pair: (hypotheses,).
 
-    With k of D dimensions cared for, one difference decides with k/D; two decide unless both are not cared for, or both
-    are and cancel (half of the cases).
+    For a user who cares about k of D dimensions, one difference decides with probability k/D. Two differences decide
+    unless the user cares about neither, or cares about both and they cancel (half of the cases).
     """
     k, size = cared().astype(np.float64), len(DIMENSIONS)
     one = k / size
@@ -92,7 +92,7 @@ def decisive_rate() -> Floats:
     return np.asarray((one + two) / 2, dtype=np.float32)
 
 
-# The log-likelihood of each kind of observation under every hypothesis: (hypotheses,). -inf: it cannot happen.
+# The log-likelihood of each kind of observation under every hypothesis: (hypotheses,). -inf is impossible.
 
 
 def _log(values: NDArray[np.floating]) -> Floats:
@@ -103,7 +103,7 @@ def _log(values: NDArray[np.floating]) -> Floats:
 def of_choice(difference: Style) -> Floats:
     """A choice between two answers whose styles differ by ``difference`` (chosen minus rejected, in {-1, 0, 1}).
 
-    Users are asked to choose only where they have a preference, which says something too: hence the division.
+    The division accounts for the fact that users choose only between answers of which they prefer one.
     """
     return _of_choice(tuple(difference.tolist()))
 
@@ -117,16 +117,16 @@ def _of_choice(difference: tuple[int, ...]) -> Floats:
 
 @cache
 def of_remark(dimension: int, side: int) -> Floats:
-    """A remark in words for one side of a dimension, drawn evenly from what the user cares about."""
+    """A remark in words for one side of a dimension, uniform over the dimensions that the user cares about."""
     liked = hypotheses()[:, dimension] * side
     chance = np.where(liked > 0, 1 - NOISE, np.where(liked < 0, NOISE, 0.0))
     return _log(chance / cared())
 
 
 def of_edit(style: Style, dimension: int) -> Floats:
-    """An edit that turns one dimension of an answer of this style.
+    """An edit that changes the side of one dimension of an answer of this style.
 
-    Only answers that miss something are edited; the user turns one of what is missed, or, by mistake, any dimension.
+    Only answers that miss a taste are edited. The user changes one of the missed dimensions, or by mistake any one.
     """
     missed = hypotheses() == -style
     count = missed.sum(axis=1)
@@ -136,21 +136,21 @@ def of_edit(style: Style, dimension: int) -> Floats:
 
 
 def score_of(gain: NDArray[np.integer], count: NDArray[np.integer]) -> NDArray[np.int64]:
-    """The score from 1 to 5 that a user gives by their utility, as a share of the most they could have."""
+    """The score from 1 to 5 that a user gives, by the utility as a share of its maximum."""
     return np.clip(np.floor((gain / count + 1) * 2.5).astype(np.int64) + 1, 1, 5)
 
 
 def of_rating(style: Style, score: int) -> Floats:
-    """A score from 1 to 5 for an answer of this style; a mistaken one is any of the five."""
+    """A score from 1 to 5 for an answer of this style. A mistaken score is uniform over all five."""
     exact = score_of(hypotheses() @ style, cared()) == score
     return _log((1 - NOISE) * exact + NOISE / 5)
 
 
 @cache
 def of_trade(dimension: int, side: int) -> Floats:
-    """An occupation that goes with one side of one dimension.
+    """An occupation that is associated with one side of one dimension.
 
-    Half of the users have any of the occupations, the others one that goes with a taste of theirs.
+    Half of the users have a random occupation, the others one that is associated with one of their tastes.
     """
     liked = hypotheses()[:, dimension] == side
     return _log(0.5 / (2 * len(DIMENSIONS)) + 0.5 * liked / cared())
@@ -178,9 +178,9 @@ def _indicators() -> Floats:
 
 
 def marginals(belief: Floats) -> Floats:
-    """What a posterior says of each dimension: (..., hypotheses) to (..., dimensions, 3).
+    """The marginals of a posterior in each dimension: (..., hypotheses) to (..., dimensions, 3).
 
-    The last axis is the probability that the user likes the first side, the second, or does not care.
+    The last axis is the probability that the user prefers the first side, the second side, or neither.
     """
     liked = (belief @ _indicators()).reshape(*belief.shape[:-1], 2, len(DIMENSIONS))
     neither = np.maximum(1 - liked.sum(axis=-2, keepdims=True), 0)
@@ -189,14 +189,14 @@ def marginals(belief: Floats) -> Floats:
 
 @cache
 def _questions() -> tuple[Style, Floats]:
-    """Every difference that a pair can have, with the sign of each hypothesis' preference: (Q, D), (hypotheses, Q)."""
+    """Every possible difference of a pair, and the sign of each hypothesis' preference: (Q, D), (hypotheses, Q)."""
     rows = []
     for count in PAIR_DIFFERENCES:
         for chosen in combinations(range(len(DIMENSIONS)), count):
             for signs in product((1, -1), repeat=count - 1):
                 row = np.zeros(len(DIMENSIONS), np.int8)
                 row[list(chosen)] = (1, *signs)
-                # Both numbers of differences are equally likely, however many pairs have them.
+                # Both numbers of differences are equally likely, although more pairs have two.
                 rows.append((row, 1 / (len(list(combinations(range(len(DIMENSIONS)), count))) * 2 ** (count - 1))))
     table = np.stack([row for row, _ in rows])
     weight = np.array([value for _, value in rows], np.float32) / len(PAIR_DIFFERENCES)
@@ -207,15 +207,15 @@ def _questions() -> tuple[Style, Floats]:
 def best_claims(belief: Floats, *, least_gain: float = 0.004) -> Style:
     """The evidence oracle: the claims from which a perfect reader predicts the user's choices best.
 
-    The reader prefers the answer that meets more claims. Claims are added one by one, the best first, and may be
-    dropped again, as long as the expected accuracy on random pairs rises by ``least_gain`` a claim.
+    The reader prefers the answer that meets more claims. Greedily, the best claim is added or removed as long as the
+    expected accuracy on random pairs increases by ``least_gain`` per claim.
 
     Args:
-        belief: One posterior, (hypotheses,).
-        least_gain: What a claim must add to the expected accuracy.
+        belief: One posterior: (hypotheses,).
+        least_gain: Minimum increase of the expected accuracy per claim.
 
     Returns:
-        (dimensions,) in {-1, 0, 1}; all zero when nothing is worth claiming.
+        (dimensions,) in {-1, 0, 1}; all zero if nothing is worth claiming.
     """
     table, signed = _questions()
     expected = belief @ signed

@@ -1,4 +1,4 @@
-"""What the mini world talks about: topics with the things in them."""
+"""The topics of the mini world."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ TOPICS: dict[str, tuple[str, ...]] = {
         "football": "goal pass pitch keeper tackle cross",
     }.items()
 }
-"""Each topic with six things that prompts and answers are about."""
+"""The topics, each with six things that prompts and answers are about."""
 
 HELD_OUT_TOPICS = frozenset(list(TOPICS)[3::6])
-"""Topics that occur in the split of unseen topics alone."""
+"""Topics that occur only in the split ``unseen-topics``."""

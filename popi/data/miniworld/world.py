@@ -1,4 +1,4 @@
-"""Users of the mini world, in any number, each made from the seed and their own place alone."""
+"""Users of the mini world, each made from a seed and a number only."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from functools import cache
 
 import numpy as np
 
+from popi.claims import as_text
 from popi.data.example import HeldOutPair, PersonalizationExample
 from popi.data.miniworld.language import Question, all_prompts, as_sides, claims_for, draw_question
 from popi.data.miniworld.observe import Choice, Observation, draw_choice, draw_observation, draw_style
@@ -26,12 +27,12 @@ from popi.data.miniworld.tastes import (
 from popi.data.miniworld.topics import HELD_OUT_TOPICS, TOPICS
 from popi.errors import InputError
 from popi.signals import UserSignals
-from popi.summary import Claim, as_text
+from popi.summary import Claim
 
 SPLITS = ("train", "validation", "unseen-users", "unseen-combinations", "unseen-topics")
-"""All but ``train`` hold out users and prompts; the last two also combinations of tastes, or topics.
+"""All but ``train`` have held-out users and prompts, and the last two held-out combinations of tastes, or topics.
 
-What training is shown, in signals too, has neither the prompts, nor the combinations, nor the topics that are held out.
+Held-out prompts, combinations and topics do not occur in training, not even in signals.
 """
 
 SIGNALS, TESTS = 8, 4
@@ -40,25 +41,25 @@ _UNSEEN_TOPICS = tuple(sorted(HELD_OUT_TOPICS))
 
 
 def is_reserved(text: str, share: int) -> bool:
-    """Whether one in ``share`` texts, this among them, is kept out of training, by its hash."""
+    """Whether a text is kept out of training: one in ``share`` texts is, by its hash."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4]) % share == 0
 
 
 def is_held_out(taste: Style) -> bool:
-    """Whether this combination, one that a user can have, is kept for the split of unseen combinations: one in five."""
+    """Whether this combination is kept for ``unseen-combinations``: one in five of those that a user can have is."""
     usual = CARED[0] <= np.abs(taste).sum() <= CARED[1]
     return bool(usual) and is_reserved("".join(f"{side:+d}" for side in taste), 5)
 
 
 @dataclass(frozen=True, slots=True)
 class User:
-    """A user with the truth about them.
+    """A user, with the truth about them.
 
     Attributes:
-        user_id: Split, seed and place.
+        user_id: Split, seed and number.
         taste: (dimensions,) in {-1, 0, 1}.
-        observations: Oldest first.
-        tests: Choices on prompts that the signals do not show.
+        observations: The signals, oldest first.
+        tests: Choices for prompts that are not in the signals.
     """
 
     user_id: str
@@ -73,13 +74,20 @@ class User:
 
 
 def draw_user(split: str, seed: int, place: int, *, signals: int = SIGNALS, tests: int = TESTS) -> User:
-    """Makes one user; the same arguments give the same user, whoever else is made.
+    """Makes one user. The same arguments give the same user.
+
+    Args:
+        split: One of ``SPLITS``.
+        seed: Each seed gives different users.
+        place: Number of the user.
+        signals: Number of signals.
+        tests: Number of held-out pairs.
 
     Raises:
-        InputError: If there is no such split, or it has fewer prompts than are to be tested.
+        InputError: If the split is unknown, or has fewer prompts than ``tests``.
     """
     if split not in SPLITS:
-        raise InputError(f"there is no split {split!r}", field="split", fix=f"use one of {', '.join(SPLITS)}")
+        raise InputError(f"unknown split {split!r}", field="split", fix=f"use one of {', '.join(SPLITS)}")
     rng = np.random.default_rng([SPLITS.index(split), seed, place])
     while is_held_out(taste := draw_taste(rng)) != (split == "unseen-combinations"):
         pass
@@ -93,9 +101,9 @@ def draw_user(split: str, seed: int, place: int, *, signals: int = SIGNALS, test
     left = len(_test_prompts(split)) - len(_test_prompts(split) & shown)
     if tests > left:
         raise InputError(
-            f"{split} has {left} prompts that the signals do not show, not {tests}",
+            f"{split} has {left} prompts that are not in the signals, not {tests}",
             field="tests",
-            fix=f"ask for at most {left}",
+            fix=f"use at most {left}",
         )
     asked: dict[str, Choice] = {}
     while len(asked) < tests:
@@ -106,7 +114,7 @@ def draw_user(split: str, seed: int, place: int, *, signals: int = SIGNALS, test
 
 
 def _test_question(rng: np.random.Generator, split: str) -> Question:
-    """A prompt of the split: training never sees the reserved ones, the others test on nothing else."""
+    """A prompt of the split: a reserved one, or for training one that is not reserved."""
     while True:
         question = draw_question(rng, _topics(split))
         if _is_of(question.text, split):
@@ -127,12 +135,12 @@ def _test_prompts(split: str) -> frozenset[str]:
 
 
 def training_question(rng: np.random.Generator) -> Question:
-    """A prompt that training may show and answer."""
+    """A prompt that may occur in training."""
     return _test_question(rng, "train")
 
 
 def training_taste(rng: np.random.Generator) -> Style:
-    """A combination of tastes that training may show; a few are of more or fewer tastes than a user has."""
+    """A combination of tastes that may occur in training. A few have more or fewer tastes than users have."""
     while True:
         usual = rng.random() < 0.85
         taste = draw_taste(rng) if usual else draw_style(rng) * (rng.random(len(DIMENSIONS)) < 0.3)
@@ -141,7 +149,7 @@ def training_taste(rng: np.random.Generator) -> Style:
 
 
 def evidence_for(user: User, claims: Style) -> list[Claim]:
-    """Claims in words that depend on the user, each with the at most two signals that speak most for it."""
+    """Claims in words that depend on the user, each with up to two signals that support it most."""
     rng = np.random.default_rng(int.from_bytes(hashlib.sha256(user.user_id.encode()).digest()[:8]))
     words = claims_for(rng, claims)
     made = []
@@ -157,7 +165,7 @@ def evidence_for(user: User, claims: Style) -> list[Claim]:
 
 
 def _support(seen: Observation, dimension: int, side: int) -> float:
-    """How much one signal by itself raises the belief in a side."""
+    """The belief in a side after one signal by itself."""
     belief = posterior(seen.log_likelihood[None])
     return float(marginals(belief)[1, dimension, 0 if side > 0 else 1])
 
@@ -169,20 +177,20 @@ def generate(
 
     Args:
         split: One of ``SPLITS``.
-        users: How many.
-        seed: Another seed gives other users.
-        signals: Signals of each user.
-        tests: Test pairs of each user.
+        users: Number of users.
+        seed: Each seed gives different users.
+        signals: Number of signals per user.
+        tests: Number of held-out pairs per user.
 
     Raises:
-        InputError: If there is no such split, or it has fewer prompts than are to be tested.
+        InputError: If the split is unknown, or has fewer prompts than ``tests``.
     """
     for place in range(users):
         yield as_example(draw_user(split, seed, place, signals=signals, tests=tests))
 
 
 def as_example(user: User) -> PersonalizationExample:
-    """The user as an example, with both oracle summaries and what an exact judge needs to know."""
+    """The user as an example, with both oracle summaries and the facts that the exact judge needs."""
     evidence = best_claims(user.beliefs()[-1])
     return PersonalizationExample(
         user=UserSignals(user_id=user.user_id, signals=tuple(seen.signal for seen in user.observations)),

@@ -3,11 +3,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from popi.claims import as_text
 from popi.data.miniworld import claimed_tastes, phrases, style_of, utility
 from popi.data.miniworld.language import as_sides, as_vector, claims_for, draw_question, write_answer
 from popi.data.miniworld.tastes import DIMENSIONS, SIDES
 from popi.data.miniworld.topics import HELD_OUT_TOPICS, TOPICS
-from popi.summary import Claim, as_text
+from popi.summary import Claim
 
 styles = st.lists(st.sampled_from([-1, 1]), min_size=10, max_size=10).map(lambda sides: np.array(sides, np.int8))
 vectors = st.lists(st.sampled_from([-1, 0, 1]), min_size=10, max_size=10).map(lambda sides: np.array(sides, np.int8))

@@ -3,6 +3,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from popi.claims import parse_claims
 from popi.data.miniworld import SPLITS, as_vector, claimed_tastes, draw_user, generate, style_of, utility
 from popi.data.miniworld.curriculum import lesson
 from popi.data.miniworld.language import all_prompts, draw_question
@@ -11,7 +12,6 @@ from popi.data.miniworld.tastes import NOISE, draw_taste
 from popi.data.miniworld.topics import HELD_OUT_TOPICS, TOPICS
 from popi.data.miniworld.world import is_held_out
 from popi.errors import InputError
-from popi.summary import parse_claims
 
 
 def some(split, users=40, **options):
@@ -81,7 +81,7 @@ def test_lessons_show_nothing_that_is_held_out():
 
 
 def test_more_tests_than_a_split_has_prompts_are_bad_input():
-    with pytest.raises(InputError, match=r"unseen-topics has \d+ prompts .* not 5000; ask for at most \d+"):
+    with pytest.raises(InputError, match=r"unseen-topics has \d+ prompts .* not 5000; use at most \d+"):
         draw_user("unseen-topics", 0, 0, tests=5000)
 
 
@@ -96,7 +96,7 @@ def test_topics_are_held_out():
 
 
 def test_an_unknown_split_is_bad_input():
-    with pytest.raises(InputError, match=r"no split 'test'.*use one of train"):
+    with pytest.raises(InputError, match=r"unknown split 'test'.*use one of train"):
         draw_user("test", 0, 0)
 
 

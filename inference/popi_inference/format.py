@@ -1,0 +1,117 @@
+"""How a language model is asked for a summary, and how its reply is read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from popi.claims import Claim, finished_part
+from popi.prompts import DEFAULT, PromptSet
+from popi.render import render_signals
+from popi.roles import Failure, SummaryFormat, SummaryPrompt
+from popi.signals import Signal, Speaker, UserSignals
+from popi.summary import Author, PreferenceSummary, Provenance, cap_tokens, read_reply
+from popi_inference.degenerate import Degenerate
+
+AUTO = "auto"
+"""Requests a summary in the language of the user's own words."""
+
+SAME_LANGUAGE = "the language of the user's own words"
+FOREIGN_SHARE = 0.005
+"""Share of non-ASCII letters in the user's own words from which they are not taken for English."""
+
+
+class PromptedSummary(SummaryFormat):
+    """Quotes the signals as data and asks for a list of claims with citations.
+
+    Args:
+        count_tokens: Counts the tokens of a text with the writer's tokenizer.
+        budget: Maximum number of tokens of the rendered signals.
+        max_tokens: Maximum number of tokens of a summary. A claim that is cut off there is dropped: half a claim can
+            say the opposite.
+        language: The language of the summary, by its English name. ``auto`` requests the language of the user's own
+            words if they do not look like English; ``None`` requests no language.
+        prompts: The templates.
+    """
+
+    def __init__(
+        self,
+        count_tokens: Callable[[str], int],
+        *,
+        budget: int,
+        max_tokens: int,
+        language: str | None = AUTO,
+        prompts: PromptSet = DEFAULT,
+    ) -> None:
+        self._count_tokens, self._budget, self._max_tokens = count_tokens, budget, max_tokens
+        self._language, self._prompts = language, prompts
+        self._degenerate = Degenerate(prompts)
+
+    @property
+    def template_hash(self) -> str:
+        """The hash of the prompt set."""
+        return self._prompts.hash
+
+    def render(self, user: UserSignals) -> SummaryPrompt | None:
+        """See :meth:`SummaryFormat.render`."""
+        if not any(signal.is_evidence for signal in user.signals):
+            return None
+        rendered = render_signals(user.signals, self._count_tokens, self._budget, self._prompts)
+        language = language_of(user) if self._language == AUTO else self._language
+        messages = self._prompts.inference_messages(rendered.text, language=language)
+        return SummaryPrompt(user, tuple(messages), rendered.shown)
+
+    def parse(self, prompt: SummaryPrompt, reply: str, *, truncated: bool = False) -> PreferenceSummary | Failure:
+        """See :meth:`SummaryFormat.parse`.
+
+        Claims that cite only words of somebody else are dropped. A reply that repeats itself, or echoes the request or
+        words of somebody else, is a failure, and so is one without a claim that does not say "not enough evidence".
+        """
+        text = finished_part(reply) if truncated else reply
+        if truncated and not text:
+            return Failure(
+                prompt.user.user_id,
+                f"the reply has no complete claim within {self._max_tokens} tokens; raise max_tokens",
+            )
+        text = cap_tokens(text, self._count_tokens, self._max_tokens)
+        if (reason := self._degenerate.reason(prompt, text)) is not None:
+            return Failure(prompt.user.user_id, reason)
+        evidence = {signal.id for signal in prompt.user.signals if signal.is_evidence}
+        summary = read_reply(
+            prompt.user.user_id,
+            text,
+            prompt.shown,
+            Provenance(author=Author.INFERRED, template_hash=self.template_hash, signals_digest=prompt.user.digest()),
+            keep=lambda claim: not claim.evidence or not evidence.isdisjoint(claim.evidence),
+        )
+        claims = tuple(_own_evidence(claim, evidence) for claim in summary.claims)
+        return summary.model_copy(update={"claims": claims})
+
+
+def _own_evidence(claim: Claim, evidence: set[str]) -> Claim:
+    return claim.model_copy(update={"evidence": tuple(cited for cited in claim.evidence if cited in evidence)})
+
+
+def language_of(user: UserSignals) -> str | None:
+    """The language to request for a user: that of their own words, unless these are in ASCII letters alone."""
+    letters = [char for signal in user.signals for text in own_words(signal) for char in text if char.isalpha()]
+    foreign = sum(not char.isascii() for char in letters)
+    return SAME_LANGUAGE if foreign > FOREIGN_SHARE * len(letters) else None
+
+
+def own_words(signal: Signal) -> list[str]:
+    """The texts of a signal that the user wrote."""
+    if signal.said_by is not Speaker.USER:
+        return []
+    match signal.kind:
+        case "statement":
+            return [signal.text]
+        case "comment":
+            return [signal.text]
+        case "edit":
+            return [signal.prompt, signal.edited]
+        case "pair" | "rating":
+            return [signal.prompt]
+        case "conversation":
+            return [turn.text for turn in signal.turns if turn.speaker is Speaker.USER]
+        case _:
+            return list(signal.facts.values())

@@ -1,0 +1,168 @@
+"""Claims: the lines of a summary, with their citations, read from whatever a model writes.
+
+Punctuation of the major scripts is understood: full-width and CJK, Arabic, Devanagari.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from pydantic import BaseModel, field_validator
+
+from popi.signals import FROZEN
+
+NO_EVIDENCE = "Not enough evidence."
+"""What a writer says, and what a generator reads, when the signals show no preference."""
+
+_AND = r"(?:[,;&\u060c\uff0c\u3001\uff1b]|and|und|et|y|和|及|と)"
+_DASH = r"[-\u2013\uff0d~\uff5e]"
+_NUMBERS = re.compile(rf"(\d{{1,6}})(?:\s*{_DASH}\s*(\d{{1,6}}))?")
+_OPENING, _CLOSING = "[\uff3b\u3010\u3014", "]\uff3d\u3011\u3015"
+_CITATION = re.compile(
+    rf"[{re.escape(_OPENING)}](?:(?:signals?|信号|シグナル)\s*)?"
+    rf"(?P<numbers>\d{{1,6}}(?:\s*(?:{_AND}|{_DASH})\s*\d{{1,6}})*)"
+    rf"[{re.escape(_CLOSING)}][\s.,;\u3002\uff0c\u3001\uff1b\uff0e\u060c\u061b\u06d4\u0964]*",
+    re.IGNORECASE,
+)
+# Neither an abbreviation nor the number of a list ends a sentence; the full stops of other scripts always do.
+_SENTENCE_END = re.compile(
+    r"(?<=\w\w)[.!?]['\")\]]*(?=\s+[^\sa-z])|[\u3002\uff01\uff1f\uff61\u0964\u0965\u06d4\u061f][\u300d\u300f\u201d\uff09\u3011'\")]*"
+)
+_BULLET = re.compile(
+    r"^\s*(?:(?:[-*\u2022\u2023\u25e6\u25aa\u25cf\u25cb\u2013\u2014]|\d{1,3}[.)])\s+"
+    r"|[\u30fb\u00b7\u25cf\u25cb\u2022]\s*"
+    r"|\d{1,3}[\u3001\uff0e\uff09]\s*|[(\uff08]\d{1,3}[)\uff09]\s*|[\u2460-\u2473]\s*)"
+)
+_NOTHING = re.compile(
+    r"(?:there\s+(?:is|was)\s+)?(?:not\s+enough|insufficient)\s+(?:evidence|information|data|signals)"
+    r"(?:\s+(?:to|for|about|of|from|in\s+the\s+signals|that)\b.*)?",
+    re.IGNORECASE,
+)
+
+
+class Claim(BaseModel):
+    """One line of a summary.
+
+    Attributes:
+        text: The claim on one line, without list mark and citation.
+        evidence: Ids of the signals that the writer cited.
+    """
+
+    model_config = FROZEN
+
+    text: str
+    evidence: tuple[str, ...] = ()
+
+    @field_validator("text")
+    @classmethod
+    def _one_line(cls, text: str) -> str:
+        if not (line := " ".join(text.split())):
+            raise ValueError("a claim must not be empty")
+        return line
+
+
+def parse_claims(text: str, shown: Sequence[str] = ()) -> tuple[Claim, ...]:
+    """Reads the lines of a summary, each with optional citations such as ``[1, 3]`` or ``[2-4]`` at its end.
+
+    Example:
+        >>> parse_claims("- short answers [2]", ["a", "b"])
+        (Claim(text='short answers', evidence=('b',)),)
+
+    Args:
+        text: The summary, or the reply of a writer.
+        shown: The signal id behind each number (``RenderedSignals.shown``). Numbers beyond it are ignored: a writer may
+            cite what does not exist.
+
+    Returns:
+        The claims. Equal claims are merged with the evidence of all. A line that says "not enough evidence" is not a
+        claim.
+    """
+    evidence: dict[str, dict[str, None]] = {}
+    for line in text.splitlines():
+        words, numbers = split_citations(line, len(shown))
+        claim = _BULLET.sub("", words).strip()
+        if not says_nothing(claim) and any(char.isalnum() for char in claim):
+            evidence.setdefault(" ".join(claim.split()), {}).update((shown[number - 1], None) for number in numbers)
+    return tuple(Claim(text=claim, evidence=tuple(ids)) for claim, ids in evidence.items())
+
+
+def claims_in(text: str, shown: Sequence[str] = ()) -> tuple[Claim, ...]:
+    """:func:`parse_claims` of free text, without headings (lines that end in a colon)."""
+    return parse_claims("\n".join(line for line in text.splitlines() if not is_heading(line)), shown)
+
+
+def says_nothing(claim: str) -> bool:
+    """Whether a line says that there is not enough evidence for a preference."""
+    return _NOTHING.fullmatch(claim.strip(" -.*_\"'\u3002")) is not None
+
+
+def split_citations(line: str, count: int) -> tuple[str, list[int]]:
+    """Splits a line from the citations at its end.
+
+    Args:
+        line: The line.
+        count: The number of signals that can be cited.
+
+    Returns:
+        The line without citations, and those of the cited numbers that are from 1 to ``count``.
+    """
+    cited: list[str] = []
+    end = len(line)
+    while found := _CITATION.fullmatch(line, max(line.rfind(mark, 0, end) for mark in _OPENING), end):
+        cited.append(found["numbers"])
+        end = found.start()
+    numbers: list[int] = []
+    for first, last in _NUMBERS.findall(", ".join(reversed(cited))):
+        numbers += range(max(int(first), 1), min(int(last or first), count) + 1)
+    return line[:end].rstrip(), numbers
+
+
+def as_text(claims: Sequence[Claim]) -> str:
+    """The text that a generator reads: one claim a line, or :data:`NO_EVIDENCE`."""
+    return "\n".join(f"- {claim.text}" for claim in claims) if claims else NO_EVIDENCE
+
+
+def with_citations(claims: Sequence[Claim], shown: Sequence[str]) -> str:
+    """The text as a writer writes it; inverse of :func:`parse_claims`.
+
+    Raises:
+        KeyError: If a claim cites a signal that is not shown.
+    """
+    number = {signal_id: place for place, signal_id in enumerate(shown, start=1)}
+    lines = []
+    for claim in claims:
+        cited = ", ".join(str(number[signal_id]) for signal_id in claim.evidence)
+        lines.append(f"- {claim.text} [{cited}]" if cited else f"- {claim.text}")
+    return "\n".join(lines) if lines else NO_EVIDENCE
+
+
+def finished_part(text: str) -> str:
+    """Removes the unfinished last line or sentence of a truncated text; returns "" if no claim is left."""
+    lines, _, last = text.rpartition("\n")
+    ends = [found.end() for found in _SENTENCE_END.finditer(last)]
+    sentences = last[: ends[-1]] if ends and not lines.strip() else ""
+    return next((whole for whole in (lines, sentences) if claims_in(whole)), "")
+
+
+def sentences_of(text: str) -> list[str]:
+    """Splits text into sentences and lines, without list marks and citations."""
+    parts: list[str] = []
+    for line in text.splitlines():
+        start = 0
+        for end in [found.end() for found in _SENTENCE_END.finditer(line)] + [len(line)]:
+            words = _BULLET.sub("", split_citations(line[start:end], 0)[0]).strip()
+            start = end
+            if any(char.isalnum() for char in words):
+                parts.append(words)
+    return parts
+
+
+def is_heading(line: str) -> bool:
+    """Whether a line announces others."""
+    return line.rstrip(" \t*_").endswith((":", "\uff1a")) and not _BULLET.match(line)
+
+
+def is_list(text: str) -> bool:
+    """Whether every line of a text has a list mark."""
+    return all(_BULLET.match(line) for line in text.splitlines() if line.strip())
