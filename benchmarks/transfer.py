@@ -24,7 +24,7 @@ from pathlib import Path
 
 from popi import registry
 from popi.assembly import FILES, open_backend
-from popi.backends.ledger import Price, Spent
+from popi.backends.ledger import FREE, Price, Spent
 from popi.cli.batches import identity
 from popi.cli.evaluate import column, run_config
 from popi.config import SingleConfig, load_backend
@@ -176,7 +176,7 @@ def print_matrix(results: Results) -> None:
 def price_of(model: str) -> Price:
     """The price in a generator's backend file."""
     config = load_backend(Path(model)) if model.endswith(FILES) else None
-    return Price(**(config.price or {})) if isinstance(config, SingleConfig) else Price()
+    return Price(**config.price) if isinstance(config, SingleConfig) and config.price else FREE
 
 
 def print_costs(results: Results, prices: Mapping[str, Price]) -> None:

@@ -1,8 +1,9 @@
-"""Opens models: one by its name, or a file's description of a backend and what stands around it."""
+"""Opens models: by name, or by a file that describes a backend and its wrappers."""
 
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import inspect
 import json
 from collections.abc import Callable, Iterator, Mapping
@@ -14,9 +15,9 @@ from pydantic import ConfigDict, create_model
 
 from popi import registry
 from popi.backends.base import Backend
-from popi.backends.ledger import Ledger, Price
+from popi.backends.ledger import FREE, Ledger, Price
 from popi.backends.wrappers import Breaker, Cache, Cost, Fallback, Limit, Retry, Route
-from popi.config import ModelConfig, RouteConfig, RoutesConfig, load_backend
+from popi.config import BackendConfig, ModelConfig, RouteConfig, RoutesConfig, load_backend
 from popi.errors import ConfigError, InputError, ModelError, did_you_mean
 from popi.io import validate
 from popi.models import shipped
@@ -25,57 +26,77 @@ Part = TypeVar("Part")
 
 FILES = ".yaml", ".yml"
 
-HOW = {"timeout", "concurrency", "key", "cache_gib"}
-"""Options of backends that change no answer."""
+NEUTRAL = {"timeout", "max_concurrency", "key", "cache_gib"}
+"""Options of backends that do not change responses."""
 
 
 def open_backend(model: str, *, role: str = "") -> tuple[Backend, Ledger]:
-    """Opens a model, and the accounts of what it will cost.
+    """Opens a model, and the accounts of its cost.
 
     Args:
-        model: A model's name, path or hub id, which runs in this process by transformers; or a YAML file that describes
-            a backend (:mod:`popi.config.backend`). What is asked passes the parts of such a file in this order: the
+        model: A model's name, path or hub id, which runs in this process with transformers; or a YAML file that
+            describes a backend (:mod:`popi.config.backend`). Requests pass the parts of such a file in this order: the
             cache, the choice of a route, retries, limits, the budget, the model.
-        role: Whose requests they are, in the accounts.
+        role: The role that sends the requests, for the accounts.
 
     Raises:
-        ConfigError: If the file describes no backend; the field is named.
+        ConfigError: If the file does not describe a backend; the field is named.
         ModelError: If the model cannot be found or used.
-        MissingExtra: If what runs it is not installed.
+        MissingExtra: If the packages that run it are not installed.
     """
     if not model.endswith(FILES):
         return registry.backend("transformers")(model), Ledger()
     file = Path(model)
     config = load_backend(file)
+    _check_prices(config, file)
     ledger = Ledger(config.budget)
-    opened = _Opening(file, ledger, role)
+    opening = _Opening(file, ledger, role)
     try:
         if isinstance(config, RoutesConfig):
-            found: Backend = Fallback([opened.route(name, route) for name, route in config.routes.items()])
+            backend: Backend = Fallback([opening.route(name, route) for name, route in config.routes.items()])
         else:
-            found = opened.model(config, opened.made(Price, config.price or {}, "price"))
-        return (found if config.cache is None else Cache(found, config.cache)), ledger
+            backend = opening.model(config, opening.price(config))
+        return (backend if config.cache is None else Cache(backend, config.cache)), ledger
     except BaseException:
-        opened.close()
+        opening.close()
         raise
 
 
 def answers_rest_on(file: Path) -> tuple[str, list[str]]:
-    """What of a backend's file its answers depend on, and the models that it names, as far as they lie in folders.
+    """Returns a fingerprint of what the responses of a backend's file depend on, and the local models it names.
 
-    How the model is asked, by whom, how often and at what price is no part of it.
+    Concurrency, retries, prices and the key are no part of it.
 
     Raises:
-        ConfigError: If the file describes no backend.
+        ConfigError: If the file does not describe a backend.
     """
-    config = load_backend(file)
-    models = list(config.routes.values()) if isinstance(config, RoutesConfig) else [config]
-    asked = [
-        [model.backend, model.model, {name: model.options[name] for name in sorted(model.options.keys() - HOW)}]
-        for model in models
+    models = [
+        [model.backend, model.model, {name: model.options[name] for name in sorted(model.options.keys() - NEUTRAL)}]
+        for model in _models(load_backend(file)).values()
     ]
-    named = sorted({*_texts(asked)})
-    return json.dumps(asked), [name for name in named if name in shipped() or Path(name).expanduser().is_dir()]
+    named = sorted({*_texts(models)})
+    # Options may contain secrets.
+    fingerprint = hashlib.sha256(json.dumps(models, default=str).encode()).hexdigest()[:16]
+    return fingerprint, [name for name in named if name in shipped() or Path(name).expanduser().is_dir()]
+
+
+def _models(config: BackendConfig) -> dict[str, ModelConfig]:
+    """The models of a file, by their place in it."""
+    if isinstance(config, RoutesConfig):
+        return {f"routes.{name}.": route for name, route in config.routes.items()}
+    return {"": config}
+
+
+def _check_prices(config: BackendConfig, file: Path) -> None:
+    """Checks that every model has a price if there is a budget: without one nothing would ever reach it."""
+    for place, model in _models(config).items():
+        if config.budget is not None and not model.price:
+            raise ConfigError(
+                "a budget needs the price of every model",
+                file=file,
+                field=f"{place}price",
+                fix="add price: {prompt: ..., completion: ...} per million tokens, with 0 for a model that is free",
+            )
 
 
 def _texts(value: object) -> Iterator[str]:
@@ -87,31 +108,35 @@ def _texts(value: object) -> Iterator[str]:
 
 
 class _Opening:
-    """Makes the parts that a file describes, and says of those that cannot be made where they stand in it."""
+    """Makes the parts that a file describes; errors name the field."""
 
     def __init__(self, file: Path, ledger: Ledger, role: str) -> None:
         self._file, self._ledger, self._role = file, ledger, role
         self._models: list[Backend] = []
 
     def route(self, name: str, config: RouteConfig) -> Route:
-        """A model among others."""
+        """One of several models."""
         at = f"routes.{name}."
-        price = self.made(Price, config.price or {}, f"{at}price")
+        price = self.price(config, at)
         breaker = self.made(Breaker, config.breaker, f"{at}breaker")
         return Route(name, self.model(config, price, at), price, breaker)
 
-    def model(self, config: ModelConfig, price: Price, at: str = "") -> Backend:
-        """A model with what stands around it."""
+    def price(self, config: ModelConfig, at: str = "") -> Price | None:
+        """The price of a model; ``None`` if the file does not say."""
+        return self.made(Price, config.price, f"{at}price") if config.price else None
+
+    def model(self, config: ModelConfig, price: Price | None, at: str = "") -> Backend:
+        """A model in its wrappers."""
         kind = self.made(registry.backend, {}, f"{at}backend", config.backend)
-        found: Backend = self.made(kind, config.options, f"{at}options", config.model)
-        self._models.append(found)
-        found = Cost(found, price=price, ledger=self._ledger, role=self._role)
+        backend: Backend = self.made(kind, config.options, f"{at}options", config.model)
+        self._models.append(backend)
+        backend = Cost(backend, price=price or FREE, ledger=self._ledger, role=self._role)
         if config.limit is not None:
-            found = self.made(Limit, config.limit, f"{at}limit", found)
-        return found if config.retry is None else self.made(Retry, config.retry, f"{at}retry", found)
+            backend = self.made(Limit, config.limit, f"{at}limit", backend)
+        return backend if config.retry is None else self.made(Retry, config.retry, f"{at}retry", backend)
 
     def close(self) -> None:
-        """Closes the models that were opened before a part could not be made."""
+        """Closes the models that were opened before a part failed."""
 
         async def close() -> None:
             for model in self._models:
@@ -122,7 +147,7 @@ class _Opening:
             elsewhere.submit(asyncio.run, close()).result()
 
     def made(self, make: Callable[..., Part], given: Mapping[str, Any], at: str, *first: object) -> Part:
-        """A part of these keyword arguments."""
+        """Makes a part from keyword arguments."""
         try:
             return make(*first, **_checked(make, given, skip=len(first)))
         except (ConfigError, ModelError) as error:
@@ -131,10 +156,10 @@ class _Opening:
 
 
 def _checked(make: Callable[..., Any], given: Mapping[str, Any], *, skip: int) -> dict[str, Any]:
-    """Keyword arguments as the signature wants them, those behind the first few.
+    """Checks keyword arguments against a signature, without its first parameters.
 
     Raises:
-        ConfigError: If one is unknown, missing or of another type.
+        ConfigError: If one is unknown, missing or has another type.
     """
     takes = list(inspect.signature(make, eval_str=True).parameters.values())[skip:]
     fields: dict[str, Any] = {

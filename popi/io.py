@@ -340,8 +340,8 @@ def lock(path: Path) -> IO[bytes]:
 
 
 def writable(text: str) -> str:
-    """Replaces what UTF-8 cannot represent (lone surrogates) by a replacement character."""
-    return text.encode("utf-8", "surrogatepass").decode("utf-8", "replace")
+    """Joins surrogate pairs, and replaces lone surrogates, which UTF-8 cannot represent."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def as_line(value: BaseModel) -> str:

@@ -1,4 +1,4 @@
-"""A server in front of a real one that plants faults: what a bad network, a full server and a broken gateway do."""
+"""Servers that misbehave: one in front of a real server that plants faults, and one whose responses a test scripts."""
 
 from __future__ import annotations
 
@@ -8,16 +8,17 @@ import random
 import socket
 import struct
 import threading
+import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Literal, get_args
 
 import httpx
 
-Fault = Literal[
-    "429 until", "429", "500", "503 burst", "refused", "reset", "half a body", "stall", "html", "chunks twice"
-]
+Fault = Literal["429 until", "429", "500", "503 burst", "refused", "reset", "half a body", "stall", "html"]
 FAULTS: tuple[Fault, ...] = get_args(Fault)
 
 STATUS: dict[Fault | None, int] = {"429 until": 429, "429": 429, "500": 500, "503 burst": 503}
@@ -96,7 +97,7 @@ class FaultyServer:
         """The ASGI application."""
         reply = _Reply(receive, send)
         body = await reply.asked()
-        fault = self._deal(streaming=json.loads(body or b"{}").get("stream", False))
+        fault = self._deal()
         if fault is None:
             self.passed += 1
         else:
@@ -124,8 +125,6 @@ class FaultyServer:
         parts = [event + b"\n\n" for event in answer.content.split(b"\n\n") if event]
         if not kind.startswith("text/event-stream"):
             parts = [answer.content]
-        if fault == "chunks twice":
-            parts = [part for part in parts[:-1] for _ in range(2)] + parts[-1:]
         whole = b"".join(parts)
         await reply.begin(answer.status_code, kind)
         if fault in ("reset", "half a body", "stall"):
@@ -148,15 +147,15 @@ class FaultyServer:
             connection.transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
             connection.transport.abort()
 
-    def _deal(self, *, streaming: bool) -> Fault | None:
-        """The fault of the next request; one that only a stream can have leaves other answers as they are."""
+    def _deal(self) -> Fault | None:
+        """The fault of the next request."""
         if self._left:
             self._left -= 1
             return "503 burst"
         [fault] = self._random.choices(self._faults, self._weights)
         if fault == "503 burst":
             self._left = self._burst - 1
-        return None if fault == "chunks twice" and not streaming else fault
+        return fault
 
 
 class _Reply:
@@ -206,3 +205,133 @@ class _Reply:
 def _address(listening: socket.socket) -> str:
     host, port = listening.getsockname()
     return f"{host}:{port}"
+
+
+def piece(text: str | list[Any] | None = None, reason: str | None = None, **more: Any) -> dict[str, Any]:
+    """A piece of a response: its text, why it ended, its ``usage``, other ``choices``, and fields of its turn."""
+    return {"text": text, "reason": reason, **more}
+
+
+def whole(pieces: list[dict[str, Any]]) -> dict[str, Any]:
+    """The response that is not streamed."""
+    joined: dict[str, Any] = {"text": None, "reason": None}
+    for each in pieces:
+        text = each["text"]
+        joined |= {name: value for name, value in each.items() if name != "text" and value is not None}
+        joined["text"] = joined["text"] + text if joined["text"] and text else joined["text"] or text
+    return {name: value for name, value in joined.items() if name != "choices"}
+
+
+def rendered(each: dict[str, Any], turn: str) -> dict[str, Any]:
+    """A piece in the form of an endpoint: ``message``, ``delta`` or ``text``."""
+    more = {name: value for name, value in each.items() if name not in ("text", "reason", "usage", "choices")}
+    inner = each["text"] if turn == "text" else {"role": "assistant", "content": each["text"], **more}
+    choices = each.get("choices", [{"index": 0, "finish_reason": each["reason"], turn: inner}])
+    made = {"id": "1", "created": 0, "model": "m", "choices": choices}
+    return {**made, "usage": each["usage"]} if "usage" in each else made
+
+
+def written(value: Any) -> str:
+    """JSON in which only halves of characters are escaped."""
+    text = json.dumps(value, ensure_ascii=False)
+    return "".join(rf"\u{ord(char):04x}" if "\ud800" <= char <= "\udfff" else char for char in text)
+
+
+@dataclass
+class Scripted:
+    """What a server responds.
+
+    Attributes:
+        body: Pieces of a response, which are rendered for the endpoint; else JSON, or bytes as they are.
+        status: The HTTP status.
+        headers: Further headers.
+        done: Whether a stream ends with ``[DONE]``.
+        streams: Whether it is a stream; ``None`` is what the request asks for.
+        delay: Seconds until it responds.
+    """
+
+    body: list[dict[str, Any]] | dict[str, Any] | bytes
+    status: int = 200
+    headers: dict[str, str] = field(default_factory=dict)
+    done: bool = True
+    streams: bool | None = None
+    delay: float = 0.0
+
+
+class ScriptedServer:
+    """A server that responds to each request by a function of its body.
+
+    Attributes:
+        url: The base URL.
+        script: The function.
+        bodies: The bodies of all requests.
+        headers: Their headers.
+    """
+
+    def __init__(self, script: Callable[[dict[str, Any]], Scripted]) -> None:
+        self.script, self.url = script, ""
+        self.bodies: list[dict[str, Any]] = []
+        self.headers: list[dict[str, str]] = []
+
+    @contextmanager
+    def running(self) -> Iterator[ScriptedServer]:
+        """Serves on loopback, each request in its own thread."""
+        handler = type("Handler", (_Handler,), {"scripted": self})
+        with _Threads(("127.0.0.1", 0), handler) as server:
+            self.url = f"http://127.0.0.1:{server.server_address[1]}/v1"
+            thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+            thread.start()
+            try:
+                yield self
+            finally:
+                server.shutdown()
+                thread.join()
+
+
+Serve = Callable[..., ScriptedServer]
+"""Starts a server that responds in one way, or by a function of the request."""
+
+
+class _Threads(ThreadingHTTPServer):
+    request_queue_size = 512
+    daemon_threads = True
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    scripted: ScriptedServer
+
+    def log_message(self, *words: Any) -> None:
+        """Stays silent."""
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.scripted.bodies.append(body)
+        self.scripted.headers.append(dict(self.headers))
+        reply = self.scripted.script(body)
+        time.sleep(reply.delay)
+        streams = body.get("stream", False) if reply.streams is None else reply.streams
+        streams = streams and isinstance(reply.body, list)
+        self.send_response(reply.status)
+        kind = "text/event-stream" if streams else "application/json"
+        data = self._stream(reply) if streams else self._whole(reply)
+        # A stream ends with its connection, so that one that breaks off looks like one that is complete.
+        length = {} if streams else {"Content-Length": str(len(data))}
+        for name, value in {"Content-Type": kind, "Connection": "close", **length, **reply.headers}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(data)
+        self.close_connection = True
+
+    def _whole(self, reply: Scripted) -> bytes:
+        if isinstance(reply.body, bytes):
+            return reply.body
+        turn = "message" if self.path.endswith("/chat/completions") else "text"
+        return written(rendered(whole(reply.body), turn) if isinstance(reply.body, list) else reply.body).encode()
+
+    def _stream(self, reply: Scripted) -> bytes:
+        assert isinstance(reply.body, list)
+        turn = "delta" if self.path.endswith("/chat/completions") else "text"
+        events = [each.get("raw") or written(rendered(each, turn)) for each in reply.body]
+        done = ["[DONE]"] if reply.done else []
+        return "".join(f"data: {event}\n\n" for event in [*events, *done]).encode()

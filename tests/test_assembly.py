@@ -9,7 +9,7 @@ from types import ModuleType
 
 import pytest
 
-from popi.assembly import open_backend
+from popi.assembly import answers_rest_on, open_backend
 from popi.backends.base import ChatRequest, ChatResult
 from popi.backends.wrappers import Cache, Cost, Fallback, Limit, Retry
 from popi.errors import InputError
@@ -53,7 +53,7 @@ async def test_the_parts_of_a_file_stand_around_the_model_in_their_order(write: 
         backend: parts:Named
         model: one
         options: {words: 50}
-        limit: {at_once: 2}
+        limit: {max_concurrency: 2}
         price: {prompt: 1000, completion: 2000}
         retry: {attempts: 2, first: 0.001}
         budget: 100
@@ -79,8 +79,13 @@ async def test_routes_serve_for_each_other_under_one_budget(write: Write) -> Non
     file = write(
         """
         routes:
-          api: {backend: "parts:Named", model: far, price: {prompt: 1}}
-          local: {backend: "parts:Named", model: near, options: {down: true}, breaker: {failures: 1}}
+          api: {backend: "parts:Named", model: far, price: {prompt: 1, completion: 1}}
+          local:
+            backend: "parts:Named"
+            model: near
+            options: {down: true}
+            breaker: {failures: 1}
+            price: {prompt: 0, completion: 0}
         """
     )
     backend, ledger = open_backend(file)
@@ -91,12 +96,32 @@ async def test_routes_serve_for_each_other_under_one_budget(write: Write) -> Non
     await backend.close()
 
 
+@pytest.mark.parametrize(
+    ("prices", "first"),
+    [
+        (("{prompt: 2, completion: 2}", "{prompt: 1, completion: 1}"), "b"),
+        (("{prompt: 1, completion: 1}", "{prompt: 1, completion: 1}"), "a"),
+        (("{prompt: 2, completion: 2}", "null"), "a"),
+        (("null", "{prompt: 0, completion: 0}"), "a"),
+        (("null", "null"), "a"),
+    ],
+)
+async def test_the_cheapest_is_first_only_where_every_price_is_known(
+    write: Write, prices: tuple[str, str], first: str
+) -> None:
+    a, b = (f"{{backend: 'parts:Named', model: m, price: {price}}}" for price in prices)
+    backend, _ = open_backend(write(f"routes: {{a: {a}, b: {b}}}"))
+    assert [result.route for result in await backend.chat([ask()])] == [first]
+
+
 async def test_a_budget_of_a_file_is_kept(write: Write) -> None:
-    backend, ledger = open_backend(
-        write('{backend: "parts:Named", model: one, price: {completion: 1}, budget: 1.0e-7}')
-    )
+    price = "{prompt: 1, completion: 1}"
+    backend, ledger = open_backend(write(f'{{backend: "parts:Named", model: one, price: {price}, budget: 1.0e-7}}'))
     [result] = await backend.chat([ask()])
     assert result.failure == "budget" and ledger.refused == 1 and ledger.total.money == 0
+
+
+MODEL = "{backend: 'parts:Named', model: one"
 
 
 @pytest.mark.parametrize(
@@ -104,17 +129,37 @@ async def test_a_budget_of_a_file_is_kept(write: Write) -> None:
     [
         ("backend: parts:Named", "backend.yaml, field model: field required"),
         ("{backend: nobody, model: one}", "yaml, field backend: unknown backend 'nobody'"),
-        ("{backend: 'parts:Named', model: one, retries: {}}", "field retries: extra inputs are not permitted"),
-        ("{backend: 'parts:Named', model: one, options: {word: 3}}", "field options.word: .*; did you mean words"),
-        ("{backend: 'parts:Named', model: one, options: {words: many}}", "field options.words: .*valid integer"),
-        ("{backend: 'parts:Named', model: one, limit: {at_once: 0}}", "field limit.at_once: a limit of 0"),
-        ("{backend: 'parts:Named', model: one, retry: {attempts: 0}}", "backend.yaml, field retry: 0 attempts"),
-        ("{backend: 'parts:Named', model: one, price: {prompt: -1}}", "field price: a price is no less than nothing"),
-        ("{backend: 'parts:Named', model: one, budget: -1}", "field budget: "),
-        ("{backend: openai, model: gpt, options: {key: NO_SUCH_KEY}}", "field options: the environment variable NO_S"),
+        (f"{MODEL}, retries: {{}}}}", "field retries: extra inputs are not permitted"),
+        (f"{MODEL}, options: {{word: 3}}}}", "field options.word: .*; did you mean words"),
+        (f"{MODEL}, options: {{words: many}}}}", "field options.words: .*valid integer"),
+        (f"{MODEL}, limit: {{max_concurrency: 0}}}}", "field limit.max_concurrency: must be positive, got 0"),
+        (f"{MODEL}, limit: {{at_once: 0}}}}", "field limit.at_once: there is no such argument"),
+        (f"{MODEL}, retry: {{attempts: 0}}}}", "backend.yaml, field retry.attempts: must be positive, got 0"),
+        (f"{MODEL}, price: {{prompt: -1, completion: 1}}}}", "field price.prompt: a price must be zero or positive"),
+        (f"{MODEL}, price: {{prompt: 1, completion: .inf}}}}", "field price.completion: a price must be zero or"),
+        (f"{MODEL}, price: {{prompt: 1}}}}", "field price.completion: field required"),
+        (f"{MODEL}, budget: -1}}", "field budget: "),
+        (f"{MODEL}, budget: 1}}", "field price: a budget needs the price of every model; add price: {prompt: "),
+        (f"{MODEL}, budget: 0}}", "field price: a budget needs the price"),
+        (f"{MODEL}, price: {{}}, budget: 1}}", "field price: a budget needs the price"),
+        (f"budget: 1\nroutes: {{a: {MODEL}}}}}", r"field routes\.a\.price: a budget needs the price"),
+        (
+            "{backend: openai, model: gpt, options: {key: NO_SUCH_KEY}}",
+            "field options.key: the environment variable NO_",
+        ),
+        (
+            "{backend: openai, model: m, options: {key: null, base_url: 'host/v1'}}",
+            "field options.base_url: the base URL",
+        ),
+        ("{backend: openai, model: m, options: {key: null, fields: {seed: 1}}}", "field options.fields.seed: .*string"),
+        (
+            "{backend: openai, model: m, options: {key: null, fields: {stop: null}}}",
+            "field options.fields.stop: cannot be",
+        ),
+        ("{backend: openai, model: m, options: {key: null, extra: {stop: a}}}", "field options.extra.stop: is a field"),
         ("routes: {}", "field routes: "),
-        ("routes: {a: {backend: 'parts:Named', model: m, breaker: {rest: 0}}}", "field routes.a.breaker: 3 failures"),
-        ("routes: {a: {backend: 'parts:Named', model: m}}\nmodel: m", "field model: extra inputs"),
+        (f"routes: {{a: {MODEL}, breaker: {{cooldown: 0}}}}}}", "field routes.a.breaker.cooldown: must be positive"),
+        (f"routes: {{a: {MODEL}}}}}\nmodel: m", "field model: extra inputs"),
         ("- one", "is not a JSON object"),
         ("a: [", "backend.yaml:1: is not YAML"),
     ],
@@ -123,6 +168,15 @@ def test_what_a_file_cannot_mean_is_one_line_with_its_place(write: Write, text: 
     with pytest.raises(InputError, match=message) as caught:
         open_backend(write(text))
     assert "\n" not in str(caught.value)
+
+
+def test_a_fingerprint_contains_no_secret_and_changes_with_what_answers_depend_on(write: Write) -> None:
+    def fingerprint(options: str) -> str:
+        return answers_rest_on(Path(write(f"{{backend: openai, model: m, options: {options}}}")))[0]
+
+    known = fingerprint("{key: A, extra: {token: secret}, timeout: 1}")
+    assert known == fingerprint("{key: B, extra: {token: secret}, max_concurrency: 2}") and "secret" not in known
+    assert known != fingerprint("{key: A, extra: {token: other}}")
 
 
 def test_a_file_that_is_not_there_is_told(write: Write) -> None:
@@ -134,7 +188,7 @@ def test_a_file_that_is_not_there_is_told(write: Write) -> None:
     "broken",
     [
         "api: {backend: openai, model: m, options: {key: NO_SUCH_KEY}}",
-        "api: {backend: 'parts:Named', model: m, limit: {at_once: 0}}",
+        "api: {backend: 'parts:Named', model: m, limit: {max_concurrency: 0}}",
     ],
 )
 async def test_what_was_opened_is_closed_when_a_later_part_cannot_be_made(

@@ -1,4 +1,4 @@
-"""A deadline that waiting for a turn brings no nearer."""
+"""Timeouts that do not count the time a request waits for its turn."""
 
 from __future__ import annotations
 
@@ -7,35 +7,37 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from contextvars import ContextVar
 
+from popi.backends.sharing import Semaphore
+
 
 class Clock:
-    """Counts down the seconds of a request, and stands still while it waits for its turn.
+    """Counts down the time of a request, and can be paused.
 
     Args:
-        timeout: What ends when they have passed.
+        timeout: The timeout that it pauses.
     """
 
     def __init__(self, timeout: asyncio.Timeout) -> None:
-        self._timeout, self._waits, self._left = timeout, 0, 0.0
+        self._timeout, self._pauses, self._left = timeout, 0, 0.0
 
     @property
     def left(self) -> float:
-        """Seconds that are left."""
+        """Seconds until the timeout."""
         when = self._timeout.when()
         return self._left if when is None else when - asyncio.get_running_loop().time()
 
     @contextmanager
-    def stopped(self) -> Iterator[None]:
-        """Within it no time passes."""
-        if not self._waits and not self._timeout.expired():
+    def paused(self) -> Iterator[None]:
+        """Pauses the clock inside the block."""
+        if not self._pauses and not self._timeout.expired():
             self._left = self.left
             self._timeout.reschedule(None)
-        self._waits += 1
+        self._pauses += 1
         try:
             yield
         finally:
-            self._waits -= 1
-            if not self._waits and not self._timeout.expired():
+            self._pauses -= 1
+            if not self._pauses and not self._timeout.expired():
                 self._timeout.reschedule(asyncio.get_running_loop().time() + self._left)
 
 
@@ -44,12 +46,12 @@ _RUNNING: ContextVar[Clock | None] = ContextVar("clock", default=None)
 
 @asynccontextmanager
 async def within(seconds: float) -> AsyncIterator[Clock]:
-    """Gives what is done within it so many seconds, of which those do not count that :func:`waiting` covers.
+    """Limits the time of the block. Time inside :func:`waiting` does not count.
 
-    A thousand requests may be asked for at once and wait for each other: each has its time from when it is sent.
+    A thousand requests may start at once and wait for each other: the time of each begins when it is sent.
 
     Raises:
-        TimeoutError: If they have passed.
+        TimeoutError: After ``seconds``.
     """
     async with asyncio.timeout(seconds) as timeout:
         token = _RUNNING.set(clock := Clock(timeout))
@@ -61,18 +63,18 @@ async def within(seconds: float) -> AsyncIterator[Clock]:
 
 @contextmanager
 def waiting() -> Iterator[None]:
-    """Stops the clock of the request that waits for its turn within it, if one runs."""
+    """Pauses the clock of the current request, if it has one."""
     clock = _RUNNING.get()
     if clock is None:
         yield
     else:
-        with clock.stopped():
+        with clock.paused():
             yield
 
 
 @asynccontextmanager
-async def turn(places: asyncio.Semaphore) -> AsyncIterator[None]:
-    """Waits for a place, and holds it."""
+async def turn(places: Semaphore) -> AsyncIterator[None]:
+    """Holds a place of a semaphore. Waiting for it does not count towards the time of the request."""
     with waiting():
         await places.acquire()
     try:

@@ -1,12 +1,13 @@
-"""Accounts: what requests cost, in tokens and in money, and the line that is not passed."""
+"""Accounts: the tokens and the money that requests cost, and the budget that they must not exceed."""
 
 from __future__ import annotations
 
-import asyncio
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 
 from popi.backends.deadline import waiting
+from popi.backends.sharing import Waiter, renew_after_fork
 from popi.errors import ConfigError
 
 MILLION = 1_000_000
@@ -14,26 +15,36 @@ MILLION = 1_000_000
 
 @dataclass(frozen=True, slots=True)
 class Price:
-    """What a million tokens costs, in one's currency.
+    """The price of a million tokens, in any one currency.
 
     Attributes:
-        prompt: Of what is read.
-        completion: Of what is written.
+        prompt: Price of a million prompt tokens.
+        completion: Price of a million completion tokens.
 
     Raises:
-        ConfigError: If it is negative.
+        ConfigError: If a price is negative or not a number.
+
+    Example:
+        >>> Price(prompt=0.5, completion=2.0).of(1_000_000, 500_000)
+        1.5
     """
 
-    prompt: float = 0.0
-    completion: float = 0.0
+    prompt: float
+    completion: float
 
     def __post_init__(self) -> None:
-        if not min(self.prompt, self.completion) >= 0:
-            raise ConfigError("a price is no less than nothing")
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if not 0 <= value < float("inf"):
+                raise ConfigError(f"a price must be zero or positive, got {value}", field=field.name)
 
     def of(self, prompt_tokens: float, completion_tokens: float) -> float:
-        """The price of so many tokens, which may be a mean."""
+        """Returns the price of a number of tokens, which may be a mean."""
         return (prompt_tokens * self.prompt + completion_tokens * self.completion) / MILLION
+
+
+FREE = Price(0.0, 0.0)
+"""The price of a model that costs nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,12 +52,12 @@ class Spent:
     """An account.
 
     Attributes:
-        requests: How many were sent.
-        prompt_tokens: That were read, as the servers say.
-        completion_tokens: That were written, likewise.
-        money: What these cost.
-        unsure: The most that the others cost, of which no server has told the tokens: requests that failed on their
-            way, and streams that were left.
+        requests: Number of requests that were sent.
+        prompt_tokens: Prompt tokens, as reported by the servers.
+        completion_tokens: Completion tokens, as reported by the servers.
+        money: Price of these tokens.
+        unsure: Upper bound on the price of requests whose tokens no server reported: requests that failed, and streams
+            that were closed early.
     """
 
     requests: int = 0
@@ -60,83 +71,105 @@ class Spent:
 
 
 class Ledger:
-    """The accounts of a run, by role and user, which several backends may share.
+    """The accounts of a run, by role and user. Several backends, event loops and threads may share one.
+
+    A forked child has its own copy: a budget holds for each process.
 
     Args:
-        cap: The most money of the run; ``None`` is no limit.
+        cap: Maximum amount of money to spend; ``None`` is no limit.
 
     Attributes:
         cap: The same.
-        refused: How many requests it had no room for.
+        refused: Number of requests that did not fit into the budget.
 
     Raises:
-        ConfigError: If the cap is negative.
+        ConfigError: If the cap is negative or not a number.
     """
 
     def __init__(self, cap: float | None = None) -> None:
-        if cap is not None and cap < 0:
-            raise ConfigError(f"a budget of {cap} is less than nothing", field="budget")
+        if cap is not None and not cap >= 0:
+            raise ConfigError(f"a budget must be zero or positive, got {cap}", field="budget")
         self.cap, self.refused = cap, 0
         self._accounts: dict[tuple[str, str], Spent] = {}
-        self._total, self._reserved, self._open = Spent(), 0.0, 0
-        self._waiting: list[asyncio.Future[None]] = []
+        self._total = Spent()
+        self.after_fork()
+        renew_after_fork(self)
+
+    def after_fork(self) -> None:
+        """Drops the reservations: their requests run in the parent process."""
+        self._lock = threading.Lock()
+        self._reserved, self._open = 0.0, 0
+        self._waiting: list[Waiter] = []
 
     @property
     def total(self) -> Spent:
-        """Of the run."""
+        """The account of the run."""
         return self._total
 
     def by_role(self) -> dict[str, Spent]:
-        """The accounts of the roles."""
+        """Returns the accounts by role."""
         return self._by(lambda role, _: role)
 
     def by_user(self) -> dict[str, Spent]:
-        """The accounts of the users."""
+        """Returns the accounts by user."""
         return self._by(lambda _, user: user)
 
     async def reserve(self, most: float) -> bool:
-        """Sets money aside for a request; waits for others to be settled if that may make room.
+        """Reserves money for a request. Waits for open requests to be settled if that could make room.
 
         Args:
-            most: The most that it can cost.
+            most: Upper bound on the price of the request.
 
         Returns:
-            Whether there is so much. If so, :meth:`settle` has to be called for it, whatever becomes of it.
+            Whether the money is reserved. If so, :meth:`settle` must be called whatever happens to the request.
         """
-        while not self.fits(most):
-            # What is spent does not come back.
-            if not self._open or not self.fits(most - self._reserved):
-                self.refused += 1
-                return False
-            others = asyncio.get_running_loop().create_future()
-            self._waiting.append(others)
+        while True:
+            with self._lock:
+                if self._take(most):
+                    return True
+                # Money that is spent does not come back.
+                if not self._open or not self._fits(most - self._reserved):
+                    self.refused += 1
+                    return False
+                waiter = Waiter()
+                self._waiting.append(waiter)
             with waiting():
-                await others
+                await waiter
+
+    def try_reserve(self, most: float) -> bool:
+        """Reserves money for a request if there is enough now. See :meth:`reserve`."""
+        with self._lock:
+            return self._take(most)
+
+    def settle(self, most: float, spent: Spent, *, role: str, user: str) -> None:
+        """Replaces a reservation by what the request cost."""
+        with self._lock:
+            self._open -= 1
+            # Sums of fractions that are added and subtracted do not return to zero.
+            self._reserved = self._reserved - most if self._open else 0.0
+            account = (role, user)
+            self._accounts[account] = self._accounts.get(account, Spent()) + spent
+            # Read before every request, while there may be as many accounts as users.
+            self._total += spent
+            waiters, self._waiting = self._waiting, []
+        for waiter in waiters:
+            waiter.wake()
+
+    def _take(self, most: float) -> bool:
+        if not self._fits(most):
+            return False
         self._reserved, self._open = self._reserved + most, self._open + 1
         return True
 
-    def settle(self, most: float, spent: Spent, *, role: str, user: str) -> None:
-        """Enters what a request cost in place of what was set aside for it."""
-        self._open -= 1
-        # Sums of fractions that come and go leave dust.
-        self._reserved = self._reserved - most if self._open else 0.0
-        account = (role, user)
-        self._accounts[account] = self._accounts.get(account, Spent()) + spent
-        # Asked for before every request, of which there may be as many as users.
-        self._total += spent
-        waiting, self._waiting = self._waiting, []
-        for future in waiting:
-            if not future.done():
-                future.set_result(None)
-
-    def fits(self, most: float) -> bool:
-        """Whether there is so much now."""
+    def _fits(self, most: float) -> bool:
         if self.cap is None:
             return True
         return self._total.money + self._total.unsure + self._reserved + most <= self.cap
 
     def _by(self, key: Callable[[str, str], str]) -> dict[str, Spent]:
-        found: dict[str, Spent] = {}
-        for (role, user), spent in self._accounts.items():
-            found[key(role, user)] = found.get(key(role, user), Spent()) + spent
-        return found
+        accounts: dict[str, Spent] = {}
+        with self._lock:
+            entries = list(self._accounts.items())
+        for (role, user), spent in entries:
+            accounts[key(role, user)] = accounts.get(key(role, user), Spent()) + spent
+        return accounts

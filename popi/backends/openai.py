@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import os
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from typing import TypeVar
-from urllib.parse import urlsplit
-from weakref import WeakKeyDictionary
-
-from openai import AsyncOpenAI
+import hashlib
+import json
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import suppress
+from functools import cached_property
+from typing import Any, TypeVar
 
 from popi.backends.base import (
     Backend,
@@ -22,43 +21,66 @@ from popi.backends.base import (
     ignore_result,
 )
 from popi.backends.deadline import turn
+from popi.backends.remote.client import Client, certificates
 from popi.backends.remote.endpoints import ByMessages, ByTokenIds, Endpoint
 from popi.backends.remote.failures import failed
+from popi.backends.remote.fields import Fields
+from popi.backends.remote.server import read_server
+from popi.backends.sharing import PerLoop, Semaphore
 from popi.backends.together import each, held
 from popi.errors import BackendError, ConfigError, MissingExtra
+from popi.models import folder_of
+from popi.provenance import fingerprint_files
 
 Request = TypeVar("Request")
 Result = TypeVar("Result", ChatResult, ScoreResult)
 
-OPENAI = "https://api.openai.com/v1"
+TOKENIZER_FILES = "tokenizer*", "chat_template*", "special_tokens*", "added_tokens*", "vocab*", "merges*"
 
 
 class OpenAIBackend(Backend):
     """A model behind a server that speaks OpenAI's protocol.
 
-    A black box is asked by messages. A server of an open model that has the completions endpoint, as vLLM's does, is
-    better asked by token ids: name its tokenizer, and conversations are rendered here as they are in training, tokens
-    are counted exactly, and responses can be scored.
+    Without a tokenizer, requests contain messages, which any server understands. A server of an open model that has the
+    completions endpoint, such as vLLM's, is better used with the model's tokenizer: conversations are rendered here as
+    in training, tokens are counted exactly, responses can be scored, and may continue a prefix.
 
-    Nothing is asked twice: see :class:`popi.backends.wrappers.Retry` for that.
+    Fields that change nothing are not sent: ``top_p`` if it is 1, and ``top_p`` and ``seed`` for greedy decoding. A
+    field that the server does not know is renamed (``max_tokens`` to ``max_completion_tokens``) or dropped
+    (``temperature``, ``top_p``, ``seed``, ``stream_options``, ``stop_token_ids``) after the first error that names it;
+    the log reports it once. The model then samples as the server decides.
+
+    Requests are not repeated: see :class:`popi.backends.wrappers.Retry`. The backend can be used from several event
+    loops and threads, and in forked processes.
+
+    ::
+
+        backend: openai
+        model: gpt-5-mini
+        options:
+          key: OPENAI_API_KEY
+          fields: {temperature: null, max_tokens: max_completion_tokens}
+          extra: {reasoning_effort: low}
 
     Args:
         model: The server's name of the model.
-        base_url: Where the server is; ``None`` is OpenAI's own.
-        key: The name of the environment variable that holds the key; ``None`` for a server that wants none.
+        base_url: Base URL of the API; ``None`` is ``OPENAI_BASE_URL``, or OpenAI's own. It may contain a user name and
+            password.
+        key: Name of the environment variable with the API key; ``None`` for a server that needs none.
         tokenizer: The model's tokenizer: the name of a shipped model, a folder, or a hub id.
-        context_length: The most tokens of a conversation and its answer, if that is known.
-        scores: Whether a server of an open model echoes log-probabilities, as vLLM's does. It matters where a tokenizer
-            is named.
-        sampling: Whether the model takes a temperature and a nucleus (``top_p``). Some that reason before they answer
-            refuse both, and sample as they like.
-        timeout: Seconds for an answer, or for the next piece of a stream.
-        concurrency: The most requests at once.
+        context_length: Maximum number of tokens of a conversation and its response, if known.
+        scores: Whether the server echoes log-probabilities. Needs a tokenizer.
+        fields: Names of request fields on this server, by popi's names: ``max_tokens``, ``temperature``, ``top_p``,
+            ``seed``, ``stop``, ``stream_options`` and ``stop_token_ids``. ``None`` drops the field; ``max_tokens`` and
+            ``stop`` can only be renamed.
+        extra: Fields to add to each request.
+        timeout: Seconds to wait for a response, or for the next piece of a stream.
+        max_concurrency: Maximum number of requests at the same time.
 
     Raises:
-        ConfigError: If the environment variable is not set, or a number makes no sense.
-        ModelError: If the tokenizer is missing, broken, or without a chat template.
-        MissingExtra: If a tokenizer is named and what reads it is not installed.
+        ConfigError: If the key, the address, a proxy, a certificate or another option cannot be used.
+        ModelError: If the tokenizer is missing, broken, or has no chat template.
+        MissingExtra: If a tokenizer is named, and the packages that read it are not installed.
     """
 
     def __init__(
@@ -70,133 +92,137 @@ class OpenAIBackend(Backend):
         tokenizer: str | None = None,
         context_length: int | None = None,
         scores: bool = True,
-        sampling: bool = True,
+        fields: Mapping[str, str | None] | None = None,
+        extra: Mapping[str, Any] | None = None,
         timeout: float = 120.0,
-        concurrency: int = 64,
+        max_concurrency: int = 64,
     ) -> None:
-        if timeout <= 0 or concurrency < 1:
-            raise ConfigError(f"a timeout of {timeout} s and {concurrency} requests at once serve nobody")
+        for name, value in {"timeout": timeout, "max_concurrency": max_concurrency}.items():
+            if not 0 < value < float("inf"):
+                raise ConfigError(f"must be positive, got {value}", field=name)
         self.model = model
-        self._url, self._key = base_url, _key(key)
-        self._timeout, self._concurrency = timeout, concurrency
-        self._endpoint = (
-            _by_messages(model, base_url, sampling=sampling)
-            if tokenizer is None
-            else _by_token_ids(model, tokenizer, context_length, scores=scores)
+        self._timeout, self._max_concurrency = timeout, max_concurrency
+        self._server = read_server(base_url, key, extra or {})
+        certificates()
+        # OpenAI's newer models know the one name, most other servers the other.
+        limit = "max_completion_tokens" if self._server.is_openai and tokenizer is None else "max_tokens"
+        names = Fields(model, limit=limit, names=fields or {}, extra=extra or {})
+        self._endpoint = _endpoint(model, names, tokenizer, context_length, scores=scores)
+        self.capabilities = Capabilities(
+            stream=True,
+            score=self._endpoint.scores,
+            context_length=context_length,
+            response_prefix=self._endpoint.response_prefix,
         )
-        self.capabilities = Capabilities(stream=True, score=self._endpoint.scores, context_length=context_length)
-        # Connections cannot be taken from one event loop into another.
-        self._open: WeakKeyDictionary[asyncio.AbstractEventLoop, tuple[AsyncOpenAI, asyncio.Semaphore]]
-        self._open = WeakKeyDictionary()
+        self._answers_depend_on = [tokenizer and context_length, dict(fields or {}), dict(extra or {})]
+        self._tokenizer = tokenizer
+        self._places = Semaphore(max_concurrency)
+        self._clients = PerLoop(lambda: Client(self._server, timeout=timeout))
         self._closed = False
+
+    @cached_property
+    def identity(self) -> str:
+        """The address, the model, the tokenizer and the options that change responses. It contains no secrets."""
+        options = hashlib.sha256(json.dumps(self._answers_depend_on, sort_keys=True).encode()).hexdigest()[:16]
+        tokenizer = None if self._tokenizer is None else _fingerprint(self._tokenizer)
+        return json.dumps(["openai", self._server.url, self.model, tokenizer, options])
 
     async def chat(self, requests: Sequence[ChatRequest]) -> list[ChatResult]:
         """Continues each conversation.
 
         Raises:
-            BackendError: If nothing can be reached, or the server refuses the key or the model.
+            BackendError: If no request reaches the server, or it rejects the key or the model.
         """
         return await self._each(requests, self._endpoint.chat, ChatResult)
 
     async def stream(self, request: ChatRequest, on_complete: OnComplete = ignore_result) -> AsyncIterator[str]:
-        """Continues one conversation, piece by piece.
+        """Continues one conversation, and yields the text in pieces.
 
         Raises:
-            BackendError: If the answer cannot be had or breaks off.
+            BackendError: If the request fails or the stream breaks.
         """
-        client, gate = self._connected()
-        async with turn(gate):
+        client = self._client()
+        async with turn(self._places):
             try:
                 async with held(self._endpoint.stream(client, request, on_complete)) as pieces:
-                    while True:
-                        async with asyncio.timeout(self._timeout):
-                            piece = await anext(pieces)
+                    async for piece in pieces:
                         yield piece
-            except StopAsyncIteration:
-                return
             except BackendError:
                 raise
             except Exception as error:
-                raise failed(error, self._timeout).raised(self.model) from error
+                raise failed(error, url=self._server.url, timeout=self._timeout).raised(self.model) from error
 
     async def score(self, requests: Sequence[ScoreRequest]) -> list[ScoreResult]:
-        """Sums the log-probabilities of each response, end of turn included, given its conversation.
+        """Scores each response, including its end of turn, given its conversation.
 
         Raises:
-            BackendError: If nothing can be reached, the server refuses the key or the model, or no tokenizer was named.
+            BackendError: If no request reaches the server, it rejects the key or the model, or it cannot score.
         """
         return await self._each(requests, self._endpoint.score, ScoreResult)
 
     def count_tokens(self, text: str) -> int:
-        """The length of a bare text: exact by the tokenizer, about so without one."""
+        """Counts the tokens of a plain text: exactly with a tokenizer, else approximately."""
         return self._endpoint.count_tokens(text)
 
     async def close(self) -> None:
         """Closes the connections."""
         self._closed = True
-        here = self._open.pop(asyncio.get_running_loop(), None)
-        self._open.clear()
-        if here is not None:
-            await here[0].close()
+        here = asyncio.get_running_loop()
+        for loop, client in self._clients.clear().items():
+            if loop is here:
+                await client.close()
+            # The connections of a loop that has ended are closed already.
+            elif loop.is_running():
+                with suppress(RuntimeError):
+                    asyncio.run_coroutine_threadsafe(client.close(), loop)
 
-    def _connected(self) -> tuple[AsyncOpenAI, asyncio.Semaphore]:
-        """The client of the running event loop."""
+    def _client(self) -> Client:
         if self._closed:
             raise BackendError(f"{self.model}: the backend is closed")
-        loop = asyncio.get_running_loop()
-        if loop not in self._open:
-            client = AsyncOpenAI(api_key=self._key, base_url=self._url, max_retries=0, timeout=self._timeout)
-            self._open[loop] = client, asyncio.Semaphore(self._concurrency)
-        return self._open[loop]
+        return self._clients.get()
 
     async def _each(
         self,
         requests: Sequence[Request],
-        ask: Callable[[AsyncOpenAI, Request], Awaitable[Result]],
+        ask: Callable[[Client, Request], Awaitable[Result]],
         kind: type[Result],
     ) -> list[Result]:
-        """Asks for each request, so many at once; those that fail are data, unless all of them would."""
-        client, gate = self._connected()
+        """Sends each request. Failures are data, unless all requests fail for a reason that concerns all of them."""
+        client = self._client()
 
         async def one(request: Request) -> Result:
             try:
-                async with turn(gate), asyncio.timeout(self._timeout):
+                async with turn(self._places), asyncio.timeout(self._timeout):
                     return await ask(client, request)
             except BackendError:
                 raise
             except Exception as error:
-                failure = failed(error, self._timeout)
-                if failure.whole or failure.kind == "unreachable":
+                failure = failed(error, url=self._server.url, timeout=self._timeout)
+                if failure.kind in ("denied", "unreachable"):
                     raise failure.raised(self.model) from error
                 return kind.failed(failure.error, failure.kind, model=self.model, retry_after=failure.retry_after)
 
-        return await each(requests, one, kind, model=self.model, at_once=self._concurrency)
+        return await each(requests, one, kind, model=self.model, max_concurrency=self._max_concurrency)
 
 
-def _key(name: str | None) -> str:
-    if name is None:
-        return "none"
-    if value := os.environ.get(name):
-        return value
-    if name.isidentifier() and name.isupper():
-        raise ConfigError(f"the environment variable {name} holds no key", fix=f"export {name}, or name another one")
-    # It may be the key itself, which belongs into no log.
-    raise ConfigError(
-        "there is no environment variable of this name", field="key", fix="give the name of one, not the key itself"
-    )
-
-
-def _by_messages(model: str, base_url: str | None, *, sampling: bool) -> Endpoint:
-    host = urlsplit(base_url or os.environ.get("OPENAI_BASE_URL") or OPENAI).hostname
-    # OpenAI's newer models know the one name, most other servers the other.
-    limit = "max_completion_tokens" if host == urlsplit(OPENAI).hostname else "max_tokens"
-    return ByMessages(model, limit=limit, sampling=sampling)
-
-
-def _by_token_ids(model: str, tokenizer: str, context_length: int | None, *, scores: bool) -> Endpoint:
+def _endpoint(
+    model: str, fields: Fields, tokenizer: str | None, context_length: int | None, *, scores: bool
+) -> Endpoint:
+    if tokenizer is None:
+        return ByMessages(model, fields)
     try:
         from popi.engine.chat_tokens import ChatTokens
         from popi.engine.loading import load_tokenizer
     except ModuleNotFoundError as error:
         raise MissingExtra(error.name or "transformers", "local") from error
-    return ByTokenIds(model, ChatTokens(load_tokenizer(tokenizer), tokenizer), context=context_length, scores=scores)
+    tokens = ChatTokens(load_tokenizer(tokenizer), tokenizer)
+    return ByTokenIds(model, fields, tokens, context=context_length, scores=scores)
+
+
+def _fingerprint(tokenizer: str) -> list[str]:
+    """The files of a tokenizer, or the commit of a hub id."""
+    folder = folder_of(tokenizer)
+    if folder is None:
+        return [tokenizer]
+    files = sorted(file for pattern in TOKENIZER_FILES for file in folder.glob(pattern) if file.is_file())
+    return [fingerprint_files(file) or "" for file in files]

@@ -19,16 +19,17 @@ MARKERS = {
 }
 """Opening and closing markers of reasoning blocks, by model family."""
 
-_MARKERS = (*MARKERS, *MARKERS.values())
-_LONGEST = max(map(len, _MARKERS))
+_LONGEST = max(map(len, (*MARKERS, *MARKERS.values())))
 _OPENING = re.compile("|".join(map(re.escape, MARKERS)))
 _CLOSING = re.compile("|".join(map(re.escape, MARKERS.values())))
+_MARKER = re.compile(f"{_OPENING.pattern}|{_CLOSING.pattern}")
 
 
 class ReasoningFilter:
     """Removes reasoning blocks from a text that arrives in pieces.
 
-    White space next to a block is removed with it. The visible pieces, joined, do not depend on how the text was split.
+    White space next to a block at the start of the text is removed with it. The visible pieces, joined, do not depend
+    on how the text was split.
 
     Example:
         >>> reasoning = ReasoningFilter()
@@ -40,14 +41,15 @@ class ReasoningFilter:
 
     Attributes:
         inside: Whether the text ended, so far, inside a block.
-        orphan: Whether a closing marker appeared without an opening one. What came before it was a thought; if it was
-            already passed on, the stream is malformed.
+        orphan: Whether a closing marker appeared without an opening one, after visible text. That text was a thought;
+            if it was already passed on, the stream is malformed.
     """
 
     def __init__(self, *, opened: bool = False) -> None:
         self.inside, self.orphan = opened, False
-        self._end = _CLOSING if opened else _OPENING
-        self._held, self._started = "", False
+        self._end = _CLOSING if opened else _MARKER
+        self._held, self._blank = "", ""
+        self._started = self._trim = False
 
     def feed(self, piece: str) -> str:
         """Takes the next piece, and returns the text that is now known to be visible."""
@@ -55,23 +57,35 @@ class ReasoningFilter:
         visible = ""
         while found := self._end.search(self._held):
             visible += self._take(found.start())
-            self._held = self._held[found.end() - found.start() :]
-            self.inside = not self.inside
-            self._end = re.compile(re.escape(MARKERS[found[0]])) if self.inside else _OPENING
+            self._held = self._held[len(found[0]) :]
+            visible += self._pass(found[0])
         return visible + self._take(len(self._held) - _start_of_marker(self._held))
 
     def finish(self) -> str:
         """Returns the rest of the visible text at the end of the response."""
         return self._take(len(self._held))
 
+    def _pass(self, marker: str) -> str:
+        """Enters or leaves a block, and returns the marker if it belongs to no block."""
+        if not self.inside and marker not in MARKERS and self._started:
+            self.orphan = True
+            return marker
+        self.inside = not self.inside and marker in MARKERS
+        self._end = re.compile(re.escape(MARKERS[marker])) if self.inside else _MARKER
+        self._trim = True
+        return ""
+
     def _take(self, length: int) -> str:
         """Takes so many characters off the held text, and returns what of them is visible."""
         text, self._held = self._held[:length], self._held[length:]
         if self.inside:
             return ""
-        self.orphan = self.orphan or _CLOSING.search(text) is not None
-        text = text if self._started else text.lstrip()
-        self._started = self._started or bool(text)
+        if not self._started:
+            text, self._blank = self._blank + text, ""
+            if not text.strip():
+                self._blank = text
+                return ""
+            text, self._started = (text.lstrip() if self._trim else text), True
         return text
 
 
@@ -101,7 +115,18 @@ def strip_reasoning(text: str, *, opened: bool = False) -> str | None:
     return None if reasoning.inside else shown
 
 
+def opens_reasoning(prompt: str) -> bool:
+    r"""Whether a rendered conversation ends with an open reasoning block, in which the model starts to write.
+
+    Example:
+        >>> opens_reasoning("<|user|>Why?<|assistant|><think>\n")
+        True
+    """
+    return prompt.rstrip().endswith(tuple(MARKERS))
+
+
 def _start_of_marker(text: str) -> int:
     """Length of the longest end of a text that could be the beginning of a marker."""
     lengths = range(min(_LONGEST - 1, len(text)), 0, -1)
-    return next((size for size in lengths if any(marker.startswith(text[-size:]) for marker in _MARKERS)), 0)
+    markers = (*MARKERS, *MARKERS.values())
+    return next((size for size in lengths if any(marker.startswith(text[-size:]) for marker in markers)), 0)

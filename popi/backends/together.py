@@ -1,4 +1,4 @@
-"""Many coroutines at once."""
+"""Many coroutines at the same time."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, 
 from contextlib import asynccontextmanager
 from typing import Any, TypeVar, cast
 
-from popi.backends.base import PASSING, ChatResult, FailureKind, ScoreResult
+from popi.backends.base import ChatResult, FailureKind, ScoreResult
 from popi.errors import BackendError
 
 Result = TypeVar("Result")
@@ -16,9 +16,9 @@ Served = TypeVar("Served", ChatResult, ScoreResult)
 
 
 async def together(work: Iterable[Coroutine[Any, Any, Result]]) -> list[Result]:
-    """Runs coroutines to their ends, at once, and gives their results in order.
+    """Runs coroutines at the same time, and returns their results in order.
 
-    The first error stops the others and is raised as it is, not as one of a group.
+    The first error cancels the others and is raised by itself, not in a group.
     """
     try:
         async with asyncio.TaskGroup() as group:
@@ -34,60 +34,60 @@ async def each(
     kind: type[Served],
     *,
     model: str,
-    at_once: int | None = None,
+    max_concurrency: int | None = None,
 ) -> list[Served]:
-    """Asks for each request by itself, and gives the results in order.
+    """Processes each request by itself, and returns the results in order.
 
-    One that finds the backend gone is data, unless none is served. An error that no other request would be spared, such
-    as a key that is refused, stops those under way and leaves the rest unasked; what has been answered until then is
-    kept, and the others have that error.
+    An error of one request is data in its result, unless all requests raise one. An error that concerns all
+    requests, such as a rejected key, cancels those that are running, and the others are not sent; results that are
+    there are kept, and all other requests get the error.
 
     Args:
         requests: The requests.
-        ask: Has one answered.
-        kind: What comes back, for results that are made here.
-        model: Named in these.
-        at_once: The most requests under way; ``None`` is all.
+        ask: Processes one request.
+        kind: Class of the results.
+        model: Name of the model, for failed results.
+        max_concurrency: Maximum number of requests at the same time; ``None`` is all.
 
     Raises:
-        BackendError: If nothing was served and the backend is gone, or the error is of no kind.
+        BackendError: If no request was served and the backend is not available, or an error has no kind.
     """
-    found: dict[int, Served | BackendError] = {}
-    waiting, gone = iter(enumerate(requests)), None
+    outcomes: dict[int, Served | BackendError] = {}
+    waiting, fatal = iter(enumerate(requests)), None
 
     async def work() -> None:
         for place, request in waiting:
             try:
-                found[place] = await ask(request)
+                outcomes[place] = await ask(request)
             except BackendError as error:
-                if error.failure not in PASSING:
+                if error.failure in (None, "denied"):
                     raise
-                found[place] = error
+                outcomes[place] = error
 
     try:
-        await together(work() for _ in range(min(at_once or len(requests), len(requests))))
+        await together(work() for _ in range(min(max_concurrency or len(requests), len(requests))))
     except BackendError as error:
         if error.failure is None:
             raise
-        gone = error
-    errors = [outcome for outcome in found.values() if isinstance(outcome, BackendError)]
-    served = any(not isinstance(outcome, BackendError) and outcome.failure is None for outcome in found.values())
-    if gone is not None and not served:
-        raise gone
+        fatal = error
+    errors = [outcome for outcome in outcomes.values() if isinstance(outcome, BackendError)]
+    served = any(not isinstance(outcome, BackendError) and outcome.failure is None for outcome in outcomes.values())
+    if fatal is not None and not served:
+        raise fatal
     if errors and len(errors) == len(requests):
         raise errors[0]
-    outcomes = [found.get(place, gone) for place in range(len(requests))]
+    complete = [outcomes.get(place, fatal) for place in range(len(requests))]
     return [
         kind.failed(str(outcome), cast("FailureKind", outcome.failure), model=model, retry_after=outcome.retry_after)
         if isinstance(outcome, BackendError)
         else cast("Served", outcome)
-        for outcome in outcomes
+        for outcome in complete
     ]
 
 
 @asynccontextmanager
-async def held(pieces: AsyncIterator[str]) -> AsyncIterator[AsyncIterator[str]]:
-    """A stream that is closed when it is left: what waits behind it, a connection or a place, is given free at once."""
+async def held(pieces: AsyncIterator[Result]) -> AsyncIterator[AsyncIterator[Result]]:
+    """Closes a stream at the end of the block, so that its connection and its place are free at once."""
     try:
         yield pieces
     finally:

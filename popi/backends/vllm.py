@@ -1,4 +1,4 @@
-"""A model that vLLM runs beside this process: continuous batching, shared prefixes, adapters, weights that change."""
+"""A model that vLLM runs in another process: continuous batching, shared prefixes, adapters, updates of the weights."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import asyncio
 import copy
 import json
 import secrets
-from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from contextlib import aclosing, nullcontext
 from pathlib import Path
 from typing import Any, Self, TypeVar
@@ -21,6 +21,8 @@ from popi.backends.base import (
     ScoreResult,
     ignore_result,
 )
+from popi.backends.reasoning import opens_reasoning
+from popi.backends.results import ORPHAN, Pieces, complete, scored
 from popi.backends.streaming import Emit, streamed
 from popi.backends.together import held, together
 from popi.backends.vllm_engine import (
@@ -36,36 +38,39 @@ from popi.engine.answer import Answer
 from popi.engine.chat_tokens import ChatTokens, Rendered
 from popi.engine.loading import load_tokenizer
 from popi.errors import BackendError, ConfigError, ModelError, did_you_mean
-from popi.models import find
+from popi.models import find, fingerprint
+from popi.prompts import Message
+from popi.provenance import fingerprint_files
 
 Result = TypeVar("Result")
 
 GIB = 2**30
 RANKS = 8, 16, 32, 64, 128, 256, 320, 512
-"""The ranks of adapters for which vLLM makes room."""
+"""The maximum ranks of adapters that vLLM supports."""
 
 
 class VLLMBackend(Backend):
-    """A model that vLLM runs in a process beside this one, on a GPU or a CPU.
+    """A model that vLLM runs in another process, on a GPU or a CPU.
 
-    Conversations are rendered here as they are in training, and the engine is given token ids. What requests have in
-    common in front is computed once, so n samples of a conversation are n requests for it, with a seed each. In float32
-    greedy text and scores (to 1e-3 nats a token) are those of the transformers backend.
+    Conversations are rendered here as in training, and the engine receives token ids. Common prefixes of requests are
+    computed once, so n samples of a conversation are n requests with different seeds. In float32, greedy responses and
+    scores (to 1e-3 nats a token) equal those of the transformers backend.
 
-    vLLM's process imports the main script again, so a script makes this behind ``if __name__ == "__main__":``.
+    vLLM's process imports the main script again, so a script must create this behind ``if __name__ == "__main__":``.
+    Any thread and event loop can use the backend; a forked process cannot.
 
     Args:
         model: The name of a shipped model, a folder, or a hub id.
-        dtype: ``auto`` (float32 on a CPU, else as the model says), ``float32``, ``bfloat16`` or ``float16``.
-        context_length: The most tokens of a conversation and its answer; ``None`` is what the model can hold.
-        cache_gib: Memory for keys and values; ``None`` leaves it to vLLM.
-        adapters: Folders of LoRA adapters, by the names under which :meth:`adapted` gives them.
-        adapter: The one of them under which this backend answers; ``None`` is the bare model.
+        dtype: ``auto`` (float32 on a CPU, else that of the model), ``float32``, ``bfloat16`` or ``float16``.
+        context_length: Maximum number of tokens of a conversation and its response; ``None`` is the model's maximum.
+        cache_gib: Memory for keys and values in GiB; ``None`` leaves it to vLLM.
+        adapters: Folders of LoRA adapters, by name.
+        adapter: The adapter that this backend uses; ``None`` is the model without one.
         options: Further engine arguments, by vLLM's names: ``{"tensor_parallel_size": 2}``.
 
     Raises:
-        ModelError: If the model or an adapter is missing, broken, or without a chat template, or vLLM cannot run it.
-        ConfigError: If a number makes no sense, or there is no such adapter.
+        ModelError: If the model or an adapter is missing, broken, or has no chat template, or vLLM cannot run it.
+        ConfigError: If a number is not positive, or there is no such adapter.
     """
 
     def __init__(
@@ -80,9 +85,11 @@ class VLLMBackend(Backend):
         options: Mapping[str, Any] | None = None,
     ) -> None:
         if cache_gib is not None and cache_gib <= 0:
-            raise ConfigError(f"{cache_gib} GiB hold no keys and values", field="cache_gib")
+            raise ConfigError(f"must be positive, got {cache_gib}", field="cache_gib")
         self.model = self._base = model
         self._tokens = ChatTokens(load_tokenizer(model), model)
+        [rendered] = self._tokens.render([[Message("user", "Hello")]])
+        self._opened = opens_reasoning(self._tokens.decode(rendered.tokens))
         self._adapter: LoRARequest | None = None
         self._adapters = {
             name: LoRARequest(name, number, str(Path(folder).resolve()))
@@ -90,6 +97,7 @@ class VLLMBackend(Backend):
         }
         if adapter is not None:
             self._take(adapter)
+        self._settings = {"context_length": context_length, "options": dict(options or {})}
         arguments: dict[str, Any] = {"model": find(model), "dtype": dtype, "enable_prefix_caching": True}
         if context_length is not None:
             arguments["max_model_len"] = context_length
@@ -99,14 +107,24 @@ class VLLMBackend(Backend):
             arguments |= {"enable_lora": True, "max_loras": len(adapters), "max_lora_rank": _rank(adapters)}
         self._engine = Engine(model, {**arguments, **(options or {})})
         self._end_tokens = self._tokens.end_tokens | self._engine.end_tokens
-        self.capabilities = Capabilities(stream=True, score=True, context_length=self._engine.context_length)
-        # On a CPU vLLM 0.31 gives a request without an adapter that of a neighbour in its batch, and breaks down over
-        # scores in a batch.
+        self.capabilities = Capabilities(
+            stream=True, score=True, context_length=self._engine.context_length, response_prefix=True
+        )
+        # On a CPU vLLM 0.31 applies the adapter of another request in the batch to a request without one, and fails
+        # with scores in a batch.
         self._turn = asyncio.Lock() if adapters and self._engine.on_cpu else None
         self._closed, self._owner = False, True
 
+    @property
+    def identity(self) -> str:
+        """The weights, the adapter, the dtype and the engine options."""
+        adapter = None if self._adapter is None else fingerprint_files(Path(self._adapter.lora_path))
+        weights = self._engine.weights or fingerprint(self._base)
+        parts = ["vllm", self._base, weights, adapter, self._engine.dtype, self._settings]
+        return json.dumps(parts, sort_keys=True, default=str)
+
     def adapted(self, name: str) -> Self:
-        """The same model under one of its adapters, as a backend of the same engine, which it does not close.
+        """Returns a backend of the same engine that uses an adapter. Closing it leaves the engine open.
 
         Raises:
             ConfigError: If there is no such adapter.
@@ -124,18 +142,18 @@ class VLLMBackend(Backend):
         self.model, self._adapter = f"{self._base}:{name}", self._adapters[name]
 
     async def update_weights(self, folder: Path) -> None:
-        """Goes on with other weights of the same model, as training saves them; what is under way is finished first.
+        """Loads other weights of the same model, as training saves them, after the running calls.
 
         Args:
-            folder: Holds them as safetensors.
+            folder: A folder with the weights as safetensors.
 
         Raises:
-            ModelError: If there are none, or the engine cannot take them; it serves nobody then, until it has taken
-                others.
+            ModelError: If there are no weights, or the engine cannot load them. In the second case all calls fail until
+                other weights are loaded.
             BackendError: If the backend is closed.
         """
         if not any(folder.glob("*.safetensors")):
-            raise ModelError(f"{folder} holds no weights as safetensors", fix="save the model there")
+            raise ModelError(f"there are no safetensors in {folder}", fix="save the model there")
         await self._run(self._engine.reload(str(folder)))
 
     async def chat(self, requests: Sequence[ChatRequest]) -> list[ChatResult]:
@@ -147,10 +165,10 @@ class VLLMBackend(Backend):
         return await self._run(self._chats(requests))
 
     async def stream(self, request: ChatRequest, on_complete: OnComplete = ignore_result) -> AsyncIterator[str]:
-        """Continues one conversation, piece by piece, never half a character.
+        """Continues one conversation, and yields the text in pieces of whole characters.
 
         Raises:
-            BackendError: If the answer cannot be had, or the engine is dead.
+            BackendError: If the request fails, or the engine is dead.
         """
 
         async def chat(emit: Emit) -> ChatResult:
@@ -162,7 +180,7 @@ class VLLMBackend(Backend):
                 yield piece
 
     async def score(self, requests: Sequence[ScoreRequest]) -> list[ScoreResult]:
-        """Sums the log-probabilities of each response, end of turn included, given its conversation.
+        """Scores each response, including its end of turn, given its conversation.
 
         Raises:
             BackendError: If the engine is dead.
@@ -170,11 +188,11 @@ class VLLMBackend(Backend):
         return await self._run(self._scores(requests))
 
     def count_tokens(self, text: str) -> int:
-        """The length of a bare text by the model's tokenizer, without special tokens."""
+        """Counts the tokens of a plain text with the model's tokenizer, without special tokens."""
         return len(self._tokens.encode([text])[0])
 
     async def close(self) -> None:
-        """Ends the engine and its process; what is still waiting is dropped."""
+        """Ends the engine and its process. Calls that are still waiting fail."""
         self._closed = True
         if self._owner:
             await asyncio.get_running_loop().run_in_executor(None, self._engine.shut_down)
@@ -195,10 +213,15 @@ class VLLMBackend(Backend):
             raise
 
     async def _chats(self, requests: Sequence[ChatRequest], emit: Emit | None = None) -> list[ChatResult]:
-        prompts = self._admitted(requests, [min(request.max_tokens, 1) for request in requests])
+        prefixes = self._tokens.encode([request.response_prefix for request in requests])
+        needed = [
+            len(prefix) + 1 if request.max_tokens > 0 else 0 for request, prefix in zip(requests, prefixes, strict=True)
+        ]
+        prompts = self._admitted(requests, needed)
         async with self._engine.working(), self._turn or nullcontext():
             return await together(
-                self._chat(request, prompt, emit) for request, prompt in zip(requests, prompts, strict=True)
+                self._chat(request, prompt, prefix, emit)
+                for request, prompt, prefix in zip(requests, prompts, prefixes, strict=True)
             )
 
     async def _scores(self, requests: Sequence[ScoreRequest]) -> list[ScoreResult]:
@@ -211,28 +234,57 @@ class VLLMBackend(Backend):
                 return [await self._score(prompt, response) for prompt, response in work]
             return await together(self._score(prompt, response) for prompt, response in work)
 
-    async def _chat(self, request: ChatRequest, prompt: Rendered, emit: Emit | None) -> ChatResult:
-        length, tokens = len(prompt.tokens), list[int]()
-        answer = Answer(self._tokens.decode, self._end_tokens, request.stop, emit)
-        if prompt.error is not None:
-            return ChatResult.failed(prompt.error, "request", model=self.model, prompt_tokens=length)
+    async def _chat(self, request: ChatRequest, rendered: Rendered, prefix: list[int], emit: Emit | None) -> ChatResult:
+        prompt, tokens = [*rendered.tokens, *prefix], list[int]()
+        if rendered.error is not None:
+            return ChatResult.failed(rendered.error, "request", model=self.model, prompt_tokens=len(prompt))
+        pieces = Pieces(request, opened=self._opened)
+
+        def show(piece: str) -> None:
+            if emit and piece:
+                emit(piece)
+
+        answer = Answer(
+            self._decoder(prefix),
+            self._end_tokens,
+            request.stop,
+            (lambda piece: show(pieces.feed(piece))) if emit else None,
+        )
         try:
-            sampling = self._sampling(request, length, whole=not answer.watches)
-            async with aclosing(self._engine.generate(prompt.tokens, sampling, self._adapter)) as outputs:
+            sampling = self._sampling(request, len(prompt), whole=not answer.watches)
+            async with aclosing(self._engine.generate(prompt, sampling, self._adapter)) as outputs:
                 async for output in outputs:
                     if _ended(answer, tokens, output.outputs[0].token_ids):
                         break
         except VLLMClientError as error:
-            return ChatResult.failed(str(error), "request", model=self.model, prompt_tokens=length)
+            return ChatResult.failed(str(error), "request", model=self.model, prompt_tokens=len(prompt))
         text, ended = answer.finish(tokens)
-        return ChatResult(text, "stop" if ended else "length", length, len(tokens), self.model)
+        show(pieces.finish())
+        if pieces.orphan:
+            return ChatResult.failed(ORPHAN, "malformed", model=self.model, prompt_tokens=len(prompt))
+        return complete(
+            text,
+            "stop" if ended else "length",
+            request,
+            model=self.model,
+            prompt_tokens=len(prompt),
+            completion_tokens=len(tokens),
+            opened=self._opened,
+        )
+
+    def _decoder(self, prefix: list[int]) -> Callable[[Sequence[int]], str]:
+        """Decodes tokens behind a prefix: some tokenizers drop the space in front of a first token."""
+        if not prefix:
+            return self._tokens.decode
+        length = len(self._tokens.decode(prefix))
+        return lambda tokens: self._tokens.decode([*prefix, *tokens])[length:]
 
     async def _score(self, prompt: Rendered, response: list[int]) -> ScoreResult:
         length = len(prompt.tokens)
         if prompt.error is not None:
             return ScoreResult.failed(prompt.error, "request", model=self.model, prompt_tokens=length)
-        # The engine writes a token in any case, for which the context may have no room: the last one is left out of
-        # what it reads, and is asked for as the one that comes next.
+        # The engine always generates a token, for which the context may have no room: the last token of the response is
+        # left out of the prompt, and scored as the next one.
         sampling = SamplingParams(
             max_tokens=1,
             temperature=0.0,
@@ -251,7 +303,8 @@ class VLLMBackend(Backend):
         of_prompt, next_ones = output.prompt_logprobs, output.outputs[0].logprobs
         assert isinstance(of_prompt, FlatLogprobs) and next_ones is not None
         last = next_ones[0][response[-1]].logprob
-        return ScoreResult(sum(of_prompt.logprobs[length - 1 :]) + last, len(response), length, self.model)
+        logprob = sum(of_prompt.logprobs[length - 1 :]) + last
+        return scored(logprob, len(response), model=self.model, prompt_tokens=length)
 
     def _sampling(self, request: ChatRequest, prompt: int, *, whole: bool) -> SamplingParams:
         context = self.capabilities.context_length
@@ -272,7 +325,7 @@ class VLLMBackend(Backend):
 
 
 def _ended(answer: Answer, tokens: list[int], more: Sequence[int]) -> bool:
-    """Adds tokens to an answer, and says whether a stop text ends it."""
+    """Adds tokens to a response, and returns whether a stop string ends it."""
     if not answer.watches:
         tokens.extend(more)
         return False
@@ -284,15 +337,17 @@ def _ended(answer: Answer, tokens: list[int], more: Sequence[int]) -> bool:
 
 
 def _rank(adapters: Mapping[str, str]) -> int:
-    """Room for the adapters."""
+    """The smallest maximum rank that fits all adapters."""
     largest = 0
     for name, folder in adapters.items():
         try:
             config = json.loads((Path(folder) / "adapter_config.json").read_text(encoding="utf-8"))
             largest = max(largest, int(config["r"]))
         except (OSError, ValueError, LookupError, TypeError) as error:
-            raise ModelError(f"the adapter {name!r} cannot be read: {error}", fix=f"see what {folder} holds") from error
+            raise ModelError(
+                f"the adapter {name!r} cannot be read: {error}", fix=f"check the folder {folder}"
+            ) from error
     fitting = [rank for rank in RANKS if rank >= largest]
     if not fitting:
-        raise ModelError(f"vLLM takes adapters up to rank {RANKS[-1]}, and one has {largest}")
+        raise ModelError(f"vLLM supports adapters up to rank {RANKS[-1]}, and one has rank {largest}")
     return fitting[0]

@@ -1,4 +1,4 @@
-"""vLLM's engine, in an event loop of its own."""
+"""vLLM's engine, in its own event loop."""
 
 from __future__ import annotations
 
@@ -14,15 +14,17 @@ from concurrent.futures import wait
 from contextlib import asynccontextmanager, contextmanager
 from multiprocessing import active_children
 from multiprocessing.process import BaseProcess
+from pathlib import Path
 from typing import Any, TypeVar
 
 from popi.backends import vllm_worker
 from popi.errors import BackendError, ModelError
+from popi.provenance import fingerprint_files
 
 
 @contextmanager
 def environment(values: Mapping[str, str]) -> Iterator[None]:
-    """Sets variables that are not set, for what is imported or started within it."""
+    """Sets environment variables that are not set, during the block."""
     added = {name: value for name, value in values.items() if name not in os.environ}
     os.environ.update(added)
     try:
@@ -51,7 +53,16 @@ __all__ = ["Engine", "FlatLogprobs", "LoRARequest", "RequestOutputKind", "Sampli
 Result = TypeVar("Result")
 
 ON_A_CPU = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "TORCHDYNAMO_DISABLE": "1"}
-"""One process beside this one instead of two, and no compilation, which takes longer there than it saves."""
+"""One additional process instead of two, and no compilation, which takes longer on a CPU than it saves."""
+
+OPTIONS_ON_A_CPU = {
+    "enforce_eager": True,
+    "distributed_executor_backend": "uni",
+    # vLLM 0.31 rewinds a request that is partly prefilled, which the random generator of a CPU does not support: a
+    # seeded request with a prompt of several hundred tokens would stop the engine.
+    "enable_chunked_prefill": False,
+}
+"""Default engine options on a CPU."""
 
 DEFAULTS = {
     "skip_tokenizer_init": True,
@@ -63,45 +74,51 @@ DEFAULTS = {
 SECONDS_TO_END = 2.0
 
 GUARD = "import os, signal, sys; sys.stdin.read(); os.kill(int(sys.argv[1]), signal.SIGKILL)"
-"""vLLM's engine does not notice that the process is gone for which it works."""
+"""vLLM's engine does not notice that its parent process has ended."""
 
 
 class Engine:
-    """An engine that may be used from any thread and any event loop, until it is shut down.
+    """An engine that any thread and any event loop of this process can use, until it is shut down.
 
-    The model runs in a process of its own, which ends with this one, however that ends.
+    The model runs in another process, which ends with this one, however this one ends. A forked child cannot use it.
 
     Args:
-        name: What the model is called in errors.
-        arguments: What vLLM's ``AsyncEngineArgs`` takes.
+        name: Name of the model, for errors.
+        arguments: Arguments of vLLM's ``AsyncEngineArgs``.
+
+    Attributes:
+        closing: Whether the engine is being shut down.
+        weights: Fingerprint of the weights that :meth:`reload` loaded; empty before.
 
     Raises:
-        ModelError: If vLLM cannot run the model so.
+        ModelError: If vLLM cannot run the model.
     """
 
     def __init__(self, name: str, arguments: Mapping[str, Any]) -> None:
-        self._loop = asyncio.new_event_loop()
+        self._process, self._loop = os.getpid(), asyncio.new_event_loop()
         self._calls, self._idle, self._open = 0, asyncio.Event(), asyncio.Event()
         self._idle.set()
         self._open.set()
         self._reloading, self._half_loaded = asyncio.Lock(), ""
-        self.closing = False
+        self.closing, self.weights = False, ""
         self._thread = threading.Thread(target=self._loop.run_forever, name="popi-vllm", daemon=True)
         self._thread.start()
         before = set(active_children())
         guards: dict[BaseProcess, subprocess.Popen[bytes]] = {}
         starting = asyncio.run_coroutine_threadsafe(_started(arguments), self._loop)
         try:
-            # Loading takes long, and this process may be killed meanwhile.
+            # Loading takes long, and this process may be killed in the meantime.
             while not wait([starting], timeout=0.05).done:
                 for process in set(active_children()) - before - guards.keys():
                     guards[process] = _guarded(process.pid)
             self._llm = starting.result()
-        # A broken model, an unknown option, no memory: vLLM and its processes raise whatever they like.
+        # A broken model, an unknown option, too little memory: vLLM and its processes raise exceptions of any type.
         except Exception as error:
             self._end_loop()
             _dismissed(guards.values())
-            raise ModelError(f"vLLM cannot run {name!r}: {error}", fix="mend its options, or see above") from error
+            raise ModelError(
+                f"vLLM cannot run {name!r}: {error}", fix="correct its options, or see the output above"
+            ) from error
         for process in set(active_children()) - before - guards.keys():
             guards[process] = _guarded(process.pid)
         self._guards = guards
@@ -109,33 +126,45 @@ class Engine:
 
     @property
     def closed(self) -> bool:
-        """Whether it was shut down."""
+        """Whether the engine was shut down."""
         return self._loop.is_closed()
 
     @property
     def on_cpu(self) -> bool:
-        """Whether the model runs on a processor."""
+        """Whether the model runs on a CPU."""
         return bool(current_platform.is_cpu())
 
     @property
     def context_length(self) -> int:
-        """The most tokens of a prompt and its answer."""
+        """Maximum number of tokens of a prompt and its response."""
         return int(self._llm.model_config.max_model_len)
 
     @property
     def end_tokens(self) -> frozenset[int]:
-        """The tokens at which an answer ends by the model's generation config."""
+        """The tokens that end a response, by the model's generation config."""
         ends = self._llm.model_config.try_get_generation_config().get("eos_token_id")
         return frozenset([ends] if isinstance(ends, int) else ends or ())
 
+    @property
+    def dtype(self) -> str:
+        """The dtype of the weights, such as ``torch.float32``."""
+        return str(self._llm.model_config.dtype)
+
     async def run(self, work: Coroutine[Any, Any, Result]) -> Result:
-        """Runs work in the engine's loop and waits for it in one's own; cancelling the wait cancels the work."""
+        """Runs a coroutine in the engine's loop, and waits for it; cancelling the wait cancels the coroutine.
+
+        Raises:
+            BackendError: In a forked child.
+        """
+        if os.getpid() != self._process:
+            work.close()
+            raise BackendError("vLLM's engine cannot be used in a forked process; open the model after the fork")
         return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(work, self._loop))
 
     async def generate(
         self, prompt: list[int], sampling: SamplingParams, adapter: LoRARequest | None = None
     ) -> AsyncGenerator[RequestOutput]:
-        """Continues token ids; within the engine's loop alone. A request that is left is aborted.
+        """Continues token ids. Must run in the engine's loop. Closing the generator aborts the request.
 
         Raises:
             BackendError: If the engine is dead.
@@ -144,7 +173,7 @@ class Engine:
         try:
             async for output in outputs:
                 if output.outputs[0].finish_reason == "abort":
-                    raise BackendError("the engine has given the request up", failure="server")
+                    raise BackendError("the engine aborted the request", failure="server")
                 yield output
         except (EngineDeadError, EngineGenerateError) as error:
             raise BackendError(f"the engine is dead: {error.__cause__ or error}", failure="unreachable") from error
@@ -153,10 +182,10 @@ class Engine:
 
     @asynccontextmanager
     async def working(self) -> AsyncIterator[None]:
-        """Held by a call that is under way; within the engine's loop alone. No weights change under it.
+        """Keeps the weights unchanged during the block. Must run in the engine's loop.
 
         Raises:
-            BackendError: If other weights could not be loaded, and those from before are lost.
+            BackendError: If an update of the weights failed, and there are no weights to use.
         """
         while not self._open.is_set():
             await self._open.wait()
@@ -172,10 +201,10 @@ class Engine:
                 self._idle.set()
 
     async def reload(self, folder: str) -> None:
-        """Takes other weights of the same model: when calls that are under way are done, and before those that come.
+        """Loads other weights of the same model, after the running calls and before all later ones.
 
         Raises:
-            ModelError: If it cannot take them; it serves nobody then, until it has taken others.
+            ModelError: If they cannot be loaded. All calls fail until other weights are loaded.
             BackendError: If the engine is dead.
         """
         async with self._reloading:
@@ -183,33 +212,35 @@ class Engine:
             try:
                 await self._idle.wait()
                 await self._llm.pause_generation(mode="wait")
-                self._half_loaded = f"no weights were loaded from {folder}, and those from before are lost"
+                self._half_loaded = f"the weights in {folder} were not loaded, and the previous ones are lost"
                 try:
                     await self._llm.collective_rpc("take_weights", args=(folder,))
-                    self._half_loaded = ""
+                    self._half_loaded, self.weights = "", fingerprint_files(Path(folder)) or ""
                 finally:
                     await self._llm.resume_generation()
             except EngineDeadError as error:
                 raise BackendError(f"the engine is dead: {error.__cause__ or error}", failure="unreachable") from error
-            # What goes wrong in the engine's process comes as a bare exception.
+            # Errors in the engine's process arrive as plain exceptions.
             except Exception as error:
-                raise ModelError(f"the engine cannot take the weights of {folder}: {error}") from error
+                raise ModelError(f"the engine cannot load the weights in {folder}: {error}") from error
             finally:
                 self._open.set()
 
     def shut_down(self) -> None:
-        """Ends the engine and its process. Again is harmless."""
+        """Ends the engine and its process. Calling it twice is harmless."""
+        if os.getpid() != self._process:
+            return
         atexit.unregister(self.shut_down)
         self.closing = True
         if not self.closed:
-            # While the engine lives: vLLM's reader of answers would take its end for a death, and say so.
+            # Before the engine ends: the task that reads its outputs would report the end as a failure.
             asyncio.run_coroutine_threadsafe(_all_cancelled(), self._loop).result()
             self._llm.shutdown(timeout=SECONDS_TO_END)
             self._end_loop()
             for process in self._guards:
                 process.join()
             _dismissed(self._guards.values())
-            # Its finalizer cannot run when Python itself is ending.
+            # Its finalizer fails when the interpreter is shutting down.
             del self._llm
 
     def _end_loop(self) -> None:
@@ -223,14 +254,14 @@ async def _started(arguments: Mapping[str, Any]) -> AsyncLLM:
     on_cpu = current_platform.is_cpu()
     chosen = {**DEFAULTS, **arguments}
     if on_cpu:
-        chosen = {"enforce_eager": True, "distributed_executor_backend": "uni", **chosen}
+        chosen = {**OPTIONS_ON_A_CPU, **chosen}
         chosen["dtype"] = "float32" if chosen.get("dtype") == "auto" else chosen.get("dtype")
     with environment({**QUIET, **(ON_A_CPU if on_cpu else {})}):
         return AsyncLLM.from_engine_args(AsyncEngineArgs(**chosen))
 
 
 def _guarded(process: int | None) -> subprocess.Popen[bytes]:
-    """Has a process killed when this one ends, even by a signal that cannot be caught."""
+    """Starts a process that kills another one when this one ends, even by a signal that cannot be caught."""
     command = [sys.executable, "-I", "-S", "-c", GUARD, str(process)]
     return subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
 
@@ -242,7 +273,7 @@ def _dismissed(guards: Iterable[subprocess.Popen[bytes]]) -> None:
 
 
 async def _all_cancelled() -> None:
-    """Ends what still runs in this loop: calls that wait for an answer, and the engine's own reading of answers."""
+    """Cancels all tasks of this loop: waiting calls, and the engine's reading of outputs."""
     others = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
     for task in others:
         task.cancel()

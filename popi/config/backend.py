@@ -1,4 +1,4 @@
-"""A backend with what stands around it, as a file describes it."""
+"""A backend and its wrappers, as a file describes them."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from pydantic import Field, NonNegativeFloat
 from popi.config.section import Name, Section
 
 Arguments = dict[str, Any]
-"""Keyword arguments of a part, by the names of its constructor, where they are described and checked."""
+"""Keyword arguments of a part. Its constructor documents and checks them."""
 
 
 class ModelConfig(Section):
-    """A model, what runs it, and what stands between it and those who ask.
+    """A model, the backend that runs it, and its wrappers.
 
     Attributes:
         backend: ``transformers``, ``vllm``, ``openai``, or ``module:Class``.
-        model: Its name, path or hub id; of a server the name that it goes by there.
-        options: For the backend.
-        limit: For :class:`popi.backends.wrappers.Limit`.
-        price: For :class:`popi.backends.ledger.Price`: what a million tokens costs.
-        retry: For :class:`popi.backends.wrappers.Retry`.
+        model: Its name, path or hub id; for a server, the server's name of the model.
+        options: Arguments of the backend.
+        limit: Arguments of :class:`popi.backends.wrappers.Limit`.
+        price: Arguments of :class:`popi.backends.ledger.Price`: the price of a million tokens.
+        retry: Arguments of :class:`popi.backends.wrappers.Retry`.
     """
 
     backend: str
@@ -37,18 +37,18 @@ class RouteConfig(ModelConfig):
     """One of several models.
 
     Attributes:
-        breaker: For :class:`popi.backends.wrappers.Breaker`.
+        breaker: Arguments of :class:`popi.backends.wrappers.Breaker`.
     """
 
     breaker: Arguments = Field(default_factory=dict)
 
 
 class _Run(Section):
-    """What holds for all that is asked in a run.
+    """Settings for all requests of a run.
 
     Attributes:
-        cache: An SQLite file that keeps answers.
-        budget: The most money of a run.
+        cache: An SQLite file that keeps results.
+        budget: Maximum amount of money for a run, in the currency of the prices. Needs the price of every model.
     """
 
     cache: Path | None = None
@@ -60,10 +60,11 @@ class SingleConfig(_Run, ModelConfig):
 
 
 class RoutesConfig(_Run):
-    """Several models, of which the first that can serves.
+    """Several models, of which the first one that is available serves.
 
     Attributes:
-        routes: By their names in results and logs, in the order in which they are asked where prices are equal.
+        routes: The models, by their names in results and logs. The cheapest is tried first if all have a price; else
+            they are tried in this order.
     """
 
     routes: Annotated[dict[Name, RouteConfig], Field(min_length=1)]

@@ -1,4 +1,4 @@
-"""For tests and benchmarks: a scripted backend, tiny models, a vLLM server, a switch that forbids network calls."""
+"""For tests and benchmarks: a scripted backend, tiny models, a vLLM server, and a block without network calls."""
 
 from __future__ import annotations
 

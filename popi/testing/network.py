@@ -1,4 +1,4 @@
-"""A switch that forbids network calls."""
+"""A context manager that forbids network calls."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from unittest import mock
 
 
 class NetworkForbidden(RuntimeError):
-    """Something tried to leave this machine while that was forbidden."""
+    """A network call to another machine was attempted."""
 
 
 @contextmanager
 def no_network() -> Iterator[None]:
-    """Within it, connecting to anything but this machine raises :class:`NetworkForbidden`, as does ``getaddrinfo``.
+    """Makes connections to other machines raise :class:`NetworkForbidden` inside the block, and ``getaddrinfo`` too.
 
-    It holds for every thread of the process, and for nothing that does not connect a socket of Python's. Local
-    sockets and loopback addresses stay open. As a fixture::
+    This applies to all threads of the process, and only to sockets of Python. Loopback addresses and local sockets can
+    be used. As a fixture::
 
         @pytest.fixture(autouse=True)
         def offline():
@@ -62,4 +62,4 @@ def _check_host(host: Any) -> None:
             return
     except ValueError:
         pass
-    raise NetworkForbidden(f"a network call to {name!r}, and network calls are forbidden here")
+    raise NetworkForbidden(f"network call to {name!r} inside no_network()")

@@ -1,7 +1,8 @@
-"""A backend that answers from a script."""
+"""A backend that responds from a script."""
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 
@@ -10,12 +11,12 @@ from popi.backends.base import (
     Capabilities,
     ChatRequest,
     ChatResult,
-    FinishReason,
     OnComplete,
     ScoreRequest,
     ScoreResult,
     ignore_result,
 )
+from popi.backends.results import complete, scored
 from popi.engine.answer import first_stop
 from popi.errors import BackendError
 from popi.prompts import Message
@@ -25,24 +26,33 @@ Scores = Callable[[ScoreRequest], float | ScoreResult]
 
 
 class ScriptedBackend(Backend):
-    """A backend without a model: it answers from a script, counts words as tokens, and remembers what it was asked.
+    """A backend without a model: it responds from a script, counts words as tokens, and records its requests.
 
-    Stop strings, ``max_tokens`` and the context length hold as they do for a real one.
+    Stop strings, ``max_tokens``, the context length and response prefixes work as they do with a model. Reasoning is
+    removed, and an empty response or a score that is not finite is a failed item.
+
+    Example:
+        >>> import asyncio
+        >>> backend = ScriptedBackend({"How are you?": "Fine, thank you."})
+        >>> request = ChatRequest([Message("user", "How are you?")], max_tokens=2)
+        >>> [result] = asyncio.run(backend.chat([request]))
+        >>> result.text, result.finish_reason
+        ('Fine, thank', 'length')
 
     Args:
-        answers: The answer to a request, by a function or by the content of its last message. A function that
-            returns a :class:`ChatResult` gives it as it stands, so one with an ``error`` is an item that fails; a
-            message that the mapping lacks fails its item too.
-        scores: The log-probability of a request's response, or a :class:`ScoreResult` as it stands; without it,
-            every token costs one nat.
-        model: The name of the model.
-        context_length: The most words of a conversation and its answer.
+        answers: The response to a request: a function of the request, or a mapping from the content of the last
+            message. A function may return a :class:`ChatResult`, for example one that failed; it is used as it is. A
+            message that the mapping lacks is a failed item.
+        scores: The log-probability of a request's response, or a :class:`ScoreResult`. By default every token costs one
+            nat.
+        model: Name of the model.
+        context_length: Maximum number of words of a conversation and its response.
 
     Attributes:
-        chats: Every request of ``chat`` and ``stream``, in order.
-        scored: Every request of ``score``, in order.
-        streams: How many streams are open.
-        dead: Set to a reason, it makes every call raise a :class:`popi.errors.BackendError` that gives it.
+        chats: All requests of ``chat`` and ``stream``, in order.
+        scored: All requests of ``score``, in order.
+        streams: Number of open streams.
+        dead: A reason; while it is set every call raises a :class:`popi.errors.BackendError` with it.
     """
 
     def __init__(
@@ -54,32 +64,37 @@ class ScriptedBackend(Backend):
         context_length: int | None = None,
     ) -> None:
         self.model = model
-        self.capabilities = Capabilities(stream=True, score=True, context_length=context_length)
+        self.capabilities = Capabilities(stream=True, score=True, context_length=context_length, response_prefix=True)
         self.chats: list[ChatRequest] = []
         self.scored: list[ScoreRequest] = []
         self.streams = 0
         self.dead: str | None = None
         self._answers, self._scores = answers, scores
 
+    @property
+    def identity(self) -> str:
+        """The name of the model and its context length: two scripts of one name count as the same model."""
+        return f"scripted {self.model} {self.capabilities.context_length}"
+
     async def chat(self, requests: Sequence[ChatRequest]) -> list[ChatResult]:
-        """Answers each request from the script.
+        """Responds to each request from the script.
 
         Raises:
-            BackendError: If it was told to be dead.
+            BackendError: If ``dead`` is set.
         """
         self._check_alive()
         self.chats.extend(requests)
         return [self._answer(request) for request in requests]
 
     async def stream(self, request: ChatRequest, on_complete: OnComplete = ignore_result) -> AsyncIterator[str]:
-        """Gives the answer word by word.
+        """Yields the response word by word.
 
         Raises:
-            BackendError: If it was told to be dead, or the item fails.
+            BackendError: If ``dead`` is set, or the item fails.
         """
         (result,) = await self.chat([request])
         if result.error is not None:
-            raise BackendError(result.error)
+            raise BackendError(result.error, failure=result.failure)
         self.streams += 1
         try:
             for piece in _pieces(result.text):
@@ -92,14 +107,14 @@ class ScriptedBackend(Backend):
         """Scores each response from the script.
 
         Raises:
-            BackendError: If it was told to be dead.
+            BackendError: If ``dead`` is set.
         """
         self._check_alive()
         self.scored.extend(requests)
         return [self._score(request) for request in requests]
 
     def count_tokens(self, text: str) -> int:
-        """The number of words."""
+        """Counts the words."""
         return len(_pieces(text))
 
     def _check_alive(self) -> None:
@@ -108,19 +123,27 @@ class ScriptedBackend(Backend):
 
     def _answer(self, request: ChatRequest) -> ChatResult:
         prompt, limit = self._prompt_tokens(request.messages), request.max_tokens
+        prompt += self.count_tokens(request.response_prefix)
         context = self.capabilities.context_length
         if context is not None:
             limit = min(limit, context - prompt)
         if limit < 1:
-            error = f"no room: {prompt} tokens, a context of {context}, {request.max_tokens} asked for"
+            error = f"no room: {prompt} prompt tokens, a context of {context}, max_tokens is {request.max_tokens}"
             return ChatResult.failed(error, "request", model=self.model, prompt_tokens=prompt)
         answer = self._look_up(request)
         if isinstance(answer, ChatResult):
             return answer
+        answer = answer.removeprefix(request.response_prefix)
         pieces = _pieces(answer[: first_stop(answer, request.stop)])
         kept = pieces[:limit]
-        reason: FinishReason = "length" if len(kept) < len(pieces) else "stop"
-        return ChatResult("".join(kept), reason, prompt, len(kept), self.model)
+        return complete(
+            "".join(kept),
+            "length" if len(kept) < len(pieces) else "stop",
+            request,
+            model=self.model,
+            prompt_tokens=prompt,
+            completion_tokens=len(kept),
+        )
 
     def _look_up(self, request: ChatRequest) -> str | ChatResult:
         if callable(self._answers):
@@ -134,15 +157,18 @@ class ScriptedBackend(Backend):
         prompt, tokens = self._prompt_tokens(request.messages), self.count_tokens(request.response) + 1
         context = self.capabilities.context_length
         if context is not None and prompt + tokens > context:
-            error = f"{prompt + tokens} tokens, and the context holds {context}"
+            error = f"too long: {prompt + tokens} tokens, and the context has room for {context}"
             return ScoreResult.failed(error, "request", model=self.model, prompt_tokens=prompt)
         score = -float(tokens) if self._scores is None else self._scores(request)
-        return score if isinstance(score, ScoreResult) else ScoreResult(score, tokens, prompt, self.model)
+        if isinstance(score, ScoreResult) and (score.error or math.isfinite(score.logprob)):
+            return score
+        logprob = score.logprob if isinstance(score, ScoreResult) else score
+        return scored(logprob, tokens, model=self.model, prompt_tokens=prompt)
 
     def _prompt_tokens(self, messages: Sequence[Message]) -> int:
         return sum(self.count_tokens(message.content) for message in messages)
 
 
 def _pieces(text: str) -> list[str]:
-    """Words with the space in front of them; what is left at the end is a piece too."""
+    """Words with the white space in front of them; white space at the end is a piece of its own."""
     return re.findall(r"\s*\S+|\s+$", text)

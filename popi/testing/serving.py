@@ -1,4 +1,4 @@
-"""A real vLLM server on loopback, for tests and benchmarks."""
+"""A vLLM server on loopback, for tests and benchmarks."""
 
 from __future__ import annotations
 
@@ -17,29 +17,32 @@ from pathlib import Path
 
 from popi.errors import BackendError
 
-LIKE_OURS = ("--dtype", "float32", "--enforce-eager", "--distributed-executor-backend", "uni")
+LIKE_OURS = (
+    *("--dtype", "float32", "--enforce-eager", "--distributed-executor-backend", "uni"),
+    "--no-enable-chunked-prefill",
+)
 """The options with which :class:`popi.backends.vllm.VLLMBackend` runs vLLM on a CPU; it starts fastest with them."""
 
 ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1", "TORCHDYNAMO_DISABLE": "1"}
 
 SECONDS = 300
-"""The longest start: a server that compiles nothing is up in 20 s on an idle core."""
+"""Maximum time to start. Without compilation a server starts in 20 s on an idle core."""
 
 
 @dataclass(frozen=True, slots=True)
 class VLLMServer:
-    """A server that runs.
+    """A running server.
 
     Attributes:
         url: The base URL of its API.
-        process: It leads a process group of its own, to which the engine belongs.
+        process: The leader of a process group, to which the engine belongs.
     """
 
     url: str
     process: subprocess.Popen[bytes]
 
     def kill(self) -> None:
-        """Ends all of the group at once, as a machine does that runs out of memory."""
+        """Kills the whole process group, as an operating system does that runs out of memory."""
         with suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
@@ -55,18 +58,18 @@ def vllm_server(
     environment: Mapping[str, str] | None = None,
     log: Path | None = None,
 ) -> Iterator[VLLMServer]:
-    """Runs ``vllm serve`` for as long as the block.
+    """Runs ``vllm serve`` during the block.
 
     Args:
         model: A folder or hub id.
-        name: What the server calls it.
-        port: Of loopback; ``None`` is one that is free.
-        options: Words for ``vllm serve``, behind those with which it starts fastest on a CPU.
-        environment: Variables for it, likewise.
-        log: Keeps what it says; ``None`` keeps that until it has started.
+        name: The server's name of the model.
+        port: Loopback port; ``None`` chooses a free one.
+        options: Further command line arguments of ``vllm serve``.
+        environment: Further environment variables.
+        log: File for its output; ``None`` keeps the output only while it starts.
 
     Raises:
-        BackendError: If it does not start; the end of what it said is told.
+        BackendError: If it does not start, with the end of its output.
     """
     port = port or free_port()
     command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", model, "--served-model-name", name]
@@ -88,14 +91,14 @@ def vllm_server(
                 os.killpg(process.pid, signal.SIGTERM)
             with suppress(subprocess.TimeoutExpired):
                 process.wait(30)
-            server.kill()  # the engine may be there when its leader is not
+            server.kill()  # the engine may outlive the leader of its group
 
 
 def free_port() -> int:
-    """A port that nobody listens on."""
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
+    """Returns a free loopback port."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def _wait_until_ready(url: str, process: subprocess.Popen[bytes], log: Path) -> None:

@@ -15,7 +15,7 @@ import numpy as np
 
 from popi import registry
 from popi.backends.base import Backend
-from popi.backends.ledger import Ledger, Price
+from popi.backends.ledger import FREE, Ledger
 from popi.backends.wrappers.cost import Cost
 from popi.data.example import PersonalizationExample
 from popi.io import read_json, write_text
@@ -120,7 +120,7 @@ class Contexts:
 
     def _chunk(self, users: Sequence[PersonalizationExample], *, temperature: float, phase: str) -> dict[str, Any]:
         ledger, began = Ledger(), time.perf_counter()
-        writer = Cost(self._pair.writer_backend, price=Price(), ledger=ledger)
+        writer = Cost(self._pair.writer_backend, price=FREE, ledger=ledger)
         told = _told(users, self._inference(writer, temperature=temperature, purpose=phase))
         seconds = time.perf_counter() - began
         spent = {"tokens/rollout": float(ledger.total.completion_tokens), "seconds/rollout": seconds}

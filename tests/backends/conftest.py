@@ -1,13 +1,16 @@
-"""Tiny models for the tests of the transformers backend."""
+"""Tiny models for the tests of the transformers backend, and servers for the others."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from typing import Any
 
 import pytest
 
 from popi.backends.transformers import TransformersBackend
 from popi.testing import FAMILIES, tiny_model
+from tests.faults import Scripted, ScriptedServer, Serve
 
 
 @pytest.fixture(params=FAMILIES)
@@ -23,3 +26,15 @@ def tiny(family: str):
 @pytest.fixture
 def make(tiny) -> Callable[..., TransformersBackend]:
     return lambda **options: TransformersBackend.from_model(*tiny, "tiny", **options)
+
+
+@pytest.fixture
+def serve() -> Iterator[Serve]:
+    """Starts servers on loopback, which run until the end of the test."""
+    with ExitStack() as servers:
+
+        def start(reply: Scripted | Callable[[dict[str, Any]], Scripted]) -> ScriptedServer:
+            script = reply if callable(reply) else lambda body: reply
+            return servers.enter_context(ScriptedServer(script).running())
+
+        yield start

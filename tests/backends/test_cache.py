@@ -71,20 +71,23 @@ async def test_a_sample_without_a_seed_is_drawn_anew(tmp_path: Path) -> None:
 async def test_a_full_disk_costs_no_answer(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     async with Cache(inner := numbered(), file := tmp_path / "cache") as cache:
         await cache.chat([ask("rice")])
-        cache._kept.execute("PRAGMA query_only = 1")
+        cache._connection().execute("PRAGMA query_only = 1")
         results = await cache.chat([ask("rice"), ask("tea"), ask("milk")])
         assert [result.text for result in results] == ["answer 0 to rice", "answer 1 to tea", "answer 2 to milk"]
         [told] = caplog.messages
-        assert told.startswith(f"{file} keeps no more answers: ")
-        cache._kept.execute("PRAGMA query_only = 0")
+        assert told.startswith(f"{file}: results are no longer kept: ")
+        cache._connection().execute("PRAGMA query_only = 0")
         assert (await cache.chat([ask("tea")]))[0].text == "answer 3 to tea"
         assert (await cache.chat([ask("tea")]))[0].text == "answer 3 to tea" and len(inner.chats) == 4
 
 
 async def test_a_file_that_is_closed_or_broken_is_a_dead_backend(tmp_path: Path) -> None:
     cache = Cache(numbered(), tmp_path / "cache")
-    await cache.close()
+    cache._connection().execute("DROP TABLE results")
     with pytest.raises(BackendError, match="cannot be read"):
+        await cache.chat([ask("rice")])
+    await cache.close()
+    with pytest.raises(BackendError, match="the cache is closed"):
         await cache.chat([ask("rice")])
 
 

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from popi.backends.base import ChatRequest, ChatResult, ScoreRequest
-from popi.backends.ledger import Ledger, Price, Spent
+from popi.backends.ledger import FREE, Ledger, Price, Spent
 from popi.backends.wrappers import Cost
 from popi.errors import BackendError, ConfigError
 from popi.io import writable
@@ -36,7 +36,7 @@ def most(request: ChatRequest) -> float:
 async def test_tokens_and_money_by_role_and_user() -> None:
     ledger, inner = Ledger(), ScriptedBackend()
     writer = Cost(inner, price=PRICE, ledger=ledger, role="writer")
-    reader = Cost(inner, price=Price(), ledger=ledger, role="generator")
+    reader = Cost(inner, price=FREE, ledger=ledger, role="generator")
     # "Noted: " and the words that are asked: three tokens for two, two for one.
     await writer.chat([ask("two words", user="ann"), ask("one", user="bob"), ask("one", user="ann")])
     await reader.chat([ask("one", user="ann")])
@@ -130,8 +130,8 @@ async def test_what_might_pass_the_cap_is_not_sent() -> None:
     backend = Cost(inner, price=PRICE, ledger=ledger)
     fine, refused = [(await backend.chat([ask("rice", max_tokens=length)]))[0] for length in (10, 40)]
     assert fine.error is None and refused.failure == "budget" and len(inner.chats) == 1
-    assert refused.error == "not sent: it might cost 0.000568, and 0.000022 of the budget of 0.000402 is spent"
-    with pytest.raises(BackendError, match="not sent: it might cost") as caught:
+    assert refused.error == "not sent: the request might cost 0.000568, and 0.000022 of the budget of 0.000402 is spent"
+    with pytest.raises(BackendError, match="not sent: the request might cost") as caught:
         await anext(backend.stream(ask("rice", max_tokens=40)))
     assert caught.value.failure == "budget"
 
@@ -181,5 +181,5 @@ def test_no_cap_is_ever_passed(cap: float, words: list[tuple[int, int, str]]) ->
 
 
 def test_a_budget_below_nothing_is_refused() -> None:
-    with pytest.raises(ConfigError, match="field budget: a budget of -1 is less than nothing"):
+    with pytest.raises(ConfigError, match="field budget: a budget must be zero or positive, got -1"):
         Ledger(-1)

@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Sequence
 import pytest
 
 from popi.backends.base import Capabilities, ChatRequest, ChatResult, OnComplete, ScoreRequest, ignore_result
-from popi.backends.ledger import Price
+from popi.backends.ledger import FREE, Price
 from popi.backends.wrappers import Breaker, Fallback, Route
 from popi.errors import BackendError, ConfigError
 from popi.prompts import Message
@@ -33,11 +33,11 @@ class Pair:
 
     def __init__(self) -> None:
         self.clock, self.local, self.remote = Clock(), ScriptedBackend(model="small"), ScriptedBackend(model="large")
-        self.breaker = Breaker(failures=2, rest=10, clock=self.clock)
+        self.breaker = Breaker(failures=2, cooldown=10, clock=self.clock)
         self.backend = Fallback(
             [
                 Route("api", self.remote, Price(1.0, 2.0)),
-                Route("local", self.local, breaker=self.breaker),
+                Route("local", self.local, FREE, self.breaker),
             ]
         )
 
@@ -64,7 +64,7 @@ async def test_one_that_is_down_is_left_alone_until_a_probe_finds_it_up(
     caplog.set_level(logging.WARNING)
     pair.local.dead = "connection refused"
     assert [await pair.asked() for _ in range(2)] == [["api"]] * 2
-    assert caplog.messages == ["local is out, and others serve: connection refused"]
+    assert caplog.messages == ["route local: circuit open, requests go to other routes: connection refused"]
     pair.local.dead = None
     pair.clock.now = 9
     assert await pair.asked() == ["api"]
@@ -72,7 +72,7 @@ async def test_one_that_is_down_is_left_alone_until_a_probe_finds_it_up(
     # One of three is the probe; the next ones find the backend up.
     assert await pair.asked(ask("a"), ask("b"), ask("c")) == ["local", "api", "api"]
     assert await pair.asked(ask("a"), ask("b")) == ["local", "local"]
-    assert caplog.messages[1:] == ["local is back"]
+    assert caplog.messages[1:] == ["route local: circuit closed"]
 
 
 async def test_a_probe_that_fails_costs_one_request_and_another_rest(pair: Pair) -> None:
@@ -121,7 +121,7 @@ async def test_an_answer_that_was_withheld_is_an_answer() -> None:
 
 async def test_where_all_fail_the_last_failure_counts_and_where_all_are_dead_it_is_raised(pair: Pair) -> None:
     pair.local.dead, pair.remote.dead = "no route", "no money"
-    with pytest.raises(BackendError, match="no backend serves: local: no route; api: no money"):
+    with pytest.raises(BackendError, match="no route is available: local: no route; api: no money"):
         await pair.asked()
     failing = ScriptedBackend(lambda _: ChatResult.failed("overloaded", "server", model="large"))
     both = Fallback([Route("local", pair.local), Route("api", failing)])
@@ -134,7 +134,7 @@ async def test_scores_come_from_those_that_give_them(pair: Pair) -> None:
     [score] = await pair.backend.score([ScoreRequest([Message("user", "rice")], "yes")])
     assert (score.logprob, score.route) == (-2.0, "api")
     pair.remote.capabilities = Capabilities(score=False)
-    with pytest.raises(BackendError, match="none of these gives log-probabilities"):
+    with pytest.raises(BackendError, match="no route returns log-probabilities"):
         await pair.backend.score([ScoreRequest([Message("user", "rice")], "yes")])
 
 
@@ -166,25 +166,25 @@ async def test_a_stream_may_begin_elsewhere_but_not_go_on_there(pair: Pair) -> N
         await anext(stream)
     assert not api.chats
     pair.remote.dead = "down too"
-    with pytest.raises(BackendError, match="no backend serves: local: down; api: down too"):
+    with pytest.raises(BackendError, match="no route is available: local: down; api: down too"):
         await anext(pair.backend.stream(ask()))
 
 
 @pytest.mark.parametrize("names", [[], ["local", "local"]])
 def test_routes_need_names_of_their_own(names: list[str]) -> None:
-    with pytest.raises(ConfigError, match="field routes: routes need names"):
+    with pytest.raises(ConfigError, match="field routes: routes must have different names"):
         Fallback([Route(name, ScriptedBackend()) for name in names])
 
 
-@pytest.mark.parametrize("numbers", [{"failures": 0}, {"rest": 0}])
+@pytest.mark.parametrize("numbers", [{"failures": 0}, {"cooldown": 0}])
 def test_a_breaker_of_nothing_is_refused(numbers: dict[str, int]) -> None:
-    with pytest.raises(ConfigError, match="make no circuit breaker"):
+    with pytest.raises(ConfigError, match=f"field {next(iter(numbers))}: must be positive, got 0"):
         Breaker(**numbers)
 
 
 def opened(clock: Clock) -> Breaker:
     """One that a failure has opened, of which a probe is due."""
-    breaker = Breaker(failures=1, rest=10, clock=clock)
+    breaker = Breaker(failures=1, cooldown=10, clock=clock)
     breaker.failed(breaker.admit(1))
     clock.now += 11
     return breaker
@@ -199,7 +199,7 @@ def test_a_probe_that_was_given_up_makes_room_for_another() -> None:
 
 
 def test_what_was_sent_before_it_opened_tells_an_open_breaker_nothing() -> None:
-    breaker = Breaker(failures=1, rest=10, clock=(clock := Clock()))
+    breaker = Breaker(failures=1, cooldown=10, clock=(clock := Clock()))
     early = breaker.admit(4)
     breaker.failed(early)
     clock.now = 9

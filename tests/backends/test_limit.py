@@ -50,7 +50,7 @@ def quick_minutes(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 async def test_so_many_at_once_and_no_more() -> None:
-    limited = Limit(slow := Slow(), at_once=3)
+    limited = Limit(slow := Slow(), max_concurrency=3)
     requests = [ask(f"rice {n}") for n in range(10)]
     results, more, streamed = await asyncio.gather(
         limited.chat(requests), limited.chat(requests), anext(limited.stream(ask("tea")))
@@ -80,7 +80,7 @@ async def test_what_no_minute_allows_is_an_error_in_its_result() -> None:
     limited = Limit(Slow(), tokens_per_minute=50)
     long, fine = await limited.chat([ask(WORDS[:54], max_tokens=40), ask()])
     assert long.failure == "request" and fine.error is None
-    assert long.error == "51 tokens, its answer included, are more than the 50 of a minute"
+    assert long.error == "the request has 51 tokens including max_tokens, and tokens_per_minute is 50"
     [score] = await limited.score([ScoreRequest([Message("user", WORDS)], WORDS)])
     assert score.failure == "request"
     with pytest.raises(BackendError, match="51 tokens"):
@@ -88,7 +88,7 @@ async def test_what_no_minute_allows_is_an_error_in_its_result() -> None:
 
 
 def test_one_limit_serves_one_event_loop_after_the_other() -> None:
-    limited = Limit(Slow(), at_once=1, requests_per_minute=100, tokens_per_minute=1000)
+    limited = Limit(Slow(), max_concurrency=1, requests_per_minute=100, tokens_per_minute=1000)
     for _ in range(2):
         assert [result.error for result in asyncio.run(limited.chat([ask()] * 3))] == [None] * 3
 
@@ -115,7 +115,7 @@ async def test_who_gives_up_gives_back() -> None:
     assert time.monotonic() - began < 0.4
 
 
-@pytest.mark.parametrize("name", ["at_once", "requests_per_minute", "tokens_per_minute"])
+@pytest.mark.parametrize("name", ["max_concurrency", "requests_per_minute", "tokens_per_minute"])
 def test_a_limit_that_lets_nothing_through_is_refused(name: str) -> None:
-    with pytest.raises(ConfigError, match=f"field {name}: a limit of 0 lets nothing through"):
+    with pytest.raises(ConfigError, match=f"field {name}: must be positive, got 0"):
         Limit(ScriptedBackend(), **{name: 0})

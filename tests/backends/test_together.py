@@ -11,7 +11,7 @@ from popi.backends.together import each
 from popi.errors import BackendError
 
 
-async def asked(*ways: str, at_once: int | None = None) -> list[ChatResult]:
+async def asked(*ways: str, max_concurrency: int | None = None) -> list[ChatResult]:
     """Requests that go these ways; the first ones end first."""
 
     async def one(way: str) -> ChatResult:
@@ -28,7 +28,7 @@ async def asked(*ways: str, at_once: int | None = None) -> list[ChatResult]:
 
     under_way: set[str] = set()
     try:
-        return await each(ways, one, ChatResult, model="m", at_once=at_once)
+        return await each(ways, one, ChatResult, model="m", max_concurrency=max_concurrency)
     finally:
         assert not under_way
 
@@ -40,9 +40,9 @@ async def test_what_finds_nobody_spoils_no_other() -> None:
     assert await asked() == []
 
 
-@pytest.mark.parametrize("at_once", [None, 1, 2])
-async def test_what_is_answered_is_kept_when_the_rest_is_denied(at_once: int | None) -> None:
-    first, denied, *rest = await asked("one", "raises denied", "two", "three", at_once=at_once)
+@pytest.mark.parametrize("max_concurrency", [None, 1, 2])
+async def test_what_is_answered_is_kept_when_the_rest_is_denied(max_concurrency: int | None) -> None:
+    first, denied, *rest = await asked("one", "raises denied", "two", "three", max_concurrency=max_concurrency)
     assert first.text == "one"
     assert [result.failure for result in (denied, *rest)] == ["denied"] * 3
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from popi.backends.base import Backend, ChatRequest, ChatResult
-from popi.backends.ledger import Ledger, Price
+from popi.backends.ledger import FREE, Ledger
 from popi.backends.wrappers import Cache, Cost, Fallback, Limit, Retry, Route, Wrapper
 from popi.errors import BackendError
 from popi.prompts import Message
@@ -20,7 +20,7 @@ WRAPPERS: dict[str, Callable[[Backend], Backend]] = {
     "retry": Retry,
     "limit": Limit,
     "cache": lambda inner: Cache(inner, Path(":memory:")),
-    "cost": lambda inner: Cost(inner, price=Price(), ledger=Ledger()),
+    "cost": lambda inner: Cost(inner, price=FREE, ledger=Ledger()),
     "fallback": lambda inner: Fallback([Route("one", inner)]),
 }
 

@@ -2,23 +2,147 @@
 
 from __future__ import annotations
 
-import json
+import math
+import socket
+import ssl
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
+from typing import Any
 
-import openai
+import httpx
 
 from popi.backends.base import FailureKind
-from popi.backends.remote.wire import BrokenOff, Malformed
 from popi.errors import BackendError, one_line
 
-LONGEST = 300
-"""Characters of what a server says of its failure."""
+MAX_CHARACTERS = 300
+"""Maximum length of a server's message in an error."""
 
-OF_THE_BACKEND = {401, 403, 404}
-"""Status codes that every request would get: a wrong key, no right to the model, no such model or path."""
+DENIED = {401, 402, 403, 404}
+"""Statuses that every request would get: a wrong key, no credit, no access to the model, no such model or path."""
+
+CODES: dict[str, FailureKind] = {
+    "insufficient_quota": "denied",
+    "invalid_api_key": "denied",
+    "authentication_error": "denied",
+    "permission_error": "denied",
+    "model_not_found": "denied",
+    "rate_limit_exceeded": "rate_limit",
+    "rate_limit_error": "rate_limit",
+    "context_length_exceeded": "request",
+    "invalid_request_error": "request",
+}
+"""Codes and types of errors, where the status does not say what they mean."""
+
+
+class Malformed(Exception):
+    """The response does not follow the protocol."""
+
+
+class Stopped(Exception):
+    """The server stopped a response before the model ended it."""
+
+
+class Rejected(Exception):
+    """The server responded with an error.
+
+    Args:
+        message: The server's own message, without secrets.
+        status: The HTTP status, or the number in the body of a response with status 200.
+        codes: Code and type of the error.
+        fields: Request fields that the error points to.
+        retry_after: Seconds after which the server accepts a retry, if it said so.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        status: int,
+        codes: tuple[str, ...] = (),
+        fields: tuple[str, ...] = (),
+        retry_after: float | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.message, self.status, self.codes, self.fields = message, status, codes, fields
+        self.retry_after = retry_after
+
+    @property
+    def kind(self) -> FailureKind:
+        """The kind of failure."""
+        if "insufficient_quota" in self.codes or self.status in DENIED:
+            return "denied"
+        if self.status == 429:
+            return "rate_limit"
+        if self.status == 408:
+            return "timeout"
+        if self.status == 409 or self.status >= 500:
+            return "server"
+        if self.status >= 300:
+            return "request"
+        return next((CODES[code] for code in self.codes if code in CODES), "server")
+
+
+def rejection(
+    body: Any, *, status: int, headers: Mapping[str, str], redact: Callable[[str], str], reason: str = ""
+) -> Rejected | None:
+    """Reads the error of a response, in any of the forms that servers use.
+
+    Args:
+        body: The parsed body, or its text if it is not JSON.
+        status: The HTTP status.
+        headers: The headers of the response.
+        redact: Hides secrets in a text.
+        reason: Used if the body has no message, or is a page for people.
+
+    Returns:
+        The error, or ``None`` for a body without one in a response with status 200.
+    """
+    error = body.get("error") if isinstance(body, Mapping) else None
+    detail = error if isinstance(error, Mapping) else body if isinstance(body, Mapping) else {}
+    message = _message(body)
+    if message is None and status < 300:
+        return None
+    codes = tuple(str(detail[name]) for name in ("code", "type") if detail.get(name))
+    if status < 300:
+        status = next((int(code) for code in codes if code.isascii() and code.isdigit()), status)
+        message = f"error {status}: {message}" if status >= 300 else message
+    else:
+        message = f"HTTP {status}: {message or reason}"
+    return Rejected(
+        _short(redact(message or "")),
+        status=status,
+        codes=codes,
+        fields=tuple(_fields(detail)),
+        retry_after=retry_after(headers),
+    )
+
+
+def _message(body: Any) -> str | None:
+    """The message of an error; ``None`` if there is none."""
+    if isinstance(body, str):
+        return body if body.strip() and "<html" not in body.lower() else None
+    if isinstance(body, list):
+        return "; ".join(filter(None, map(_message, body))) or None
+    if not isinstance(body, Mapping):
+        return None
+    if isinstance(body.get("msg"), str):
+        place = ".".join(str(part) for part in body.get("loc") or () if part != "body")
+        return f"{place}: {body['msg']}" if place else str(body["msg"])
+    names = ("error", "detail", "errors", "message") if "choices" not in body else ("error",)
+    return next(filter(None, (_message(body.get(name)) for name in names)), None) or (
+        f"no message, only {dict(body)}" if body.get("code") or body.get("type") else None
+    )
+
+
+def _fields(error: Mapping[str, Any]) -> Iterator[str]:
+    if isinstance(error.get("param"), str):
+        yield error["param"]
+    details = error.get("detail")
+    for detail in details if isinstance(details, list) else ():
+        if isinstance(detail, Mapping):
+            yield from (part for part in detail.get("loc") or () if isinstance(part, str) and part != "body")
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,87 +150,89 @@ class Failed:
     """A request that failed.
 
     Attributes:
-        kind: Of what kind the failure is.
+        kind: The kind of failure.
         error: One line.
-        retry_after: After how many seconds the server wants to be asked again, if it said so.
-        whole: Whether every other request would fail alike.
+        retry_after: Seconds after which the server accepts a retry, if it said so.
     """
 
     kind: FailureKind
     error: str
     retry_after: float | None = None
-    whole: bool = False
 
     def raised(self, model: str) -> BackendError:
-        """The same as an exception."""
+        """Returns the failure as an exception."""
         return BackendError(f"{model}: {self.error}", failure=self.kind, retry_after=self.retry_after)
 
 
-def failed(error: Exception, seconds: float) -> Failed:
-    """Reads an exception of the SDK, of a parser or of a deadline.
+def failed(error: Exception, *, url: str, timeout: float) -> Failed:
+    """Reads an exception of the HTTP library, of a parser or of a timeout.
 
     Args:
         error: The exception.
-        seconds: How long the request was waited for at most.
+        url: Where the request was sent.
+        timeout: Seconds after which it timed out.
 
     Raises:
         Exception: The same one, if it is of none of these kinds.
     """
+    causes = list(_causes(error))
+    why = _short(next((str(cause) for cause in causes if str(cause)), type(error).__name__))
     match error:
-        case openai.APITimeoutError() | TimeoutError():
-            return Failed("timeout", f"no answer within {seconds:g} s")
-        case openai.APIStatusError():
-            return _of_status(error)
-        # A body may end within a character.
-        case openai.APIResponseValidationError() | json.JSONDecodeError() | UnicodeDecodeError() | Malformed():
-            return Failed("malformed", f"what came back is no answer: {_short(str(error))}")
-        case openai.APIConnectionError():
-            cause = error.__cause__ or error
-            return Failed("unreachable", f"the server cannot be reached: {_short(str(cause) or type(cause).__name__)}")
-        case BrokenOff():
-            return Failed("server", str(error))
-        case openai.APIError():
-            return Failed("server", _short(error.message))
+        case httpx.TimeoutException() | TimeoutError():
+            return Failed("timeout", f"no response within {timeout:g} s")
+        case Rejected():
+            return Failed(error.kind, error.message, error.retry_after)
+        case Malformed() | httpx.DecodingError():
+            return Failed("malformed", f"malformed response: {why}")
+        case Stopped():
+            return Failed("server", why)
+        case httpx.TransportError() if any(isinstance(cause, ssl.SSLCertVerificationError) for cause in causes):
+            return Failed("denied", f"the certificate of {url} is not valid: {why}")
+        case httpx.TransportError() if any(_is_unknown_host(cause) for cause in causes):
+            return Failed("denied", f"the host of {url} is unknown: {why}")
+        # Another attempt would fail in the same way, before anything is sent. The group is anyio's, of what a socket
+        # raises that is no OSError.
+        case (
+            ExceptionGroup()
+            | httpx.LocalProtocolError()
+            | httpx.UnsupportedProtocol()
+            | httpx.TooManyRedirects()
+            | httpx.InvalidURL()
+        ):
+            return Failed("denied", f"requests to {url} cannot be sent: {why}")
+        case httpx.TransportError():
+            return Failed("unreachable", f"connection to {url} failed: {why}")
+        case ValueError():
+            return Failed("request", f"the request cannot be sent: {why}")
         case _:
             raise error
 
 
-def _of_status(error: openai.APIStatusError) -> Failed:
-    status, message = error.status_code, _short(f"{error.status_code}: {_said(error)}")
-    later = retry_after(error.response.headers)
-    if status in OF_THE_BACKEND or error.code == "insufficient_quota":
-        return Failed("denied", message, whole=True)
-    if status == 429:
-        return Failed("rate_limit", message, later)
-    if status == 408:
-        return Failed("timeout", message, later)
-    if status >= 500 or status == 409:
-        return Failed("server", message, later)
-    return Failed("request", message)
+def _is_unknown_host(error: BaseException) -> bool:
+    """Whether there is no such host. A name server that does not respond may do so later."""
+    return isinstance(error, socket.gaierror) and error.errno == socket.EAI_NONAME
 
 
-def _said(error: openai.APIStatusError) -> str:
-    """What the server said, without the SDK's frame around it; a page for people is worth no more than its status."""
-    body = error.body
-    said = body.get("message") if isinstance(body, Mapping) else body
-    words = said if isinstance(said, str) else error.message
-    return error.response.reason_phrase if "<html" in words.lower() else words
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
 
 
 def retry_after(headers: Mapping[str, str]) -> float | None:
-    """Seconds until the server wants to be asked again, by its headers; ``None`` if it does not say."""
+    """Seconds after which the server accepts a retry, by its headers; ``None`` if it does not say."""
     for name, unit in (("retry-after-ms", 0.001), ("retry-after", 1.0)):
-        value = headers.get(name, "")
         try:
-            return max(0.0, float(value) * unit)
+            seconds = float(headers.get(name, "")) * unit
         except ValueError:
             continue
+        return max(0.0, seconds) if math.isfinite(seconds) else None
     try:
         return max(0.0, parsedate_to_datetime(headers.get("retry-after", "")).timestamp() - time.time())
-    except ValueError:
+    except (ValueError, OverflowError):
         return None
 
 
 def _short(text: str) -> str:
     line = one_line(text)
-    return line if len(line) <= LONGEST else f"{line[:LONGEST]}..."
+    return line if len(line) <= MAX_CHARACTERS else f"{line[:MAX_CHARACTERS]}..."

@@ -1,122 +1,130 @@
-"""What is read of a server's answers, and checked: the SDK takes whatever comes."""
+"""The parts of a server's responses that are read, and their types.
+
+A whole response and a piece of a stream have one form here: a whole one is a stream of one piece.
+"""
 
 from __future__ import annotations
 
-from typing import Annotated, Any, TypeVar
+from typing import Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError, field_validator
 
-
-class Malformed(Exception):
-    """What came back is no answer."""
-
-
-class BrokenOff(Exception):
-    """The server has ended an answer before the model did."""
+from popi.backends.remote.failures import Malformed
 
 
 class _Wire(BaseModel):
-    model_config = ConfigDict(from_attributes=True, frozen=True)
+    model_config = ConfigDict(frozen=True)
+
+
+class _Details(_Wire):
+    reasoning_tokens: NonNegativeInt | None = None
 
 
 class Usage(_Wire):
-    """The tokens that the server counts; some leave them out, or null."""
+    """Token counts. Servers may leave them out or send null."""
 
     prompt_tokens: NonNegativeInt | None = None
     completion_tokens: NonNegativeInt | None = None
+    completion_tokens_details: _Details | None = None
+
+
+class Part(_Wire):
+    """A part of a content: text, reasoning, a refusal or something else."""
+
+    type: str
+    text: str | None = None
+    refusal: str | None = None
 
 
 class Message(_Wire):
     """A turn of the model, or a piece of it."""
 
-    content: str | None = None
+    content: str | list[Part] | None = None
     refusal: str | None = None
-
-
-class _Choice(_Wire):
-    finish_reason: str | None = None
-
-
-class ChatChoice(_Choice):
-    """An answer to messages."""
-
-    message: Message
+    reasoning: Any = None
+    reasoning_content: Any = None
+    tool_calls: Any = None
+    function_call: Any = None
 
 
 class Logprobs(_Wire):
-    """In nats; the first token of all has none."""
+    """Log-probabilities in nats. The first token of a prompt has none."""
 
     token_logprobs: list[float | None] | None = None
 
 
-class TextChoice(_Choice):
-    """What follows token ids; an echo may have no text."""
+class Choice(_Wire):
+    """A response, or a piece of one: a message, a piece of a message, or a text."""
 
+    finish_reason: str | None = None
+    message: Message | None = None
+    delta: Message | None = None
     text: str | None = None
     logprobs: Logprobs | None = None
 
+    @property
+    def is_response(self) -> bool:
+        """Whether it has a message or a text at all, which may be null."""
+        return not self.model_fields_set.isdisjoint(("message", "delta", "text"))
 
-class Piece(_Choice):
-    """A piece of an answer: a delta to messages, a text to token ids."""
-
-    delta: Message | None = None
-    text: str | None = None
+    @property
+    def turn(self) -> Message:
+        """The message, or the piece of one."""
+        return self.delta or self.message or Message(content=self.text)
 
     @property
     def content(self) -> str:
-        """Its text."""
-        return self.text or (self.delta and self.delta.content) or ""
+        """The text. Parts of other types do not belong to it."""
+        content = self.turn.content
+        if isinstance(content, list):
+            return "".join(part.text or "" for part in content if part.type in ("text", "output_text"))
+        return content or ""
 
     @property
     def refusal(self) -> str:
-        """Of a refusal."""
-        return (self.delta and self.delta.refusal) or ""
+        """The text of a refusal."""
+        content = self.turn.content
+        parts = content if isinstance(content, list) else ()
+        return "".join([self.turn.refusal or "", *(part.refusal or "" for part in parts)])
+
+    @property
+    def reasons(self) -> bool:
+        """Whether it contains reasoning apart from the text."""
+        content = self.turn.content
+        parts = content if isinstance(content, list) else ()
+        apart = self.turn.reasoning or self.turn.reasoning_content
+        return bool(apart) or any(part.type in ("thinking", "reasoning") for part in parts)
+
+    @property
+    def calls_tools(self) -> bool:
+        """Whether it calls a tool."""
+        return bool(self.turn.tool_calls or self.turn.function_call)
 
 
-class _Answer(_Wire):
+class Chunk(_Wire):
+    """A whole response, or a piece of a stream. A piece that only reports usage has no choices."""
+
+    choices: list[Choice] = Field(default=...)
     usage: Usage | None = None
 
-    @property
-    def read(self) -> int:
-        """Tokens of the prompt; 0 if the server does not say."""
-        return (self.usage and self.usage.prompt_tokens) or 0
-
-    @property
-    def written(self) -> int:
-        """Tokens of the answer, likewise."""
-        return (self.usage and self.usage.completion_tokens) or 0
-
-
-class ChatAnswer(_Answer):
-    """Of the chat completions endpoint."""
-
-    choices: Annotated[list[ChatChoice], Field(min_length=1)]
-
-
-class TextAnswer(_Answer):
-    """Of the completions endpoint."""
-
-    choices: Annotated[list[TextChoice], Field(min_length=1)]
-
-
-class Chunk(_Answer):
-    """Of a stream; one that tells the usage alone has no choices."""
-
-    choices: list[Piece]
+    @field_validator("choices", mode="before")
+    @classmethod
+    def _none_is_empty(cls, choices: Any) -> Any:
+        return [] if choices is None else choices
 
 
 Wire = TypeVar("Wire", bound=_Wire)
 
 
-def read(kind: type[Wire], answer: Any) -> Wire:
-    """Reads what the SDK has made of an answer.
+def read(kind: type[Wire], body: Any) -> Wire:
+    """Reads the parsed body of a response.
 
     Raises:
-        Malformed: If it is none of this kind.
+        Malformed: If it has another form.
     """
     try:
-        return kind.model_validate(answer)
+        return kind.model_validate(body)
     except ValidationError as error:
-        first = error.errors()[0]
+        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
         where = ".".join(map(str, first["loc"]))
-        raise Malformed(f"{where}: {first['msg']}" if where else str(answer)) from None
+        raise Malformed(f"{where}: {first['msg']}" if where else "the body is not an object") from None

@@ -1,4 +1,4 @@
-"""What every wrapper passes on, and what those share that look at each request."""
+"""What every wrapper passes on, and a base for wrappers that treat each request by itself."""
 
 from __future__ import annotations
 
@@ -15,15 +15,20 @@ Result = TypeVar("Result", ChatResult, ScoreResult)
 
 
 class Wrapper(Backend):
-    """A backend that passes everything on to another one, and closes it.
+    """A backend that passes all calls on to another one, and closes it.
 
     Args:
-        inner: The other one.
+        inner: The other backend.
     """
 
     def __init__(self, inner: Backend) -> None:
         self.inner = inner
         self.model, self.capabilities = inner.model, inner.capabilities
+
+    @property
+    def identity(self) -> str:
+        """See :attr:`Backend.identity`."""
+        return self.inner.identity
 
     async def chat(self, requests: Sequence[ChatRequest]) -> list[ChatResult]:
         """See :meth:`Backend.chat`."""
@@ -44,12 +49,12 @@ class Wrapper(Backend):
         return self.inner.count_tokens(text)
 
     async def close(self) -> None:
-        """Closes the other one."""
+        """Closes the other backend."""
         await self.inner.close()
 
 
 class OneByOne(Wrapper):
-    """A wrapper that treats every request by itself, all of a call at once: none holds up another."""
+    """A wrapper that treats each request by itself, all at the same time: none delays another."""
 
     async def chat(self, requests: Sequence[ChatRequest]) -> list[ChatResult]:
         """See :meth:`Backend.chat`."""
@@ -65,22 +70,21 @@ class OneByOne(Wrapper):
         ask: Callable[[Sequence[Request]], Awaitable[list[Result]]],
         kind: type[Result],
     ) -> list[Result]:
-        """Has each request answered, all at once."""
         return await each(
             requests, lambda request: self.one(request, partial(_alone, ask, request), kind), kind, model=self.model
         )
 
     @abstractmethod
     async def one(self, request: Request, ask: Callable[[], Awaitable[Result]], kind: type[Result]) -> Result:
-        """Has one request answered.
+        """Processes one request.
 
         Args:
             request: The request.
             ask: Passes it on.
-            kind: What comes back, for results that are made here.
+            kind: The class of the result.
 
         Raises:
-            BackendError: If the backend as a whole cannot serve.
+            BackendError: If the backend as a whole is not available.
         """
 
 

@@ -1,144 +1,189 @@
-"""Remembers answers on disk."""
+"""Keeps responses and scores on disk."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import logging
+import math
 import sqlite3
+import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 from popi.backends.base import Backend, ChatRequest, ChatResult, OnComplete, ScoreRequest, ScoreResult, ignore_result
+from popi.backends.sharing import renew_after_fork
 from popi.backends.together import held
 from popi.backends.wrappers.base import Request, Result, Wrapper
 from popi.errors import BackendError, InputError
 
 log = logging.getLogger(__name__)
 
+TABLE = "CREATE TABLE IF NOT EXISTS results (key TEXT PRIMARY KEY, result TEXT NOT NULL)"
+
 
 class Cache(Wrapper):
-    """Remembers answers and scores in a file, and asks for nothing twice that would come out the same.
+    """Keeps responses and scores in a file, and sends no request whose result is there.
 
-    An answer is a function of its request where it is greedy or has a seed; others are passed on. What failed is never
-    kept. The name of the model is part of what an entry is found by: a model that changes under its name needs a new
-    file. Several processes may share one.
+    A result is kept if the request determines it: greedy decoding, or sampling with a seed. Failures are never kept.
+    Entries are found by the request and by :attr:`Backend.identity`, so that another server, or other weights, never
+    answer under the same name. Several threads and processes may share a file.
+
+    If the file cannot be written, for example because the disk is full, results are returned and not kept.
 
     Args:
-        inner: The backend that is asked for what is not there.
-        file: An SQLite file, made when absent.
+        inner: The backend.
+        file: An SQLite file. It is created if it does not exist.
 
     Attributes:
-        hits: How many requests were answered from the file.
-        misses: How many were passed on.
-
-    A file that can be written no more, because the disk is full, costs no answer: they are given and not kept.
+        hits: Number of requests whose results were in the file.
+        misses: Number of requests that were passed on.
 
     Raises:
-        InputError: If the file is something else, or cannot be made.
+        InputError: If the file is not a cache, or cannot be created.
     """
 
     def __init__(self, inner: Backend, file: Path) -> None:
         super().__init__(inner)
         self.hits = self.misses = 0
-        self._file, self._keeps = file, True
+        self._file, self._writes, self._closed = file, True, False
+        self._inherited: list[object] = []
+        self._renew()
+        renew_after_fork(self)
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
-            # Each statement is its own transaction: what was answered is kept whatever comes next.
-            self._kept = sqlite3.connect(file, isolation_level=None, timeout=30, check_same_thread=False)
-            self._kept.execute("PRAGMA journal_mode=WAL")
-            self._kept.execute("CREATE TABLE IF NOT EXISTS results (key TEXT PRIMARY KEY, result TEXT NOT NULL)")
+            self._connection().execute(TABLE)
         except (OSError, sqlite3.Error) as error:
             raise InputError(f"cannot be used as a cache: {error}", file=file, fix="name another file") from error
+
+    def after_fork(self) -> None:
+        """Forgets the connections of the parent process: SQLite allows neither to use nor to close them here."""
+        self._inherited.append((self._local, self._connections))
+        self._renew()
+
+    def _renew(self) -> None:
+        self._lock, self._local = threading.Lock(), threading.local()
+        self._connections: list[sqlite3.Connection] = []
 
     async def chat(self, requests: Sequence[ChatRequest]) -> list[ChatResult]:
         """Continues each conversation.
 
         Raises:
-            BackendError: If the file cannot be read, or the backend as a whole cannot serve what is not there.
+            BackendError: If the file cannot be read, or the backend as a whole is not available.
         """
         return await self._each(requests, self.inner.chat, ChatResult)
 
     async def score(self, requests: Sequence[ScoreRequest]) -> list[ScoreResult]:
-        """Sums the log-probabilities of each response, end of turn included, given its conversation.
+        """Scores each response, including its end of turn, given its conversation.
 
         Raises:
-            BackendError: If the backend as a whole cannot serve what is not there.
+            BackendError: If the file cannot be read, or the backend as a whole is not available.
         """
         return await self._each(requests, self.inner.score, ScoreResult)
 
     async def stream(self, request: ChatRequest, on_complete: OnComplete = ignore_result) -> AsyncIterator[str]:
-        """Continues one conversation; an answer that is there comes in one piece.
+        """Continues one conversation, and yields the text in pieces; a response from the file in one piece.
 
         Raises:
-            BackendError: If the answer cannot be had or breaks off.
+            BackendError: If the request fails or the stream breaks.
         """
         key = self._key(request)
-        if key is not None and (known := self._known(key)):
-            self.hits += 1
-            if known["text"]:
-                yield known["text"]
-            on_complete(ChatResult(**known))
+        known = None if key is None else self._read(key, ChatResult)
+        self._count(hits=int(known is not None), misses=int(known is None))
+        if known is not None:
+            yield known.text
+            on_complete(known)
             return
-        self.misses += 1
 
-        def answered(result: ChatResult) -> None:
-            self._keep(key, result)
+        def complete(result: ChatResult) -> None:
+            self._write(key, result)
             on_complete(result)
 
-        async with held(self.inner.stream(request, answered)) as pieces:
+        async with held(self.inner.stream(request, complete)) as pieces:
             async for piece in pieces:
                 yield piece
 
     async def close(self) -> None:
         """Closes the file and the backend."""
-        self._kept.close()
+        with self._lock:
+            self._closed = True
+            connections, self._connections = self._connections, []
+        for connection in connections:
+            connection.close()
         await self.inner.close()
 
     async def _each(
         self,
         requests: Sequence[Request],
         ask: Callable[[Sequence[Request]], Awaitable[list[Result]]],
-        kind: Callable[..., Result],
+        kind: type[Result],
     ) -> list[Result]:
         keys = [self._key(request) for request in requests]
-        found = {key: kind(**known) for key in dict.fromkeys(keys) if key is not None and (known := self._known(key))}
+        known = {
+            key: result
+            for key in dict.fromkeys(keys)
+            if key is not None and (result := self._read(key, kind)) is not None
+        }
         # Of equal requests the first one is passed on for all of them.
         first = {key: place for place, key in reversed(list(enumerate(keys))) if key is not None}
-        asked = [place for place, key in enumerate(keys) if key is None or (key not in found and first[key] == place)]
-        self.hits, self.misses = self.hits + len(requests) - len(asked), self.misses + len(asked)
-        answers = dict(zip(asked, await ask([requests[place] for place in asked]) if asked else [], strict=True))
+        missing = [place for place, key in enumerate(keys) if key is None or (key not in known and first[key] == place)]
+        self._count(hits=len(requests) - len(missing), misses=len(missing))
+        answers = dict(zip(missing, await ask([requests[place] for place in missing]) if missing else [], strict=True))
         for place, result in answers.items():
-            self._keep(keys[place], result)
+            self._write(keys[place], result)
         return [
-            found[key] if key is not None and key in found else answers[place if key is None else first[key]]
+            known[key] if key is not None and key in known else answers[place if key is None else first[key]]
             for place, key in enumerate(keys)
         ]
 
+    def _count(self, *, hits: int, misses: int) -> None:
+        with self._lock:
+            self.hits, self.misses = self.hits + hits, self.misses + misses
+
     def _key(self, request: ChatRequest | ScoreRequest) -> str | None:
+        """The key of a request; ``None`` if it does not determine its result."""
         if isinstance(request, ChatRequest) and request.temperature > 0 and request.seed is None:
             return None
-        # Whom an answer is for does not change it.
-        asked = [type(request).__name__, self.model, asdict(replace(request, user=""))]
-        return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
+        # The user on whose account it is booked does not change the result.
+        parts = [type(request).__name__, self.identity, asdict(replace(request, user=""))]
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
-    def _known(self, key: str) -> dict[str, Any] | None:
+    def _connection(self) -> sqlite3.Connection:
+        """The connection of this thread."""
+        connection: sqlite3.Connection | None = getattr(self._local, "connection", None)
+        if connection is None:
+            # Each statement is its own transaction: a result is kept whatever happens next.
+            connection = sqlite3.connect(self._file, isolation_level=None, timeout=30, check_same_thread=False)
+            connection.execute("PRAGMA journal_mode=WAL")
+            with self._lock:
+                self._connections.append(connection)
+            self._local.connection = connection
+        return connection
+
+    def _read(self, key: str, kind: type[Result]) -> Result | None:
+        if self._closed:
+            raise BackendError(f"{self.model}: the cache is closed")
         try:
-            row = self._kept.execute("SELECT result FROM results WHERE key = ?", (key,)).fetchone()
+            row = self._connection().execute("SELECT result FROM results WHERE key = ?", (key,)).fetchone()
         except sqlite3.Error as error:
             raise BackendError(f"{self.model}: the cache {self._file} cannot be read: {error}") from error
-        known: dict[str, Any] | None = json.loads(row[0]) if row else None
-        return known
+        try:
+            return kind(**json.loads(row[0])) if row else None
+        # An entry that another program has changed.
+        except (ValueError, TypeError):
+            return None
 
-    def _keep(self, key: str | None, result: ChatResult | ScoreResult) -> None:
+    def _write(self, key: str | None, result: ChatResult | ScoreResult) -> None:
         if key is None or result.error is not None:
             return
+        if isinstance(result, ScoreResult) and not math.isfinite(result.logprob):
+            return
         try:
-            self._kept.execute("INSERT OR REPLACE INTO results VALUES (?, ?)", (key, json.dumps(asdict(result))))
-            self._keeps = True
+            text = json.dumps(asdict(result))
+            self._connection().execute("INSERT OR REPLACE INTO results VALUES (?, ?)", (key, text))
+            self._writes = True
         except sqlite3.Error as error:
-            if self._keeps:
-                log.warning("%s keeps no more answers: %s", self._file, error)
-            self._keeps = False
+            if self._writes:
+                log.warning("%s: results are no longer kept: %s", self._file, error)
+            self._writes = False

@@ -1,4 +1,4 @@
-"""Counts what requests cost, and sends none that might cost too much."""
+"""Counts what requests cost, and rejects those that might exceed the budget."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from popi.backends.base import (
     Backend,
     ChatRequest,
     ChatResult,
-    FailureKind,
     OnComplete,
     ScoreRequest,
     ScoreResult,
@@ -22,24 +21,25 @@ from popi.errors import BackendError
 from popi.io import writable
 
 TURN_TOKENS, FRAME_TOKENS = 16, 64
-"""The most tokens that a chat template adds to a turn, and to a conversation, by judgement."""
+"""Estimates of the maximum number of tokens that a chat template adds to a turn, and to a conversation."""
 
-NEVER_BILLED: frozenset[FailureKind | None] = frozenset({"request", "denied", "rate_limit", "budget"})
-"""Failures of requests that no model has read."""
+NEVER_BILLED: frozenset[str | None] = frozenset({"request", "denied", "rate_limit", "budget"})
+"""Failures of requests that no model has processed."""
 
 
 class Cost(Wrapper):
-    """Enters every request into the accounts of a run, and refuses those that might pass its cap.
+    """Books each request in the accounts of a run, and rejects requests that might exceed its budget.
 
-    What a request can cost at most is set aside before it is sent: no token is shorter than a byte, and no answer is
-    longer than it may be. What it did cost is what the server says; where it says nothing, and for requests that failed
-    on their way and streams that were left, that most stays in the accounts as unsure, and counts towards the cap.
+    The maximum price of a request is reserved before it is sent: no token is shorter than a byte, and no response is
+    longer than ``max_tokens``. It is replaced by the price of the tokens that the server reports. If the server reports
+    none, the request fails, or the stream is closed early, the maximum is booked as ``unsure``, and counts towards the
+    budget.
 
     Args:
-        inner: The backend that is asked.
-        price: What its tokens cost.
+        inner: The backend.
+        price: Price of its tokens.
         ledger: The accounts, which several backends may share.
-        role: Whose requests these are.
+        role: The role that sends the requests.
     """
 
     def __init__(self, inner: Backend, *, price: Price, ledger: Ledger, role: str = "") -> None:
@@ -55,10 +55,10 @@ class Cost(Wrapper):
         return await self._all(requests, self.inner.score, ScoreResult)
 
     async def stream(self, request: ChatRequest, on_complete: OnComplete = ignore_result) -> AsyncIterator[str]:
-        """Continues one conversation, piece by piece.
+        """Continues one conversation, and yields the text in pieces.
 
         Raises:
-            BackendError: If the answer cannot be had or breaks off, or might cost too much.
+            BackendError: If the request fails, the stream breaks, or the request might exceed the budget.
         """
         most = self._most(request)
         if not await self._ledger.reserve(most):
@@ -87,7 +87,7 @@ class Cost(Wrapper):
         ask: Callable[[Sequence[Request]], Awaitable[list[Result]]],
         kind: type[Result],
     ) -> list[Result]:
-        """Sets money aside for as many as there is money for, asks for these together, and goes on with the rest."""
+        """Sends as many requests together as the budget has room for, and the others after them."""
         results: dict[int, Result] = {}
         waiting = deque((place, self._most(request)) for place, request in enumerate(requests))
         while waiting:
@@ -96,9 +96,9 @@ class Cost(Wrapper):
                 results[place] = kind.failed(self._refusal(most), "budget", model=self.model)
                 continue
             taken = {place: most}
-            while waiting and self._ledger.fits(waiting[0][1]):
+            # Without waiting: two calls that wait for each other's reservations would wait forever.
+            while waiting and self._ledger.try_reserve(waiting[0][1]):
                 place, most = waiting.popleft()
-                await self._ledger.reserve(most)
                 taken[place] = most
             answers = await self._settled([(requests[place], most) for place, most in taken.items()], ask)
             results |= zip(taken, answers, strict=True)
@@ -107,14 +107,14 @@ class Cost(Wrapper):
     async def _settled(
         self, reserved: Sequence[tuple[Request, float]], ask: Callable[[Sequence[Request]], Awaitable[list[Result]]]
     ) -> list[Result]:
-        """Asks, and enters what each request came to."""
+        """Sends requests, and books the price of each."""
         spent = [Spent(requests=1, unsure=most) for _, most in reserved]
         try:
             results = await ask([request for request, _ in reserved])
             spent = [self._of(result, most) for result, (_, most) in zip(results, reserved, strict=True)]
             return results
         except BackendError as error:
-            # Of several some may have been read until then.
+            # Of several requests some may have been processed before the error.
             if error.failure in NEVER_BILLED and len(reserved) == 1:
                 spent = [Spent(requests=1)]
             raise
@@ -123,26 +123,27 @@ class Cost(Wrapper):
                 self._ledger.settle(most, account, role=self._role, user=request.user)
 
     def _most(self, request: ChatRequest | ScoreRequest) -> float:
-        read = FRAME_TOKENS + sum(_bytes(turn.content) + TURN_TOKENS for turn in request.messages)
+        prompt = FRAME_TOKENS + sum(_bytes(turn.content) + TURN_TOKENS for turn in request.messages)
         if isinstance(request, ChatRequest):
-            return self._price.of(read, request.max_tokens)
-        return self._price.of(read + _bytes(request.response) + TURN_TOKENS, 1)
+            return self._price.of(prompt + _bytes(request.response_prefix), request.max_tokens)
+        return self._price.of(prompt + _bytes(request.response) + TURN_TOKENS, 1)
 
     def _of(self, result: ChatResult | ScoreResult, most: float) -> Spent:
-        if result.failure is not None:
-            return Spent(requests=1, unsure=0.0 if result.failure in NEVER_BILLED else most)
-        if isinstance(result, ScoreResult):
-            read, written = result.prompt_tokens + result.tokens, 0
-        else:
-            read, written = result.prompt_tokens, result.completion_tokens
-        if not read:
+        if result.failure in NEVER_BILLED:
+            return Spent(requests=1)
+        # An empty response costs as much as its reasoning.
+        if result.failure not in (None, "empty") or not result.prompt_tokens:
             return Spent(requests=1, unsure=most)
-        return Spent(1, read, written, self._price.of(read, written))
+        if isinstance(result, ScoreResult):
+            prompt, completion = result.prompt_tokens + result.tokens, 0
+        else:
+            prompt, completion = result.prompt_tokens, result.completion_tokens
+        return Spent(1, prompt, completion, self._price.of(prompt, completion))
 
     def _refusal(self, most: float) -> str:
         total = self._ledger.total
         return (
-            f"not sent: it might cost {most:.6f}, and {total.money + total.unsure:.6f} of the budget of "
+            f"not sent: the request might cost {most:.6f}, and {total.money + total.unsure:.6f} of the budget of "
             f"{self._ledger.cap:g} is spent"
         )
 

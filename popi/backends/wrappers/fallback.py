@@ -1,7 +1,8 @@
-"""Several backends, of which the first that can serves."""
+"""Several backends, of which the first one that is available serves."""
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import AsyncExitStack, contextmanager
@@ -26,8 +27,8 @@ from popi.errors import BackendError, ConfigError
 
 log = logging.getLogger(__name__)
 
-OF_THE_REQUEST: frozenset[FailureKind] = frozenset({"request", "rate_limit", "budget", "withheld"})
-"""Failures that say nothing of the health of a backend."""
+OF_THE_REQUEST: frozenset[FailureKind] = frozenset({"request", "rate_limit", "empty", "budget", "withheld"})
+"""Failures that do not mean that a backend is down."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,40 +36,43 @@ class Route:
     """One of several backends.
 
     Attributes:
-        name: Names it in results and logs.
+        name: Its name in results and logs.
         backend: The backend.
-        price: What its tokens cost; the cheapest is asked first.
+        price: Price of its tokens; ``None`` if unknown.
         breaker: Keeps requests from it while it is down.
     """
 
     name: str
     backend: Backend
-    price: Price = field(default_factory=Price)
+    price: Price | None = None
     breaker: Breaker = field(default_factory=Breaker)
 
 
 class Fallback(Backend):
-    """Asks several backends in turn, the cheapest first and those of one price as they stand, until one has served.
+    """Tries several backends until one serves the request.
 
-    A request that fails goes to the next one that can do what is asked: a conversation too long for a small model to
-    one of longer context, a score to one that gives log-probabilities. A backend that fails again and again is left
-    alone for a while (:class:`Breaker`). Results say which one served them (``route``).
+    If all routes have a price, the cheapest is tried first, and those of equal price in their order. If one has none,
+    all are tried in their order: an unknown price is not a low one.
 
-    What is made for all of them has to fit each: the context is the shortest of theirs, and a text has as many tokens
-    as the one says that counts most.
+    A request that fails goes to the next route that supports it: a conversation that is too long for one model to a
+    model with a longer context, a score to a model that returns log-probabilities. A route that fails repeatedly is
+    left out for a while (:class:`Breaker`). ``ChatResult.route`` names the route that served a request.
+
+    The capabilities are those that every route has, except that it streams and scores if any route does. A text has
+    as many tokens as on the route that counts most.
 
     Args:
-        routes: The backends.
+        routes: The routes.
 
     Raises:
-        ConfigError: If there is none, or two have one name.
+        ConfigError: If there is no route, or two have the same name.
     """
 
     def __init__(self, routes: Sequence[Route]) -> None:
         names = [route.name for route in routes]
         if not names or len({*names}) < len(names):
-            raise ConfigError(f"routes need names, each its own, and these are {names}", field="routes")
-        self._routes = sorted(routes, key=lambda route: route.price.of(MILLION, MILLION))
+            raise ConfigError(f"routes must have different names, got {names}", field="routes")
+        self._routes = _by_price(routes)
         self.model = " | ".join(dict.fromkeys(route.backend.model for route in self._routes))
         able = [route.backend.capabilities for route in routes]
         lengths = [each.context_length for each in able if each.context_length is not None]
@@ -76,32 +80,39 @@ class Fallback(Backend):
             stream=any(each.stream for each in able),
             score=any(each.score for each in able),
             context_length=min(lengths, default=None),
+            response_prefix=all(each.response_prefix for each in able),
+            interfaces=frozenset.intersection(*(each.interfaces for each in able)),
         )
+
+    @property
+    def identity(self) -> str:
+        """The identities of all routes: any of them may serve a request."""
+        return json.dumps([route.backend.identity for route in self._routes])
 
     async def chat(self, requests: Sequence[ChatRequest]) -> list[ChatResult]:
         """Continues each conversation.
 
         Raises:
-            BackendError: If no backend can serve at all.
+            BackendError: If no route is available.
         """
         return await self._each(requests, self._routes, lambda backend, some: backend.chat(some), ChatResult)
 
     async def score(self, requests: Sequence[ScoreRequest]) -> list[ScoreResult]:
-        """Sums the log-probabilities of each response, end of turn included, given its conversation.
+        """Scores each response, including its end of turn, given its conversation.
 
         Raises:
-            BackendError: If no backend can serve at all, or none gives log-probabilities.
+            BackendError: If no route is available, or none returns log-probabilities.
         """
         able = [route for route in self._routes if route.backend.capabilities.score]
         if not able:
-            raise BackendError(f"{self.model}: none of these gives log-probabilities", failure="request")
+            raise BackendError(f"{self.model}: no route returns log-probabilities", failure="request")
         return await self._each(requests, able, lambda backend, some: backend.score(some), ScoreResult)
 
     async def stream(self, request: ChatRequest, on_complete: OnComplete = ignore_result) -> AsyncIterator[str]:
-        """Continues one conversation, piece by piece; until the first one has come the next backend may be asked.
+        """Continues one conversation, and yields the text in pieces. The route may change until the first piece.
 
         Raises:
-            BackendError: If no backend can serve, or an answer breaks off.
+            BackendError: If no route is available, or the stream breaks.
         """
         reasons: list[str] = []
         for route in self._routes:
@@ -122,18 +133,18 @@ class Fallback(Backend):
                 return
             except BackendError as error:
                 _note(route, admission, error.failure or "server", str(error))
-                # What was withheld is the answer of this backend.
+                # A response that was withheld is the response of this route.
                 if begun or error.failure == "withheld":
                     raise
                 reasons.append(f"{route.name}: {error}")
-        raise self._nobody(reasons)
+        raise self._unavailable(reasons)
 
     def count_tokens(self, text: str) -> int:
-        """The length of a bare text for the one that counts most."""
+        """Counts the tokens of a plain text, on the route that counts most."""
         return max(route.backend.count_tokens(text) for route in self._routes)
 
     async def close(self) -> None:
-        """Closes all of them, each whatever becomes of the others."""
+        """Closes all backends, even if one fails to close."""
         async with AsyncExitStack() as stack:
             for route in self._routes:
                 stack.push_async_callback(route.backend.close)
@@ -153,7 +164,7 @@ class Fallback(Backend):
                 return
             first, *others = routes
             admission = first.breaker.admit(len(places))
-            # While one of them probes a backend the rest is served elsewhere.
+            # While one request probes a route the others are served elsewhere.
             await together(
                 [by(first, admission, places[: admission.count], others), serve(places[admission.count :], others)]
             )
@@ -169,24 +180,34 @@ class Fallback(Backend):
                 reasons.append(f"{route.name}: {error}")
                 await serve(places, others)
                 return
-            for place, answer in zip(places, answers, strict=True):
+            # Successes first: the order in which requests of a batch ended is unknown, and a success outweighs.
+            for answer in sorted(answers, key=lambda answer: answer.failure is not None):
                 _note(route, admission, answer.failure, answer.error or "")
-                results[place] = replace(answer, route=route.name)
+            results.update(
+                (place, replace(answer, route=route.name)) for place, answer in zip(places, answers, strict=True)
+            )
             await serve([place for place in places if results[place].failure is not None], others)
 
         await serve(range(len(requests)), routes)
         if requests and not results:
-            raise self._nobody(reasons)
-        lost = kind.failed("no backend is up", "unreachable", model=self.model)
+            raise self._unavailable(reasons)
+        lost = kind.failed("no route is available", "unreachable", model=self.model)
         return [results.get(n, lost) for n in range(len(requests))]
 
-    def _nobody(self, reasons: Sequence[str]) -> BackendError:
-        return BackendError(f"no backend serves: {'; '.join(reasons) or 'all are out'}", failure="unreachable")
+    def _unavailable(self, reasons: Sequence[str]) -> BackendError:
+        return BackendError(
+            f"no route is available: {'; '.join(reasons) or 'all circuits are open'}", failure="unreachable"
+        )
+
+
+def _by_price(routes: Sequence[Route]) -> list[Route]:
+    prices = {route.name: route.price.of(MILLION, MILLION) for route in routes if route.price is not None}
+    return list(routes) if len(prices) < len(routes) else sorted(routes, key=lambda route: prices[route.name])
 
 
 @contextmanager
 def _watched(route: Route, admission: Admission) -> Iterator[None]:
-    """Gives a probe free that nobody waits for any more."""
+    """Makes room for another probe if this one is cancelled."""
     try:
         yield
     except BackendError:
@@ -199,15 +220,15 @@ def _watched(route: Route, admission: Admission) -> Iterator[None]:
 def _note(
     route: Route, admission: Admission, failure: FailureKind | str | None, why: str, *, whole: bool = False
 ) -> None:
-    """Tells a route's breaker, and the log if that changes anything."""
-    breaker, was = route.breaker, route.breaker.closed
+    """Reports an outcome to the breaker of a route, and a change of its state to the log."""
+    breaker, was_closed = route.breaker, route.breaker.closed
     if failure is None:
         breaker.succeeded(admission)
     elif failure in OF_THE_REQUEST and not whole:
         breaker.abandoned(admission)
     else:
         breaker.failed(admission)
-    if was and not breaker.closed:
-        log.warning("%s is out, and others serve: %s", route.name, why)
-    elif breaker.closed and not was:
-        log.warning("%s is back", route.name)
+    if was_closed and not breaker.closed:
+        log.warning("route %s: circuit open, requests go to other routes: %s", route.name, why)
+    elif breaker.closed and not was_closed:
+        log.warning("route %s: circuit closed", route.name)

@@ -1,4 +1,4 @@
-"""Asks again."""
+"""Repeats requests that fail for a transient reason."""
 
 from __future__ import annotations
 
@@ -23,35 +23,37 @@ Anything = TypeVar("Anything")
 
 
 class Retry(OneByOne):
-    """Asks again where a failure may pass: a limit, a time-out, a server that fails or cannot be reached.
+    """Repeats requests after transient failures: a rate limit, a timeout, a server that fails or is unreachable.
 
-    Waits are drawn at random from a range that doubles with every attempt ("full jitter"), and are no shorter than what
-    the server asks for. A request that cannot be served as it stands is not repeated, and neither is a stream that has
-    begun. Every request is for itself: one that fails holds up no other.
+    Waits are drawn at random from a range that doubles with every attempt ("full jitter"), and are no shorter than the
+    server asks for. A request that the model cannot serve is not repeated, and neither is a stream after its first
+    piece. Each request is treated by itself: one that fails delays no other.
 
     Args:
-        inner: The backend that is asked.
-        attempts: How often at most.
-        deadline: Seconds until a request has its answer or its last failure, waits between attempts included; those for
-            its turn among other requests do not count.
-        first: Seconds of the range of the first wait.
-        longest: The most seconds of the range of a wait.
+        inner: The backend.
+        attempts: Maximum number of attempts.
+        deadline: Seconds until a request must have its result, including waits between attempts, but not waits for a
+            turn among other requests.
+        first: Maximum of the first wait, in seconds.
+        longest: Maximum of any wait, in seconds.
 
     Raises:
-        ConfigError: If a number makes no sense.
+        ConfigError: If a number is not positive.
     """
 
     def __init__(
         self, inner: Backend, *, attempts: int = 6, deadline: float = 120.0, first: float = 0.5, longest: float = 30.0
     ) -> None:
         super().__init__(inner)
-        if attempts < 1 or min(deadline, first, longest) <= 0:
-            raise ConfigError(f"{attempts} attempts within {deadline} s, {first} to {longest} s apart, are none")
+        numbers = {"attempts": attempts, "deadline": deadline, "first": first, "longest": longest}
+        for name, value in numbers.items():
+            if not value > 0:
+                raise ConfigError(f"must be positive, got {value}", field=name)
         self._attempts, self._deadline = attempts, deadline
         self._backoff = wait_random_exponential(multiplier=first, max=longest)
 
     async def one(self, request: Request, ask: Callable[[], Awaitable[Result]], kind: type[Result]) -> Result:
-        """Asks until there is an answer, the failure is for good, or there is no time left."""
+        """Passes a request on until it succeeds, fails permanently, or runs out of time."""
         try:
             async with within(self._deadline) as clock:
                 return await self._again(ask, clock)
@@ -59,10 +61,10 @@ class Retry(OneByOne):
             return kind.failed(self._late(), "timeout", model=self.model)
 
     async def stream(self, request: ChatRequest, on_complete: OnComplete = ignore_result) -> AsyncIterator[str]:
-        """Continues one conversation, piece by piece; until the first one has come it may be asked for again.
+        """Continues one conversation, and yields the text in pieces. It is repeated only before the first piece.
 
         Raises:
-            BackendError: If the answer cannot be had, does not begin in time, or breaks off.
+            BackendError: If the request fails, does not begin in time, or the stream breaks.
         """
 
         async def begin() -> tuple[AsyncIterator[str], str | None]:
@@ -80,27 +82,27 @@ class Retry(OneByOne):
                 piece = await anext(pieces, None)
 
     async def _again(self, ask: Callable[[], Awaitable[Anything]], clock: Clock) -> Anything:
-        """Asks until it succeeds, fails for good, or there is no time left; the last outcome counts."""
+        """Calls ``ask`` until it succeeds, fails permanently, or the time is over, and returns the last outcome."""
         retrying = AsyncRetrying(
             stop=lambda state: state.attempt_number >= self._attempts or state.upcoming_sleep >= clock.left,
             wait=self._wait,
-            retry=retry_if_result(_may_pass) | retry_if_exception(_may_pass),
+            retry=retry_if_result(_is_transient) | retry_if_exception(_is_transient),
             retry_error_callback=_last,
         )
         answer: Anything = await retrying(ask)
         return answer
 
     def _late(self) -> str:
-        return f"no answer within {self._deadline:g} s"
+        return f"no response within {self._deadline:g} s"
 
     def _wait(self, state: RetryCallState) -> float:
         outcome = state.outcome
         assert outcome is not None
-        told = getattr(outcome.exception() if outcome.failed else outcome.result(), "retry_after", None)
-        return max(self._backoff(state), told or 0.0)
+        wanted = getattr(outcome.exception() if outcome.failed else outcome.result(), "retry_after", None)
+        return max(self._backoff(state), wanted or 0.0)
 
 
-def _may_pass(outcome: object) -> bool:
+def _is_transient(outcome: object) -> bool:
     return isinstance(outcome, ChatResult | ScoreResult | BackendError) and outcome.failure in PASSING
 
 
