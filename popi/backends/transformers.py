@@ -24,7 +24,9 @@ from popi.backends.base import (
     ScoreResult,
     ignore_result,
 )
-from popi.backends.responses import Response, keeping_markers, opens_reasoning
+from popi.backends.reasoning import opens_reasoning
+from popi.backends.responses import Response, after_prefix, keeping_markers
+from popi.backends.results import scored
 from popi.backends.streaming import Emit, streamed
 from popi.backends.together import held
 from popi.engine.admission import admitted
@@ -237,7 +239,8 @@ class TransformersBackend(Backend):
 
     def _read_one(self, request: ChatRequest, prompt: Rendered, prefix: list[int], emit: Emit | None) -> _Chat:
         opened = opens_reasoning(self._decode(prompt.tokens[-TAIL:]))
-        response = Response(request, self._decode, self._end_tokens, opened=opened, emit=emit)
+        decode = after_prefix(self._decode, prefix)
+        response = Response(request, decode, self._end_tokens, opened=opened, emit=emit)
         if prompt.error is not None:
             return _Chat(prompt, None, response)
         tokens, context = [*prompt.tokens, *prefix], self.capabilities.context_length
@@ -268,10 +271,7 @@ class TransformersBackend(Backend):
         length = len(prompt.tokens)
         if prompt.error is not None:
             return ScoreResult.failed(prompt.error, "request", model=self.model, prompt_tokens=length)
-        if not math.isfinite(logprob):
-            why = f"the log-probability is {logprob}: the logits of the model are not finite"
-            return ScoreResult.failed(why, "malformed", model=self.model, prompt_tokens=length)
-        return ScoreResult(logprob, len(response), length, self.model)
+        return scored(logprob, len(response), model=self.model, prompt_tokens=length)
 
     def _admitted(self, requests: Sequence[ChatRequest | ScoreRequest], needed: Sequence[int]) -> list[Rendered]:
         conversations = [request.messages for request in requests]

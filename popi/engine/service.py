@@ -341,4 +341,5 @@ def _start_over() -> None:
         service._start_over()
 
 
-os.register_at_fork(after_in_child=_start_over)
+if hasattr(os, "register_at_fork"):  # there is no fork on Windows
+    os.register_at_fork(after_in_child=_start_over)

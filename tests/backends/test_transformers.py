@@ -16,6 +16,7 @@ from popi.backends.base import ChatRequest, ScoreRequest
 from popi.backends.transformers import TransformersBackend
 from popi.errors import BackendError
 from popi.prompts import Message
+from tests.forks import needs_fork, succeeds_in_child
 from tests.plain_loops import conversation, plain_score, plain_tokens
 
 RESPONSES = ["Yes.", "A short answer with a friendly tone 🍚, and examples.", "", "如何煮米饭"]
@@ -41,7 +42,7 @@ async def test_greedy_text_is_that_of_a_plain_loop(make, tiny) -> None:
     for request, result in zip(chats()[:12], await make().chat(chats()[:12]), strict=True):
         tokens = plain_tokens(model, tokenizer, request.messages, request.max_tokens)
         assert result.completion_tokens == len(tokens)
-        assert result.text == tokenizer.decode(tokens, skip_special_tokens=True).lstrip()
+        assert result.text == tokenizer.decode(tokens, skip_special_tokens=True)
 
 
 async def test_scores_are_those_of_a_plain_loop(make, tiny) -> None:
@@ -91,7 +92,7 @@ async def test_the_model_s_end_token_ends_an_answer(make, tiny) -> None:
     first = tokens.index(end)
     assert result.finish_reason == "stop"
     assert result.completion_tokens == first + 1
-    assert result.text == tokenizer.decode(tokens[:first], skip_special_tokens=True).lstrip()
+    assert result.text == tokenizer.decode(tokens[:first], skip_special_tokens=True)
 
 
 async def test_identical_prompts_are_computed_once(make, tiny) -> None:
@@ -276,9 +277,31 @@ async def test_the_identity_names_weights_tokenizer_and_dtype(make, tiny) -> Non
     assert loaded.identity != TransformersBackend("popi-mini-writer", dtype="bfloat16").identity
 
 
-async def test_a_prefix_without_any_text_behind_it_is_a_response(make, tiny) -> None:
+async def test_a_response_without_any_text_is_a_failed_item(make, tiny) -> None:
     model, _ = tiny
     model.generation_config.eos_token_id = list(range(model.config.vocab_size))
-    prefixed, empty = await make().chat([ChatRequest(conversation(0), response_prefix=text) for text in ("Yes", "")])
-    assert (prefixed.text, prefixed.finish_reason, prefixed.completion_tokens) == ("Yes", "stop", 1)
-    assert (empty.failure, empty.completion_tokens) == ("empty", 1)
+    for result in await make().chat([ChatRequest(conversation(0), response_prefix=prefix) for prefix in ("Yes", "")]):
+        assert (result.text, result.failure, result.completion_tokens) == ("", "empty", 1)
+        assert result.error == "the response is empty: the model wrote no text"
+
+
+async def test_concurrent_calls_cost_as_many_passes_as_one_call(make, tiny) -> None:
+    passes: list[int] = []
+    tiny[0].register_forward_pre_hook(lambda *_: passes.append(1))
+    backend = make()
+    requests = [ChatRequest(conversation(2 * i), max_tokens=24) for i in range(16)]
+    together = await backend.chat(requests)
+    of_one_call = len(passes)
+    apart = await asyncio.gather(*(backend.chat([request]) for request in requests))
+    assert [result for [result] in apart] == together
+    # They arrive while the first of them are computed.
+    assert len(passes) - of_one_call <= 1.3 * of_one_call + 5
+
+
+@needs_fork
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+def test_a_forked_child_uses_the_backend(make) -> None:
+    backend = make()
+    expected = asyncio.run(backend.chat(chats()[:2]))
+    assert succeeds_in_child(lambda: asyncio.run(backend.chat(chats()[:2])) == expected)
+    assert asyncio.run(backend.chat(chats()[:2])) == expected

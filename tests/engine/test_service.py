@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import threading
 import time
 from collections.abc import Iterator
@@ -19,6 +18,7 @@ from popi.engine.scoring import score
 from popi.engine.service import ModelService
 from popi.errors import BackendError
 from popi.testing import tiny_model
+from tests.forks import needs_fork, succeeds_in_child
 
 NO_END = frozenset[int]()
 
@@ -199,31 +199,16 @@ def test_a_model_in_training_goes_back_to_it_before_the_result_arrives(model) ->
     assert modes and not any(modes)
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
+@needs_fork
 @pytest.mark.parametrize("busy", [False, True])
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
 def test_a_forked_child_has_a_queue_of_its_own(model, busy: bool) -> None:
     service = make(model)
-    [expected] = service.decode([draft(1)]).result(10)
-    running = service.decode([draft(0, limit=500)]) if busy else None
-    if busy:
-        time.sleep(0.05)
-    child = os.fork()
-    if child == 0:
-        try:
-            [outcome] = service.decode([draft(1)]).result(20)
-            [logprob] = service.score([item(0)]).result(20)
-            os._exit(0 if outcome == expected and logprob < 0 else 1)
-        finally:
-            os._exit(2)
-    deadline = time.monotonic() + 30
-    while (ended := os.waitpid(child, os.WNOHANG))[0] == 0 and time.monotonic() < deadline:
-        time.sleep(0.05)
-    if ended[0] == 0:
-        os.kill(child, 9)
-        os.waitpid(child, 0)
-    assert ended[0] and os.waitstatus_to_exitcode(ended[1]) == 0
+    expected = service.decode([draft(1)]).result(10)
+    running = service.decode([draft(0, limit=500 if busy else 1)])
+    assert succeeds_in_child(
+        lambda: service.decode([draft(1)]).result(20) == expected and service.score([item(0)]).result(20)[0] < 0
+    )
     # The parent goes on.
-    assert service.decode([draft(1)]).result(10) == [expected]
-    if running is not None:
-        assert len(running.result(20)[0].token_ids) == 500
+    assert service.decode([draft(1)]).result(10) == expected
+    assert len(running.result(20)[0].token_ids) == (500 if busy else 1)
