@@ -15,14 +15,6 @@ FILES = [
     "beside.pt",
     "complete",
 ]
-    "optimizer.pt",
-    "model.safetensors",
-    "trainer_state.json",
-    "scheduler.pt",
-    "rng_state.pth",
-    "beside.pt",
-    "complete",
-]
 
 
 @pytest.fixture
