@@ -31,8 +31,8 @@ pytestmark = pytest.mark.slow
 
 TIMEOUT, DEADLINE, AT_ONCE = 3.0, 12.0, 32
 
-SHARES: dict[Fault, float] = dict.fromkeys(FAULTS, 0.03) | {"503 burst": 0.01, "chunks twice": 0.2}
-"""A burst is of four, and only a stream can have its chunks twice."""
+SHARES: dict[Fault, float] = dict.fromkeys(FAULTS, 0.03) | {"503 burst": 0.01}
+"""A burst is of four."""
 
 PRICE = Price(prompt=1.0, completion=4.0)
 
@@ -191,17 +191,6 @@ async def failure(asked: Awaitable[list[ChatResult] | list[ScoreResult]]) -> tup
     except BackendError as error:
         return error.failure, error.retry_after
     return result.failure, result.retry_after
-
-
-async def test_chunks_that_come_twice_are_left_out_where_the_server_counts(vllm_url: str) -> None:
-    with FaultyServer(vllm_url, {"chunks twice": 1.0}).running() as faulty:
-        async with backend(faulty.url) as box, backend(faulty.url, tokenizer=SERVED) as known:
-            [whole] = await known.chat([ask(1)])
-            assert "".join([piece async for piece in known.stream(ask(1))]) == whole.text
-            # A black box does not count as it goes.
-            pieces = [piece async for piece in box.stream(ask(1))]
-    assert faulty.planted == {"chunks twice": 2}
-    assert pieces[::2] == pieces[1::2] and "".join(pieces[::2]) == whole.text
 
 
 async def test_the_same_seed_deals_the_same_faults() -> None:
