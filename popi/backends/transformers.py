@@ -143,10 +143,13 @@ class TransformersBackend(Backend):
         special = {token: text.content for token, text in tokenizer.added_tokens_decoder.items() if text.special}
         self._decode = keeping_markers(self._tokens.decode, special)
         self._end_tokens = end_tokens_of(model, self._tokens)
+        layout = layout_of(model)
+        if layout != "shared":
+            log.warning("%s: prompts share no prefixes, because the cache does not allow it (%s layout)", name, layout)
         self._service = ModelService(
             model,
             name,
-            layout=layout_of(model),
+            layout=layout,
             end_tokens=self._end_tokens,
             batch_tokens=batch_tokens,
             within=within,

@@ -9,14 +9,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicCache
 
 from popi.engine.cache import head_at, pad
+from popi.engine.slot_cache import Cursor, SlotLayer
 from popi.engine.trees import common_prefix
 
 # A prefill pass of a CPU is efficient from here on, and a longer one delays the drafts that are running.
@@ -72,24 +72,6 @@ def prefill_tokens(model: PreTrainedModel) -> int:
     return CPU_PREFILL_TOKENS if model.device.type == "cpu" else PREFILL_TOKENS
 
 
-class _Cursor:
-    """Where the next tokens are written, for all layers.
-
-    Attributes:
-        rows_N: Row of each draft.
-        columns_N: Its place among the branches of the row.
-        writes_N: Column of the buffer in which its next token is written.
-        rows: Number of rows.
-        width: Number of columns that are attended to.
-        capacity: Rows and columns of the buffer.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self.rows_N = self.columns_N = self.writes_N = torch.empty(0, dtype=torch.long, device=device)
-        self.rows = self.width = 0
-        self.capacity = 0, 0
-
-
 class SharedSlots:
     """Drafts of a model whose cache can be shared.
 
@@ -112,8 +94,8 @@ class SharedSlots:
         self._source: tuple[_Row | None, int] = None, 0
         self._branches: list[_Branch] = []
         self._columns, self._steps = 1, 0
-        self._cursor = _Cursor(self._device)
-        self._layers = [_SlotLayer(self._cursor) for _ in DynamicCache(config=self._model.config).layers]
+        self._cursor = Cursor(self._device)
+        self._layers = [SlotLayer(self._cursor) for _ in DynamicCache(config=self._model.config).layers]
         self._cache = Cache(layers=list(self._layers))
         self._mask_S_C_L = torch.empty(0, 0, 0, dtype=self._model.dtype, device=self._device)
 
@@ -303,62 +285,3 @@ class SharedSlots:
             mask_N_L[there_M, :length] = old_S_C_L[old_rows_N[there_M], old_columns_N[there_M], :length]
         self._mask_S_C_L = mask_N_L.new_full((at.rows, self._columns, at.capacity[1]), hidden)
         self._mask_S_C_L[at.rows_N, at.columns_N] = mask_N_L
-
-
-class _SlotLayer(DynamicLayer):
-    """The keys and values of one layer: two buffers ``[rows, heads, columns, D]``."""
-
-    def __init__(self, cursor: _Cursor) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self._cursor = cursor
-        self._buffers_S_H_L_D: list[Tensor] = []
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Writes the states of the next token of each draft, and gives what the rows attend to."""
-        at = self._cursor
-        keys, values = self._allocated(key_states, value_states)
-        for buffer, states in ((keys, key_states), (values, value_states)):
-            buffer[at.rows_N, :, at.writes_N] = states[at.rows_N, :, at.columns_N]
-        return keys[: at.rows, :, : at.width], values[: at.rows, :, : at.width]
-
-    def fill(self, first: int, keys_P_H_W_D: Tensor, values_P_H_W_D: Tensor) -> None:
-        """Writes the states of prompts, from this row on."""
-        states_P_H_W_D = keys_P_H_W_D, values_P_H_W_D
-        for buffer, states in zip(self._allocated(*states_P_H_W_D), states_P_H_W_D, strict=True):
-            buffer[first : first + len(states), :, : states.shape[2]] = states
-
-    def copy(self, source: int, first: int, count: int, length: int) -> tuple[Tensor, Tensor]:
-        """Copies the start of a row to this many others, from the first on, and gives their keys and values."""
-        for buffer in self._buffers_S_H_L_D:
-            buffer[first : first + count, :, :length] = buffer[source, :, :length]
-        keys, values = (buffer[first : first + count, :, :length] for buffer in self._buffers_S_H_L_D)
-        return keys, values
-
-    def erase(self, row: int) -> None:
-        """Overwrites a row with zeros."""
-        for buffer in self._buffers_S_H_L_D:
-            buffer[row] = 0
-
-    def resize(self) -> None:
-        """Moves the states to buffers of the capacity."""
-        self._buffers_S_H_L_D = [self._resized(buffer) for buffer in self._buffers_S_H_L_D]
-
-    def get_seq_length(self) -> int:
-        """Number of columns that are attended to."""
-        return self._cursor.width
-
-    def _allocated(self, *like_R_H_T_D: Tensor) -> list[Tensor]:
-        """The buffers of keys and values, which are made when it is known what they hold."""
-        self._buffers_S_H_L_D = self._buffers_S_H_L_D or [self._blank(states) for states in like_R_H_T_D]
-        return self._buffers_S_H_L_D
-
-    def _blank(self, like_R_H_T_D: Tensor) -> Tensor:
-        # Zeros: what is masked is multiplied with a weight of zero, and must be finite.
-        rows, columns = self._cursor.capacity
-        return like_R_H_T_D.new_zeros((rows, like_R_H_T_D.shape[1], columns, like_R_H_T_D.shape[3]))
-
-    def _resized(self, old_S_H_L_D: Tensor) -> Tensor:
-        new_S_H_L_D = self._blank(old_S_H_L_D)
-        rows, columns = self._cursor.rows, min(old_S_H_L_D.shape[2], new_S_H_L_D.shape[2])
-        new_S_H_L_D[:rows, :, :columns] = old_S_H_L_D[:rows, :, :columns]
-        return new_S_H_L_D

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from popi.engine import slots
 from popi.engine.decoding import Completion, Decoder, Draft, Job, Outcome, decode
-from popi.engine.slots import SharedSlots, _SlotLayer
+from popi.engine.slot_cache import SlotLayer
+from popi.engine.slots import SharedSlots
 from popi.testing import tiny_model
 
 NO_END = frozenset[int]()
@@ -57,15 +58,15 @@ def test_the_batch_is_never_larger_than_it_may_be(drawn: list[tuple[int, int, in
     # The same prompts are requested a different number of times, at different limits.
     drafts = [Draft([7 + kind] * length, limit=limit) for kind, length, limit in drawn]
     sizes: list[int] = []
-    resize = _SlotLayer.resize
+    resize = SlotLayer.resize
 
-    def watched(layer: _SlotLayer) -> None:
+    def watched(layer: SlotLayer) -> None:
         rows, columns = layer._cursor.capacity
         sizes.append(rows * columns)
         resize(layer)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_SlotLayer, "resize", watched)
+        patch.setattr(SlotLayer, "resize", watched)
         completions = decode(model, drafts, end_tokens=NO_END, batch_tokens=batch_tokens, layout="shared")
     assert [len(completion.token_ids) for completion in completions] == [draft.limit for draft in drafts]
     # A draft that is larger runs alone.
