@@ -31,6 +31,7 @@ from usual import differences
 
 from popi.data.example import PersonalizationExample
 from popi.data.miniworld import generate
+from popi.engine.cache import layout_of
 from popi.engine.chat_tokens import ChatTokens
 from popi.engine.decoding import Draft, decode
 from popi.engine.loading import load
@@ -104,15 +105,14 @@ class Step:
     def our_rollout(self) -> list[list[int]]:
         """Ours; no token ends a summary, as none does before S tokens on the other side."""
         drafts = [Draft(ids, self.summary, temperature=1.0, seed=place) for place, ids in enumerate(self.prompts)]
-        with torch.no_grad():
-            return decode(
-                self.ours.model,
-                drafts,
-                end_tokens=frozenset(),
-                batch_tokens=BATCH_TOKENS,
-                share=True,
-                check=lambda: None,
-            )
+        completions = decode(
+            self.ours.model,
+            drafts,
+            end_tokens=frozenset(),
+            batch_tokens=BATCH_TOKENS,
+            layout=layout_of(self.ours.model),
+        )
+        return [completion.token_ids for completion in completions]
 
     def texts(self, completions: Sequence[Sequence[int]]) -> list[str]:
         """What the generator reads of samples."""

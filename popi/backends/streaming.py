@@ -1,4 +1,4 @@
-"""An answer that is written in one place and read in another, piece by piece."""
+"""A response that is generated in one place and read in another, piece by piece."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ Emit = Callable[[str], None]
 async def streamed(
     model: str, chat: Callable[[Emit], Coroutine[Any, Any, ChatResult]], on_complete: OnComplete
 ) -> AsyncIterator[str]:
-    """Gives the pieces of an answer as they come; when it is left, the work is cancelled.
+    """Yields the pieces of a response as they are generated. Closing the iterator cancels the work.
 
     Args:
-        model: The model's name, for errors.
-        chat: Answers, and hands each piece to what it is given, from whatever thread.
-        on_complete: Told the answer.
+        model: Name of the model, for errors.
+        chat: Generates the response, and calls its argument with each piece, from any thread.
+        on_complete: Called with the result after the last piece.
 
     Raises:
-        BackendError: If the answer cannot be had or breaks off.
+        BackendError: If the response fails.
     """
     loop = asyncio.get_running_loop()
     pieces: asyncio.Queue[str | None] = asyncio.Queue()
@@ -32,7 +32,7 @@ async def streamed(
         loop.call_soon_threadsafe(pieces.put_nowait, piece)
 
     work = asyncio.create_task(chat(emit))
-    # Behind all that was emitted, which takes the same way.
+    # After all pieces, which are put into the queue in the same way.
     work.add_done_callback(lambda _: loop.call_soon(pieces.put_nowait, None))
     try:
         while (piece := await pieces.get()) is not None:

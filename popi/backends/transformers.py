@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import logging
+import math
 import secrets
-import threading
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import AsyncIterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Self, TypeVar
 
-import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from popi.backends.base import (
@@ -24,43 +24,70 @@ from popi.backends.base import (
     ScoreResult,
     ignore_result,
 )
+from popi.backends.reasoning import opens_reasoning
+from popi.backends.responses import Response, after_prefix, keeping_markers
+from popi.backends.results import scored
 from popi.backends.streaming import Emit, streamed
 from popi.backends.together import held
 from popi.engine.admission import admitted
-from popi.engine.answer import Answer
-from popi.engine.cache import has_plain_cache
+from popi.engine.cache import layout_of
 from popi.engine.chat_tokens import ChatTokens, Rendered
-from popi.engine.decoding import Draft, decode, end_tokens_of
+from popi.engine.decoding import Draft, Outcome, end_tokens_of
 from popi.engine.loading import load
 from popi.engine.packing import Scored
-from popi.engine.scoring import score
-from popi.errors import BackendError
+from popi.engine.service import ModelService, Within
+from popi.models import fingerprint
+from popi.provenance import fingerprint_weights
 
 log = logging.getLogger(__name__)
 
 BATCH_TOKENS = 16384
 
+# The last tokens of a conversation, among which the opening marker of a reasoning block would be.
+TAIL = 16
+
 Result = TypeVar("Result")
-Check = Callable[[], None]
-Within = Callable[[], AbstractContextManager[None]]
+
+
+@dataclass(frozen=True, slots=True)
+class _Chat:
+    """A chat request as the model reads it.
+
+    Attributes:
+        prompt: Tokens of the conversation and the response prefix, or the reason why it is refused.
+        draft: What the model continues; ``None`` if the request is refused.
+        response: Follows the response.
+    """
+
+    prompt: Rendered
+    draft: Draft | None
+    response: Response
 
 
 class TransformersBackend(Backend):
     """A causal language model of the transformers library, with its own chat template, on a CPU or a GPU.
 
-    Requests are batched by length. In float32 greedy text and scores (to 1e-4 nats) do not depend on the batch, and a
-    request with a seed samples the same in any; in half precision a batch decides how numbers are rounded. Work runs
-    in one thread of its own, one call after the other, and stops between two steps when the call is cancelled. An
-    answer is no longer than the context leaves room for.
+    All calls, from any thread and event loop, share one continuous batch: a response that has ended makes room for the
+    next one, and is returned at once. In float32 greedy text and scores (to 1e-4 nats) do not depend on the batch, and
+    a request with a seed samples the same text in any batch; in half precision the batch affects rounding. Cancelling a
+    call stops its work at the next step. A response is never longer than the context allows.
+
+    Example:
+        >>> import asyncio
+        >>> from popi.prompts import Message
+        >>> backend = TransformersBackend("popi-mini-writer")
+        >>> [result] = asyncio.run(backend.chat([ChatRequest([Message("user", "Hello")], max_tokens=8)]))
+        >>> result.completion_tokens <= 8
+        True
 
     Args:
-        model: The name of a shipped model, a folder, or a hub id.
+        model: Name of a shipped model, a folder, or a hub id.
         device: ``cpu``, ``cuda`` and so on; ``None`` is the first GPU if there is one, else the CPU.
         dtype: ``auto`` (float32 on a CPU, else bfloat16), ``float32``, ``bfloat16`` or ``float16``.
-        batch_tokens: The most tokens in a batch, room for the answers included; less takes less memory.
+        batch_tokens: Maximum number of tokens in a batch, including room for the responses. Less takes less memory.
 
     Raises:
-        ModelError: If the model is missing, broken, or without a chat template.
+        ModelError: If the model is missing, broken, or has no chat template.
         ConfigError: If there is no such device or dtype.
     """
 
@@ -72,7 +99,7 @@ class TransformersBackend(Backend):
         dtype: str = "auto",
         batch_tokens: int = BATCH_TOKENS,
     ) -> None:
-        self._take(*load(model, device, dtype), name=model, batch_tokens=batch_tokens, within=nullcontext)
+        self._take(*load(model, device, dtype), name=model, batch_tokens=batch_tokens, within=nullcontext, live=False)
 
     @classmethod
     def from_model(
@@ -84,20 +111,20 @@ class TransformersBackend(Backend):
         batch_tokens: int = BATCH_TOKENS,
         within: Within = nullcontext,
     ) -> Self:
-        """Makes a backend of a live model, which it shares: what training does to the weights shows at once.
+        """Makes a backend of a live model, without a copy: changes of its weights take effect at once.
 
         Args:
             model: The model.
             tokenizer: Its tokenizer, with a chat template.
-            name: What it is called.
-            batch_tokens: The most tokens in a batch.
-            within: Makes what the model computes within, such as an autocast.
+            name: Its name in results and errors.
+            batch_tokens: Maximum number of tokens in a batch, including room for the responses.
+            within: Makes the context that the model computes in, for example autocast.
 
         Raises:
             ModelError: If the tokenizer has no chat template.
         """
         backend = cls.__new__(cls)
-        backend._take(model, tokenizer, name=name, batch_tokens=batch_tokens, within=within)
+        backend._take(model, tokenizer, name=name, batch_tokens=batch_tokens, within=within, live=True)
         return backend
 
     def _take(
@@ -108,35 +135,65 @@ class TransformersBackend(Backend):
         name: str,
         batch_tokens: int,
         within: Within,
+        live: bool,
     ) -> None:
-        self.model, self._within = name, within
-        self._model, self._tokens, self._batch_tokens = model, ChatTokens(tokenizer, name), batch_tokens
+        self.model, self._live, self._model, self._tokenizer = name, live, model, tokenizer
+        self._identity: str | None = None
+        self._tokens = ChatTokens(tokenizer, name)
+        special = {token: text.content for token, text in tokenizer.added_tokens_decoder.items() if text.special}
+        self._decode = keeping_markers(self._tokens.decode, special)
         self._end_tokens = end_tokens_of(model, self._tokens)
-        self._share = has_plain_cache(model)
-        if not self._share:
-            log.warning("%s keeps no plain key/value cache: its requests run one by one and share no prefix", name)
+        layout = layout_of(model)
+        if layout != "shared":
+            log.warning("%s: prompts share no prefixes, because the cache does not allow it (%s layout)", name, layout)
+        self._service = ModelService(
+            model,
+            name,
+            layout=layout,
+            end_tokens=self._end_tokens,
+            batch_tokens=batch_tokens,
+            within=within,
+        )
         context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-        self.capabilities = Capabilities(stream=True, score=True, context_length=context)
-        self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="popi-model")
-        self._closed = False
+        self.capabilities = Capabilities(stream=True, score=True, context_length=context, response_prefix=True)
+
+    @property
+    def identity(self) -> str:
+        """Name, weights, tokenizer and dtype of the model.
+
+        The weights of a model that was loaded by name are identified once, by its files or its commit on the hub. Those
+        of a live model are hashed each time, because they may have changed.
+        """
+        if self._live:
+            return self._identified_by(fingerprint_weights(self._model.state_dict()))
+        if self._identity is None:
+            self._identity = self._identified_by(fingerprint(self.model))
+        return self._identity
+
+    def _identified_by(self, weights: str | None) -> str:
+        tokenizer = f"{self._tokenizer.chat_template}{sorted(self._tokenizer.get_vocab().items())}"
+        digest = hashlib.sha256(tokenizer.encode()).hexdigest()[:16]
+        return (
+            f"{self.model} weights={weights} tokenizer={digest} dtype={str(self._model.dtype).removeprefix('torch.')}"
+        )
 
     async def chat(self, requests: Sequence[ChatRequest]) -> list[ChatResult]:
         """Continues each conversation.
 
         Raises:
-            BackendError: If the model fails, for want of memory or otherwise.
+            BackendError: If the model fails, for example because it is out of memory, or the backend is closed.
         """
-        return await self._work(lambda check: self._chat(requests, check))
+        return await self._chat(requests)
 
     async def stream(self, request: ChatRequest, on_complete: OnComplete = ignore_result) -> AsyncIterator[str]:
-        """Continues one conversation, piece by piece, never half a character.
+        """Continues one conversation, in pieces of whole characters.
 
         Raises:
-            BackendError: If the answer cannot be had, or the model fails.
+            BackendError: If the request or the model fails, or the backend is closed.
         """
 
         async def chat(emit: Emit) -> ChatResult:
-            [result] = await self._work(lambda check: self._chat([request], check, emit))
+            [result] = await self._chat([request], emit)
             return result
 
         async with held(streamed(self.model, chat, on_complete)) as pieces:
@@ -144,128 +201,81 @@ class TransformersBackend(Backend):
                 yield piece
 
     async def score(self, requests: Sequence[ScoreRequest]) -> list[ScoreResult]:
-        """Sums the log-probabilities of each response, end of turn included, given its conversation.
+        """Sums the log-probabilities of each response, including its end of turn, given its conversation.
 
         Raises:
-            BackendError: If the model fails, for want of memory or otherwise.
+            BackendError: As :meth:`chat`.
         """
-        return await self._work(lambda check: self._score(requests, check))
+        prompts, responses = await asyncio.to_thread(self._read_scored, requests)
+        both = list(zip(prompts, responses, strict=True))
+        items = [Scored(prompt.tokens, response) for prompt, response in both if prompt.error is None]
+        logprobs = await asyncio.wrap_future(self._service.score(items))
+        sums = iter(logprobs)
+        return [
+            self._score_result(prompt, response, next(sums) if prompt.error is None else math.nan)
+            for prompt, response in both
+        ]
 
     def count_tokens(self, text: str) -> int:
-        """The length of a bare text by the model's tokenizer, without special tokens."""
+        """Counts the tokens of a plain text with the model's tokenizer, without special tokens."""
         return len(self._tokens.encode([text])[0])
 
     async def close(self) -> None:
-        """Lets the worker go; what is still waiting is dropped."""
-        self._closed = True
-        self._worker.shutdown(wait=False, cancel_futures=True)
+        """Fails the calls that are waiting, and releases the model after its present step."""
+        await asyncio.to_thread(self._service.close)
 
-    async def _work(self, job: Callable[[Check], Result]) -> Result:
-        """Runs a job in the worker thread; a cancelled call makes it stop at its next check."""
-        if self._closed:
-            raise BackendError(f"{self.model}: the backend is closed")
-        cancelled = threading.Event()
+    async def _chat(self, requests: Sequence[ChatRequest], emit: Emit | None = None) -> list[ChatResult]:
+        chats = await asyncio.to_thread(self._read, requests, emit)
+        drafts = [chat.draft for chat in chats if chat.draft is not None]
+        outcomes = await asyncio.wrap_future(self._service.decode(drafts))
+        ended = iter(outcomes)
+        return [self._chat_result(chat, None if chat.draft is None else next(ended)) for chat in chats]
 
-        def check() -> None:
-            if cancelled.is_set():
-                raise _Cancelled
-
-        def run() -> Result:
-            check()
-            try:
-                with evaluating(self._model), self._within():
-                    return job(check)
-            except (BackendError, _Cancelled):
-                raise
-            # A model's own code raises whatever it likes: out of memory, a lost device, an index beyond a table.
-            except Exception as error:
-                reason = (str(error).strip().splitlines() or ["no reason given"])[0]
-                raise BackendError(f"{self.model}: {type(error).__name__}: {reason}") from error
-
-        try:
-            return await asyncio.get_running_loop().run_in_executor(self._worker, run)
-        except asyncio.CancelledError:
-            cancelled.set()
-            caller = asyncio.current_task()
-            if self._closed and caller is not None and not caller.cancelling():
-                raise BackendError(f"{self.model}: the backend is closed") from None
-            raise
-
-    def _chat(self, requests: Sequence[ChatRequest], check: Check, emit: Emit | None = None) -> list[ChatResult]:
-        prompts = self._prompts(requests, [min(request.max_tokens, 1) for request in requests])
-        answers = [Answer(self._tokens.decode, self._end_tokens, request.stop, emit) for request in requests]
-        drafts = [
-            self._draft(request, prompt.tokens, answer)
-            for request, prompt, answer in zip(requests, prompts, answers, strict=True)
-            if prompt.error is None
-        ]
-        written = iter(
-            decode(
-                self._model,
-                drafts,
-                end_tokens=self._end_tokens,
-                batch_tokens=self._batch_tokens,
-                share=self._share,
-                check=check,
-            )
+    def _read(self, requests: Sequence[ChatRequest], emit: Emit | None) -> list[_Chat]:
+        prefixes = self._tokens.encode([request.response_prefix for request in requests])
+        both = zip(requests, prefixes, strict=True)
+        prompts = self._admitted(
+            requests, [1 + len(prefix) if request.max_tokens > 0 else 0 for request, prefix in both]
         )
-        return [
-            self._chat_result(prompt, answer, next(written) if prompt.error is None else [])
-            for prompt, answer in zip(prompts, answers, strict=True)
-        ]
+        parts = zip(requests, prompts, prefixes, strict=True)
+        return [self._read_one(request, prompt, prefix, emit) for request, prompt, prefix in parts]
 
-    def _draft(self, request: ChatRequest, prompt: list[int], answer: Answer) -> Draft:
-        context = self.capabilities.context_length
-        room = request.max_tokens if context is None else context - len(prompt)
-        return Draft(
-            prompt,
-            limit=min(request.max_tokens, room),
+    def _read_one(self, request: ChatRequest, prompt: Rendered, prefix: list[int], emit: Emit | None) -> _Chat:
+        opened = opens_reasoning(self._decode(prompt.tokens[-TAIL:]))
+        decode = after_prefix(self._decode, prefix)
+        response = Response(request, decode, self._end_tokens, opened=opened, emit=emit)
+        if prompt.error is not None:
+            return _Chat(prompt, None, response)
+        tokens, context = [*prompt.tokens, *prefix], self.capabilities.context_length
+        draft = Draft(
+            tokens,
+            limit=request.max_tokens if context is None else min(request.max_tokens, context - len(tokens)),
             temperature=request.temperature,
             top_p=request.top_p,
             seed=secrets.randbits(63) if request.seed is None else request.seed % 2**63,
-            watch=answer.watch if answer.watches else None,
+            watch=response.watch,
         )
+        return _Chat(Rendered(tokens), draft, response)
 
-    def _chat_result(self, prompt: Rendered, answer: Answer, tokens: Sequence[int]) -> ChatResult:
-        length = len(prompt.tokens)
-        if prompt.error is not None:
-            return ChatResult.failed(prompt.error, "request", model=self.model, prompt_tokens=length)
-        text, ended = answer.finish(tokens)
-        return ChatResult(text, "stop" if ended else "length", length, len(tokens), self.model)
+    def _chat_result(self, chat: _Chat, outcome: Outcome | None) -> ChatResult:
+        length = len(chat.prompt.tokens)
+        if outcome is None:
+            return ChatResult.failed(chat.prompt.error or "", "request", model=self.model, prompt_tokens=length)
+        if isinstance(outcome, ArithmeticError):
+            return ChatResult.failed(str(outcome), "malformed", model=self.model, prompt_tokens=length)
+        return chat.response.result(outcome.token_ids, outcome.finish_reason, prompt_tokens=length, model=self.model)
 
-    def _score(self, requests: Sequence[ScoreRequest], check: Check) -> list[ScoreResult]:
+    def _read_scored(self, requests: Sequence[ScoreRequest]) -> tuple[list[Rendered], list[list[int]]]:
         texts = self._tokens.encode([request.response for request in requests])
         responses = [[*tokens, *self._tokens.end_of_turn] for tokens in texts]
-        prompts = self._prompts(requests, [len(response) for response in responses])
-        items = [
-            Scored(prompt.tokens, response)
-            for prompt, response in zip(prompts, responses, strict=True)
-            if prompt.error is None
-        ]
-        sums = iter(score(self._model, items, batch_tokens=self._batch_tokens, share=self._share, check=check))
-        return [
-            ScoreResult(next(sums), len(response), len(prompt.tokens), self.model)
-            if prompt.error is None
-            else ScoreResult.failed(prompt.error, "request", model=self.model, prompt_tokens=len(prompt.tokens))
-            for prompt, response in zip(prompts, responses, strict=True)
-        ]
+        return self._admitted(requests, [len(response) for response in responses]), responses
 
-    def _prompts(self, requests: Sequence[ChatRequest | ScoreRequest], needed: Sequence[int]) -> list[Rendered]:
+    def _score_result(self, prompt: Rendered, response: Sequence[int], logprob: float) -> ScoreResult:
+        length = len(prompt.tokens)
+        if prompt.error is not None:
+            return ScoreResult.failed(prompt.error, "request", model=self.model, prompt_tokens=length)
+        return scored(logprob, len(response), model=self.model, prompt_tokens=length)
+
+    def _admitted(self, requests: Sequence[ChatRequest | ScoreRequest], needed: Sequence[int]) -> list[Rendered]:
         conversations = [request.messages for request in requests]
         return admitted(self._tokens, conversations, needed, self.capabilities.context_length)
-
-
-class _Cancelled(Exception):
-    """The call that the work was for is gone."""
-
-
-@contextmanager
-def evaluating(model: PreTrainedModel) -> Iterator[None]:
-    """Within it the model neither drops out nor records gradients; a model in training goes back to it."""
-    training = model.training
-    model.train(False)
-    try:
-        with torch.inference_mode():
-            yield
-    finally:
-        model.train(training)

@@ -1,21 +1,28 @@
-"""The text of one answer while its tokens come."""
+"""The text of one response while its tokens are generated."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence, Set
 
-# What a decoder writes for bytes that are not, or not yet, a character.
+# What a tokenizer decodes bytes to that are not, or not yet, a character.
 INCOMPLETE = "\ufffd"
 
 
+def all_of_it(text: str, final: bool) -> str:
+    """The default ``visible``: everything."""
+    return text
+
+
 class Answer:
-    """Follows one answer: ends it at a stop text, and gives its text in pieces that stay true.
+    """Follows one response: ends it at a stop string, and emits its text in pieces that no later token changes.
 
     Args:
-        decode: Token ids to text, without control tokens.
-        end_tokens: Ids that end an answer and are not part of its text.
-        stop: Texts that end the answer and are not part of it.
-        emit: Takes each piece of text as soon as it can no longer change.
+        decode: Decodes token ids to text, without control tokens.
+        end_tokens: Token ids that end a response. They are not part of its text.
+        stop: Strings that end the response. They are not part of it.
+        emit: Called with each piece of text as soon as it is final.
+        visible: Returns the visible part of the text so far, in which stop strings are searched. The second argument is
+            true for the whole text. What is visible stays visible when the text grows.
 
     Attributes:
         watches: Whether :meth:`watch` has anything to do.
@@ -27,47 +34,48 @@ class Answer:
         end_tokens: Set[int],
         stop: Sequence[str] = (),
         emit: Callable[[str], None] | None = None,
+        visible: Callable[[str, bool], str] = all_of_it,
     ) -> None:
-        self._decode, self._end_tokens, self._emit = decode, end_tokens, emit
+        self._decode, self._end_tokens, self._emit, self._visible = decode, end_tokens, emit, visible
         self._stop = [text for text in stop if text]
-        self._given = 0
+        self._emitted = 0
         self.watches = bool(self._stop or emit)
 
     def watch(self, tokens: Sequence[int]) -> bool:
-        """Looks at all tokens so far, and says whether a stop text ends the answer here."""
-        text, stopped = self._text(tokens)
+        """Takes all tokens so far, and returns whether a stop string ends the response here."""
+        text, stopped = self._text(tokens, final=False)
         if not stopped:
-            self._give(text[: settled(text, self._stop)])
+            self._emit_up_to(text[: settled(text, self._stop)])
         return stopped
 
     def finish(self, tokens: Sequence[int]) -> tuple[str, bool]:
-        """The whole text, and whether it came to an end by itself; gives what has not been given."""
-        text, stopped = self._text(tokens)
-        self._give(text)
+        """Emits the rest, and returns the whole text and whether an end token or a stop string ended it."""
+        text, stopped = self._text(tokens, final=True)
+        self._emit_up_to(text)
         return text, stopped or (bool(tokens) and tokens[-1] in self._end_tokens)
 
-    def _text(self, tokens: Sequence[int]) -> tuple[str, bool]:
+    def _text(self, tokens: Sequence[int], *, final: bool) -> tuple[str, bool]:
         ended = bool(tokens) and tokens[-1] in self._end_tokens
-        text = self._decode(tokens[:-1] if ended else tokens)
+        text = self._visible(self._decode(tokens[:-1] if ended else tokens), final)
         cut = first_stop(text, self._stop)
         return text[:cut], cut is not None
 
-    def _give(self, text: str) -> None:
-        if self._emit and len(text) > self._given:
-            self._emit(text[self._given :])
-            self._given = len(text)
+    def _emit_up_to(self, text: str) -> None:
+        if self._emit and len(text) > self._emitted:
+            self._emit(text[self._emitted :])
+            self._emitted = len(text)
 
 
 def first_stop(text: str, stop: Sequence[str]) -> int | None:
-    """Where the stop text begins that is whole first: so an answer does not depend on how it is cut into tokens."""
+    """Start of the stop string that is complete first, so that a response does not depend on its tokenization."""
     found = ((place + len(end), place) for end in stop if end and (place := text.find(end)) >= 0)
     return min(found, default=(None, None))[1]
 
 
 def settled(text: str, stop: Sequence[str]) -> int:
-    """How much of a growing text can no longer change, in characters.
+    """Number of characters of a growing text that can no longer change.
 
-    The rest is half a character, or the beginning of a stop text.
+    The rest is part of a character, or the start of a stop string.
     """
     whole = text.rstrip(INCOMPLETE)
     held = (

@@ -1,60 +1,126 @@
-"""Key/value caches: a prefix is computed once, and everything that begins with it goes on from there."""
+"""What a model's cache allows: layouts of a batch, and prefixes that are computed once."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import groupby
-from typing import Any
+from typing import Literal
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
+Layout = Literal["shared", "padded", "single"]
+"""How the sequences of a batch are laid out.
+
+- ``shared``: sequences that start with the same tokens share their keys and values, and a mask separates the rest.
+  Needs a cache with one key and one value for each token, and attention that follows any mask.
+- ``padded``: each sequence has a row, padded on the left, with a padding mask. For sliding windows, chunked attention
+  and recurrent states that leave out padding.
+- ``single``: one sequence at a time.
+"""
+
 MASKED_ATTENTION = ("sdpa", "eager")
-"""The attention implementations, by the beginnings of their names, that follow a mask of single places."""
+"""Attention implementations, by the start of their names, that follow a mask of single positions."""
+
+STATES = "cache_params"
+"""Name of the cache among the arguments of models that keep recurrent states and no keys."""
+
+CACHE_NAMES = ("past_key_values", STATES)
+"""Names of the cache among the arguments of models."""
+
+
+def parameters_of(model: PreTrainedModel) -> frozenset[str]:
+    """Names of the arguments of a model's forward pass."""
+    return frozenset(inspect.signature(model.forward).parameters)
 
 
 def has_plain_cache(model: PreTrainedModel) -> bool:
-    """Whether a model's cache holds one key and one value for every token in every layer, at positions that we give.
+    """Whether a model's cache has one key and one value for each token in every layer, at positions that we set.
 
-    Only then can its prefixes be shared. Sliding windows and recurrent states are not of this kind, and attention
-    that knows no mask of single places cannot keep branches apart.
+    Only such a cache can be shared, and only if the attention follows a mask of single positions.
     """
-    parameters = inspect.signature(model.forward).parameters
-    if not {"past_key_values", "position_ids"} <= parameters.keys():
+    if not {"past_key_values", "position_ids"} <= parameters_of(model):
         return False
     if not str(model.config._attn_implementation).startswith(MASKED_ATTENTION):
         return False
     return all(type(layer) is DynamicLayer for layer in DynamicCache(config=model.config).layers)
 
 
-class Prefixes:
-    """Cached prefixes, one in a row, from which any tokens go on.
+def layout_of(model: PreTrainedModel) -> Layout:
+    """The layout that a model's signature and configuration suggest."""
+    if has_plain_cache(model):
+        return "shared"
+    parameters = parameters_of(model)
+    return "padded" if "attention_mask" in parameters and parameters & {*CACHE_NAMES} else "single"
 
-    Each prefix is computed once, whatever goes on from it: a mask says what a token sees of its row behind the prefix,
-    so that branches of it are hidden from each other. Gradients flow through the prefixes where they are on.
+
+def fixed_length(model: PreTrainedModel) -> int | None:
+    """Number of tokens up to which positions are encoded in the same way in a sequence of any length.
+
+    In a longer one the encoding of all positions depends on the length of the longest sequence of the batch (longrope,
+    dynamic NTK), so it has to be computed alone. ``None`` means that there is no such limit.
+    """
+    # transformers resets dynamic NTK only in a sequence that is shorter than the limit.
+    return min((limit - (kind == "dynamic") for kind, limit in _length_dependent(model)), default=None)
+
+
+def outdated(model: PreTrainedModel, cached: int, length: int) -> bool:
+    """Whether keys are encoded in another way than in a sequence of this length.
+
+    Args:
+        model: The model.
+        cached: Length of the sequence when the keys were computed.
+        length: Present length of the sequence.
+    """
+    return any(
+        length >= limit if kind == "dynamic" else cached <= limit < length for kind, limit in _length_dependent(model)
+    )
+
+
+def reset_positions(model: PreTrainedModel) -> None:
+    """Resets the encoding of positions to that of short sequences: dynamic NTK keeps that of the longest one so far."""
+    if _length_dependent(model):
+        model(input_ids=torch.zeros((1, 1), dtype=torch.long, device=model.device), use_cache=False)
+
+
+def _length_dependent(model: PreTrainedModel) -> list[tuple[str, int]]:
+    """Kind and limit of the position encodings that depend on the length of a sequence."""
+    config = model.config.get_text_config()
+    parameters = getattr(config, "rope_parameters", None) or {}
+    by_layer_type = [value for value in parameters.values() if isinstance(value, dict)]
+    return [
+        (rope["rope_type"], rope.get("original_max_position_embeddings") or config.max_position_embeddings)
+        for rope in by_layer_type or [parameters]
+        if rope.get("rope_type") in ("longrope", "dynamic")
+    ]
+
+
+class Prefixes:
+    """Cached prefixes, one in each row, that any tokens can follow.
+
+    Each prefix is computed once. A mask says what a token sees of the tokens that follow its prefix, so that branches
+    are hidden from each other. Gradients flow through the prefixes if they are enabled.
 
     Args:
         model: A model with a plain cache.
-        prefixes: Token ids of the prefix of each row, equal ones side by side; may be empty ones.
-        room: The most tokens that will be appended to a row, where that is done in many steps; 0 if in one.
+        prefixes: Token ids of the prefix of each row, equal ones next to each other. May be empty.
     """
 
-    def __init__(self, model: PreTrainedModel, prefixes: Sequence[Sequence[int]], *, room: int = 0) -> None:
+    def __init__(self, model: PreTrainedModel, prefixes: Sequence[Sequence[int]]) -> None:
         self._model = model
         self._lengths_R = torch.tensor([len(prefix) for prefix in prefixes], device=model.device)
         width = int(self._lengths_R.max())
         self._within_R_W = torch.arange(width, device=model.device) < self._lengths_R[:, None]
         self._cache: Cache = self._computed(prefixes) if width else DynamicCache(config=model.config)
-        if width and room:
-            self._cache = Cache(layers=[_RoomyLayer(keys, values, room) for keys, values, _ in self._cache])
 
     def _computed(self, prefixes: Sequence[Sequence[int]]) -> DynamicCache:
         cache = DynamicCache(config=self._model.config)
         runs = [(prefix, len(list(equals))) for prefix, equals in groupby(prefixes)]
-        # Padding stands on the right, where a causal model needs no mask.
+        # Padding is on the right, where a causal model needs no mask.
         tokens_P_W = pad([prefix for prefix, _ in runs], self._model.device)
         self._model.base_model(input_ids=tokens_P_W, past_key_values=cache, use_cache=True)
         if len(runs) < len(prefixes):
@@ -62,17 +128,17 @@ class Prefixes:
             cache.batch_select_indices(torch.arange(len(runs), device=counts_P.device).repeat_interleave(counts_P))
         return cache
 
-    def __call__(self, tokens_R_T: Tensor, seen_R_T_L: Tensor, depths_R_T: Tensor) -> Tensor:
-        """Appends tokens to the rows and gives the logits behind each of them, ``[R, T, V]``.
+    def __call__(self, tokens_R_T: Tensor, seen_R_T_T: Tensor, depths_R_T: Tensor) -> Tensor:
+        """Computes the logits of the tokens that follow the prefixes, ``[R, T, V]``.
 
         Args:
-            tokens_R_T: Token ids.
-            seen_R_T_L: Which of the L tokens that were appended so far, these included, each of these sees.
-            depths_R_T: How far each stands behind its prefix, from 0.
+            tokens_R_T: Token ids, ``[R, T]``.
+            seen_R_T_T: Which of these tokens each of them sees, ``[R, T, T]``.
+            depths_R_T: Position of each behind its prefix, from 0, ``[R, T]``.
         """
         rows, new = tokens_R_T.shape
         seen_R_T_W = self._within_R_W[:, None].expand(rows, new, -1)
-        hidden_R_T_A = ~torch.cat((seen_R_T_W, seen_R_T_L), dim=2)
+        hidden_R_T_A = ~torch.cat((seen_R_T_W, seen_R_T_T), dim=2)
         mask_R_T_A = torch.zeros_like(hidden_R_T_A, dtype=self._model.dtype)
         mask_R_T_A.masked_fill_(hidden_R_T_A, torch.finfo(self._model.dtype).min)
         logits: Tensor = self._model(
@@ -84,68 +150,24 @@ class Prefixes:
         ).logits
         return logits
 
-    def keep(self, rows_K: Tensor) -> None:
-        """Drops all rows but these."""
-        self._lengths_R, self._within_R_W = self._lengths_R[rows_K], self._within_R_W[rows_K]
-        self._cache.batch_select_indices(rows_K)
 
+@contextmanager
+def head_at(model: PreTrainedModel, rows_N: Tensor, columns_N: Tensor) -> Iterator[None]:
+    """Makes the model compute logits at these positions only, ``[1, N, V]``, inside the block.
 
-class OwnCache:
-    """One row of tokens with whatever a model remembers by itself: a window, a state, or nothing.
-
-    Args:
-        model: Any causal language model.
-        prefix: Token ids in front of what will be appended; may be empty.
+    The hidden states are selected before the head, inside the model's own forward pass. What a family does to its
+    logits afterwards (scales, soft caps) still happens.
     """
 
-    def __init__(self, model: PreTrainedModel, prefix: Sequence[int]) -> None:
-        self._model = model
-        parameters = inspect.signature(model.forward).parameters
-        names = (name for name in ("past_key_values", "cache_params") if name in parameters)
-        self._name = next(names, None)
-        self._cache = DynamicCache(config=model.config) if self._name else None
-        self._tokens_1_L = torch.empty((1, 0), dtype=torch.long, device=model.device)
-        if prefix:
-            self(torch.tensor([prefix], device=model.device))
+    def select(module: torch.nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return (args[0][rows_N, columns_N][None], *args[1:])
 
-    def __call__(self, tokens_1_T: Tensor) -> Tensor:
-        """Appends tokens and gives the logits behind at least the last of them, ``[1, T, V]``."""
-        if self._name is None:
-            self._tokens_1_L = torch.cat((self._tokens_1_L, tokens_1_T), dim=1)
-            logits: Tensor = self._model(input_ids=self._tokens_1_L).logits
-            return logits
-        output = self._model(input_ids=tokens_1_T, use_cache=True, **{self._name: self._cache})
-        logits = output.logits
-        return logits
-
-
-class _RoomyLayer(DynamicLayer):
-    """A layer of a cache with room for what is to come: appending copies the new tokens, not the whole layer."""
-
-    def __init__(self, keys_R_H_L_D: Tensor, values_R_H_L_D: Tensor, room: int) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self._roomy_keys, self._roomy_values = _with_room(keys_R_H_L_D, room), _with_room(values_R_H_L_D, room)
-        self._length = keys_R_H_L_D.shape[2]
-        self.dtype, self.device, self.is_initialized = keys_R_H_L_D.dtype, keys_R_H_L_D.device, True
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        start, self._length = self._length, self._length + key_states.shape[2]
-        self._roomy_keys[:, :, start : self._length] = key_states
-        self._roomy_values[:, :, start : self._length] = value_states
-        return self._roomy_keys[:, :, : self._length], self._roomy_values[:, :, : self._length]
-
-    def get_seq_length(self) -> int:
-        return self._length
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        self._roomy_keys, self._roomy_values = self._roomy_keys[indices], self._roomy_values[indices]
-
-
-def _with_room(states_R_H_L_D: Tensor, room: int) -> Tensor:
-    rows, heads, length, size = states_R_H_L_D.shape
-    roomy_R_H_L_D = states_R_H_L_D.new_empty((rows, heads, length + room, size))
-    roomy_R_H_L_D[:, :, :length] = states_R_H_L_D
-    return roomy_R_H_L_D
+    head: torch.nn.Module = model.get_output_embeddings()
+    hook = head.register_forward_pre_hook(select)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def pad(rows: Sequence[Sequence[int]], device: torch.device, fill: int = 0) -> Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import date
@@ -11,6 +10,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from popi.engine.forking import ForkLock
 from popi.errors import ModelError
 from popi.io import writable
 from popi.prompts import Message
@@ -63,7 +63,7 @@ class ChatTokens:
             )
         self._tokenizer = tokenizer
         # A fast tokenizer refuses a second borrower while it encodes.
-        self._lock = threading.Lock()
+        self._lock = ForkLock()
         special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
         special |= set(tokenizer.all_special_tokens)
         self._control_ids = {tokenizer.convert_tokens_to_ids(token) for token in special}

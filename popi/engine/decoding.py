@@ -1,34 +1,34 @@
-"""Decoding: prompts in, new tokens out, in batches that change nothing about the answers."""
+"""Decoding: prompts in, new tokens out, in a batch that drafts join and leave at any step."""
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence, Set
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Sequence, Set
 from dataclasses import dataclass
-from itertools import groupby
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from popi.engine.cache import OwnCache, Prefixes
+from popi.engine.cache import Layout, fixed_length
 from popi.engine.chat_tokens import ChatTokens
-
-# Dropping rows copies the rest of the cache, which costs about one step: it pays once a quarter of the rows is done.
-COMPACT_BELOW = 0.75
+from popi.engine.padded import PaddedSlots, SingleSlot
+from popi.engine.sampling import Sampler
+from popi.engine.slots import SharedSlots
 
 
 @dataclass(frozen=True, slots=True)
 class Draft:
-    """A prompt to be continued.
+    """A prompt to continue.
 
     Attributes:
         prompt: Token ids, at least one.
-        limit: The most new tokens, at least one.
-        temperature: 0 is greedy.
-        top_p: Nucleus of the sampling.
-        seed: Seeds the sampling.
-        watch: Shown all new tokens so far after each; ends the answer by saying true.
+        limit: Maximum number of new tokens, at least one.
+        temperature: Sampling temperature; 0 is greedy.
+        top_p: Nucleus sampling threshold.
+        seed: Seed for sampling. The result does not depend on the batch.
+        watch: Called after each token with all new tokens so far; returns whether the draft ends here.
     """
 
     prompt: list[int]
@@ -39,215 +39,269 @@ class Draft:
     watch: Callable[[Sequence[int]], bool] | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """The continuation of a prompt.
+
+    Attributes:
+        token_ids: The new tokens, including the end token.
+        logprobs: Log-probability of each token in nats, under the distribution at the temperature of the draft, before
+            it is cut to its nucleus; at temperature 1 if the draft is greedy. Empty if they were not asked for.
+        finish_reason: ``stop`` after an end token or if the draft's ``watch`` ended it, ``length`` at its limit.
+    """
+
+    token_ids: list[int]
+    logprobs: list[float]
+    finish_reason: Literal["stop", "length"]
+
+
+Outcome = Completion | ArithmeticError
+"""A completion, or the error that the logits of its draft are not finite."""
+
+
+class Slots(Protocol):
+    """The drafts that are running, in a layout of the model's cache."""
+
+    def plan(self, candidates: Iterable[tuple[list[int], int]]) -> int:
+        """Adds as many of these prompts and limits as may join now, and returns their number."""
+
+    def prefill(self, waiting: int) -> None:
+        """Computes the prompts that :meth:`plan` added. This many drafts still wait."""
+
+    def step(self, last_N: Tensor) -> Tensor:
+        """Reads the last token of each draft, and returns the logits of the next one, ``[N, V]``."""
+
+    def keep(self, places: Sequence[int]) -> None:
+        """Drops all drafts but these."""
+
+    def erase(self, places: Sequence[int]) -> None:
+        """Removes values that are not finite, before drafts that have them are dropped."""
+
+
+class Job:
+    """A draft in a decoder.
+
+    Args:
+        draft: The draft.
+        on_complete: Called with the outcome as soon as the draft has ended.
+        owner: What the draft belongs to, for the caller.
+
+    Attributes:
+        cancelled: Set to true, from any thread, it ends the draft at the next step without a call of ``on_complete``.
+    """
+
+    __slots__ = ("cancelled", "draft", "generator", "logprobs", "on_complete", "owner", "token_ids")
+
+    def __init__(self, draft: Draft, on_complete: Callable[[Outcome], None], owner: Any = None) -> None:
+        self.draft, self.on_complete, self.owner, self.cancelled = draft, on_complete, owner, False
+        self.token_ids: list[int] = []
+        self.logprobs: list[float] = []
+        self.generator: torch.Generator | None = None
+
+
+class Decoder:
+    """Continues drafts token by token; drafts may be added and cancelled between two steps.
+
+    Args:
+        model: The model, in evaluation mode.
+        end_tokens: Token ids that end a draft.
+        batch_tokens: Maximum number of tokens in the batch: the prompts of all rows and room for what follows them. A
+            draft that is longer by itself runs alone.
+        layout: Layout of the batch.
+        logprobs: Whether to compute log-probabilities.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        end_tokens: Set[int],
+        batch_tokens: int,
+        layout: Layout,
+        logprobs: bool = False,
+    ) -> None:
+        self._layout, self._fixed = layout, fixed_length(model)
+        # Those that the layout does not suit run one at a time.
+        slots = [_slots(model, layout, batch_tokens), SingleSlot(model)]
+        self._lanes = [_Lane(model, each, end_tokens, logprobs) for each in slots]
+
+    def add(self, jobs: Sequence[Job]) -> None:
+        """Adds drafts behind those that are waiting, in order."""
+        for job in jobs:
+            length = len(job.draft.prompt)
+            long = self._fixed is not None and length + job.draft.limit > self._fixed
+            alone = long or (length == 1 and self._layout == "padded")
+            self._lanes[alone].waiting.append(job)
+
+    @property
+    def busy(self) -> bool:
+        """Whether any draft is waiting or running."""
+        return any(lane.waiting or lane.running for lane in self._lanes)
+
+    @torch.inference_mode()
+    def step(self) -> None:
+        """Starts waiting drafts that have room, in at most one prefill pass, and adds a token to each running draft."""
+        for lane in self._lanes:
+            lane.step()
+
+    def abandon(self) -> list[Job]:
+        """Drops the drafts that are running, after a step that failed, and returns them. Waiting ones stay."""
+        return [job for lane in self._lanes for job in lane.abandon()]
+
+
+class _Lane:
+    """The drafts of one batch: those that are running, and those that wait for room."""
+
+    def __init__(self, model: PreTrainedModel, slots: Slots, end_tokens: Set[int], logprobs: bool) -> None:
+        self._slots, self._end_tokens, self._device, self._logprobs = slots, end_tokens, model.device, logprobs
+        self.waiting = deque[Job]()
+        self.running: list[Job] = []
+        self._last_N = torch.empty(0, dtype=torch.long, device=self._device)
+
+    def step(self) -> None:
+        """See :meth:`Decoder.step`."""
+        self._drop_cancelled()
+        self._admit()
+        if not self.running:
+            return
+        chosen = self._sampler(self._slots.step(self._last_N))
+        self._last_N = chosen.tokens_N
+        logprobs = [None] * len(self.running) if chosen.logprobs_N is None else chosen.logprobs_N.tolist()
+        results = zip(self.running, chosen.tokens_N.tolist(), chosen.finite_N.tolist(), logprobs, strict=True)
+        outcomes = [self._advance(job, token, finite, logprob) for job, token, finite, logprob in results]
+        failed = [place for place, outcome in enumerate(outcomes) if isinstance(outcome, ArithmeticError)]
+        if failed:
+            self._slots.erase(failed)
+        ended = [(job, outcome) for job, outcome in zip(self.running, outcomes, strict=True) if outcome is not None]
+        if ended:
+            self._keep([place for place, outcome in enumerate(outcomes) if outcome is None])
+        for job, outcome in ended:
+            job.on_complete(outcome)
+
+    def _advance(self, job: Job, token: int, finite: bool, logprob: float | None) -> Outcome | None:
+        """Adds a token to a draft, and gives the outcome if it has ended."""
+        if not finite:
+            return ArithmeticError("the logits of the model are not finite")
+        job.token_ids.append(token)
+        if logprob is not None:
+            job.logprobs.append(logprob)
+        draft = job.draft
+        if token in self._end_tokens or (draft.watch is not None and draft.watch(job.token_ids)):
+            return Completion(job.token_ids, job.logprobs, "stop")
+        if len(job.token_ids) == draft.limit:
+            return Completion(job.token_ids, job.logprobs, "length")
+        return None
+
+    def _admit(self) -> None:
+        if not self.waiting:
+            return
+        count = self._slots.plan((job.draft.prompt, job.draft.limit) for job in self.waiting)
+        if not count:
+            return
+        new = [self.waiting.popleft() for _ in range(count)]
+        self.running += new
+        self._slots.prefill(len(self.waiting))
+        for job in new:
+            if job.draft.temperature > 0:
+                job.generator = torch.Generator(self._device).manual_seed(job.draft.seed)
+        last_M = torch.tensor([job.draft.prompt[-1] for job in new], device=self._device)
+        self._last_N = torch.cat((self._last_N, last_M))
+        self._set_sampler()
+
+    def _drop_cancelled(self) -> None:
+        if any(job.cancelled for job in self.waiting):
+            self.waiting = deque(job for job in self.waiting if not job.cancelled)
+        if any(job.cancelled for job in self.running):
+            self._keep([place for place, job in enumerate(self.running) if not job.cancelled])
+
+    def _keep(self, places: Sequence[int]) -> None:
+        self._slots.keep(places)
+        self.running = [self.running[place] for place in places]
+        self._last_N = self._last_N[list(places)]
+        self._set_sampler()
+
+    def _set_sampler(self) -> None:
+        drafts = [job.draft for job in self.running]
+        self._sampler = Sampler(
+            [draft.temperature for draft in drafts],
+            [draft.top_p for draft in drafts],
+            [job.generator for job in self.running],
+            self._device,
+            logprobs=self._logprobs,
+        )
+
+    def abandon(self) -> list[Job]:
+        """See :meth:`Decoder.abandon`."""
+        abandoned, self.running = self.running, []
+        self._slots.keep([])
+        self._last_N = self._last_N[:0]
+        return abandoned
+
+
 def decode(
     model: PreTrainedModel,
     drafts: Sequence[Draft],
     *,
     end_tokens: Set[int],
     batch_tokens: int,
-    share: bool,
-    check: Callable[[], None],
-) -> list[list[int]]:
-    """Continues every prompt until an end token, its limit, or its watcher's word.
+    layout: Layout,
+    logprobs: bool = False,
+    on_complete: Callable[[int, Completion], None] | None = None,
+) -> list[Completion]:
+    """Continues every prompt until an end token, its limit, or until its ``watch`` ends it.
 
-    Identical prompts of a batch are computed once. What a draft becomes does not depend on what it is batched with.
+    Identical prompts that run at the same time are computed once. A completion does not depend on the batch.
 
     Args:
         model: The model, in evaluation mode.
         drafts: The prompts.
-        end_tokens: Ids that end an answer; they stand at the end of its tokens.
-        batch_tokens: The most tokens of the rows of a batch, room for their answers included.
-        share: Whether the model has a plain cache; otherwise every draft runs alone.
-        check: Called before every step; stops the work by raising.
+        end_tokens: Token ids that end a draft.
+        batch_tokens: As in :class:`Decoder`.
+        layout: Layout of the batch.
+        logprobs: Whether to compute log-probabilities.
+        on_complete: Called with the place and the completion of each draft as soon as it has ended.
 
     Returns:
-        The new tokens of each draft, in order.
+        The completion of each draft, in order.
+
+    Raises:
+        ArithmeticError: If the logits of a draft are not finite.
     """
-    answers: list[list[int]] = [[] for _ in drafts]
-    for batch in _batches(drafts, batch_tokens if share else 0):
-        check()
-        chosen = [drafts[index] for index in batch]
-        steps = _Steps(model, chosen) if share else _OwnSteps(model, chosen[0])
-        _decode_batch(steps, chosen, [answers[index] for index in batch], end_tokens, model.device, check)
-    return answers
+    decoder = Decoder(model, end_tokens=end_tokens, batch_tokens=batch_tokens, layout=layout, logprobs=logprobs)
+    completions: dict[int, Completion] = {}
+
+    def job(place: int) -> Job:
+        def keep(outcome: Outcome) -> None:
+            if isinstance(outcome, ArithmeticError):
+                raise outcome
+            completions[place] = outcome
+            if on_complete is not None:
+                on_complete(place, outcome)
+
+        return Job(drafts[place], keep)
+
+    decoder.add([job(place) for place in in_order(drafts)])
+    while decoder.busy:
+        decoder.step()
+    return [completions[place] for place in range(len(drafts))]
+
+
+def in_order(drafts: Sequence[Draft]) -> list[int]:
+    """The order in which drafts are best started: equal prompts and prompts of similar length next to each other."""
+    counts = Counter(tuple(draft.prompt) for draft in drafts)
+    ranks = [(counts[tuple(draft.prompt)], len(draft.prompt), draft.prompt) for draft in drafts]
+    return sorted(range(len(drafts)), key=ranks.__getitem__)
 
 
 def end_tokens_of(model: PreTrainedModel, tokens: ChatTokens) -> frozenset[int]:
-    """The tokens at which a model's answer ends: those of its chat template, and those of its generation config."""
+    """The tokens that end a model's response: those of its chat template, and those of its generation config."""
     ends = getattr(model.generation_config, "eos_token_id", None)
     if ends is None:
         return tokens.end_tokens
     return tokens.end_tokens | ({ends} if isinstance(ends, int) else set(ends))
 
 
-def choose(logits_R_V: Tensor, temperature_R: Tensor, top_p_R: Tensor, noise_R_V: Tensor) -> Tensor:
-    """Chooses a token for each row: the likeliest where the temperature is 0, else a sample.
-
-    A sample is the token with the largest p / noise, an exponential race, which token i wins with probability p_i. Two
-    rows whose logits differ by rounding choose alike, as only a photo finish could tell them apart; inverting the
-    running sum of p would carry each difference on to every token behind it. The nucleus is the smallest set of
-    likeliest tokens whose probability reaches ``top_p`` (Holtzman et al., 2020).
-
-    Args:
-        logits_R_V: Logits, ``[R, V]``.
-        temperature_R: Temperatures, ``[R]``.
-        top_p_R: Nuclei, ``[R]``.
-        noise_R_V: Draws from the exponential distribution of rate 1, ``[R, V]``.
-
-    Returns:
-        Token ids, ``[R]``.
-    """
-    heat_R = temperature_R.where(temperature_R > 0, 1.0)
-    probs_R_V = (logits_R_V.float() / heat_R[:, None]).softmax(dim=-1)
-    if bool((top_p_R < 1).any()):
-        sorted_R_V, order_R_V = probs_R_V.sort(dim=-1, descending=True)
-        outside_R_V = sorted_R_V.cumsum(dim=-1) - sorted_R_V >= top_p_R[:, None]
-        outside_R_V[:, 0] = False
-        probs_R_V = probs_R_V.masked_fill(outside_R_V.scatter(-1, order_R_V, outside_R_V), 0.0)
-    sampled_R = (probs_R_V / noise_R_V).argmax(dim=-1)
-    return sampled_R.where(temperature_R > 0, logits_R_V.argmax(dim=-1))
-
-
-def _batches(drafts: Sequence[Draft], batch_tokens: int) -> Iterator[list[int]]:
-    """Indices of drafts of like length, identical prompts side by side, which take one row.
-
-    A row has room for the answers of all its drafts, and as much as the others: prompts that are asked equally often
-    go together.
-    """
-    often = Counter(tuple(draft.prompt) for draft in drafts)
-    ranks = [(often[tuple(draft.prompt)], len(draft.prompt), draft.prompt) for draft in drafts]
-    batch: list[int] = []
-    rows = columns = run = room = 0
-    for index in sorted(range(len(drafts)), key=ranks.__getitem__):
-        draft = drafts[index]
-        run = run + 1 if batch and draft.prompt == drafts[batch[-1]].prompt else 1
-        rows, columns, room = rows + (run == 1), max(columns, run), max(room, draft.limit)
-        if batch and rows * (len(draft.prompt) + columns * room) > batch_tokens:
-            yield batch
-            batch, rows, columns, run, room = [], 1, 1, 1, draft.limit
-        batch.append(index)
-    if batch:
-        yield batch
-
-
-def _decode_batch(
-    steps: _Steps | _OwnSteps,
-    drafts: Sequence[Draft],
-    answers: Sequence[list[int]],
-    end_tokens: Set[int],
-    device: torch.device,
-    check: Callable[[], None],
-) -> None:
-    running = list(range(len(drafts)))
-    live = set(running)
-    sampling = _Sampling(drafts, device)
-    last_R = torch.tensor([draft.prompt[-1] for draft in drafts], device=device)
-    step = 0
-    while True:
-        logits_R_V = steps(last_R)
-        if bool(logits_R_V[:, 0].isnan().any()):
-            raise ArithmeticError("the model's logits are not numbers")
-        last_R = sampling.next_tokens(logits_R_V)
-        step += 1
-        for index, token in zip(running, last_R.tolist(), strict=True):
-            if index not in live:
-                continue
-            draft, answer = drafts[index], answers[index]
-            answer.append(token)
-            if token in end_tokens or step == draft.limit or (draft.watch and draft.watch(answer)):
-                live.discard(index)
-        if not live:
-            return
-        check()
-        if len(live) < COMPACT_BELOW * len(running):
-            kept = [place for place, index in enumerate(running) if index in live]
-            steps.keep(kept)
-            sampling.keep(kept)
-            last_R = last_R[kept]
-            running = [running[place] for place in kept]
-
-
-NOBODY = -1
-"""Who owns a place of a row that no draft has."""
-
-
-class _Steps:
-    """One token more for every draft that still runs; drafts of one prompt are branches of one row.
-
-    Args:
-        model: A model with a plain cache.
-        drafts: What is to be continued, identical prompts side by side.
-    """
-
-    def __init__(self, model: PreTrainedModel, drafts: Sequence[Draft]) -> None:
-        self._device, self._done = model.device, 0
-        groups = [(prompt, len(list(equals))) for prompt, equals in groupby(draft.prompt for draft in drafts)]
-        room = max(draft.limit for draft in drafts) * max(count for _, count in groups)
-        # The last token of a prompt is the first step's, which gives the first logits.
-        self._prefixes = Prefixes(model, [prompt[:-1] for prompt, _ in groups], room=room)
-        self._owners_R_L = torch.empty((len(groups), 0), dtype=torch.long, device=self._device)
-        self._lay_out([row for row, (_, count) in enumerate(groups) for _ in range(count)], list(range(len(drafts))))
-
-    def __call__(self, last_N: Tensor) -> Tensor:
-        """The logits behind the last token of each draft: ``[N, V]``."""
-        tokens_R_C = torch.zeros_like(self._owners_R_C)
-        tokens_R_C[self._places_N] = last_N
-        self._owners_R_L = torch.cat((self._owners_R_L, self._owners_R_C), dim=1)
-        # A draft sees its own tokens; there is one new token of each.
-        seen_R_C_L = self._owners_R_L[:, None] == self._owners_R_C[:, :, None]
-        logits_R_C_V = self._prefixes(tokens_R_C, seen_R_C_L, torch.full_like(tokens_R_C, self._done))
-        self._done += 1
-        return logits_R_C_V[self._places_N]
-
-    def keep(self, drafts: Sequence[int]) -> None:
-        """Drops all drafts but these."""
-        rows, owners = [self._rows[place] for place in drafts], [self._owners[place] for place in drafts]
-        left = sorted(set(rows))
-        if len(left) < len(self._owners_R_C):
-            left_K = torch.tensor(left, device=self._device)
-            self._owners_R_L = self._owners_R_L[left_K]
-            self._prefixes.keep(left_K)
-        self._lay_out([left.index(row) for row in rows], owners)
-
-    def _lay_out(self, rows: list[int], owners: list[int]) -> None:
-        """Gives each draft a column in the row of its prompt."""
-        self._rows, self._owners = rows, owners
-        columns = [column for _, equals in groupby(rows) for column, _ in enumerate(equals)]
-        self._places_N = torch.tensor(rows, device=self._device), torch.tensor(columns, device=self._device)
-        self._owners_R_C = torch.full((rows[-1] + 1, max(columns) + 1), NOBODY, device=self._device)
-        self._owners_R_C[self._places_N] = torch.tensor(owners, device=self._device)
-
-
-class _OwnSteps:
-    """The same for a single draft and a model with a cache of its own kind."""
-
-    def __init__(self, model: PreTrainedModel, draft: Draft) -> None:
-        self._cache = OwnCache(model, draft.prompt[:-1])
-
-    def __call__(self, last_1: Tensor) -> Tensor:
-        return self._cache(last_1[:, None])[:, -1]
-
-    def keep(self, drafts: Sequence[int]) -> None:
-        assert list(drafts) == [0], "without its only draft the work is done"
-
-
-class _Sampling:
-    """What the rows of a batch need to choose their tokens; each draws from its own generator, step by step."""
-
-    def __init__(self, drafts: Sequence[Draft], device: torch.device) -> None:
-        self._greedy = all(draft.temperature <= 0 for draft in drafts)
-        self._generators = [torch.Generator(device).manual_seed(draft.seed) for draft in drafts]
-        self._temperature_R = torch.tensor([draft.temperature for draft in drafts], device=device)
-        self._top_p_R = torch.tensor([draft.top_p for draft in drafts], device=device)
-
-    def next_tokens(self, logits_R_V: Tensor) -> Tensor:
-        if self._greedy:
-            return logits_R_V.argmax(dim=-1)
-        noise_R_V = torch.empty_like(logits_R_V, dtype=torch.float32)
-        for noise_V, generator in zip(noise_R_V, self._generators, strict=True):
-            noise_V.exponential_(generator=generator)
-        return choose(logits_R_V, self._temperature_R, self._top_p_R, noise_R_V)
-
-    def keep(self, rows: Sequence[int]) -> None:
-        self._generators = [self._generators[row] for row in rows]
-        self._temperature_R, self._top_p_R = self._temperature_R[rows], self._top_p_R[rows]
+def _slots(model: PreTrainedModel, layout: Layout, batch_tokens: int) -> Slots:
+    if layout == "shared":
+        return SharedSlots(model, batch_tokens)
+    return PaddedSlots(model, batch_tokens) if layout == "padded" else SingleSlot(model)

@@ -14,6 +14,7 @@ from huggingface_hub import HfApi
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
+from popi.engine.attention import group_heads
 from popi.errors import ConfigError, ModelError
 from popi.models import find
 
@@ -49,6 +50,7 @@ def load(name_or_path: str, device: str | None, dtype: str) -> tuple[PreTrainedM
 
     with _told(f"the model {name_or_path!r}"), quiet():
         model, tokenizer = _here_or_from_hub(where, read)
+        group_heads(model)
         return model.train(False).to(place), tokenizer
 
 

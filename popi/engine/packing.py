@@ -1,4 +1,4 @@
-"""Packing: which responses are computed together, and what of their prompts is computed once."""
+"""Packing: which responses share a forward pass, and which part of their prompts is computed once."""
 
 from __future__ import annotations
 
@@ -9,28 +9,29 @@ from itertools import groupby, pairwise
 
 from transformers import PreTrainedModel
 
+from popi.engine.cache import Layout, fixed_length
 from popi.engine.trees import TokenTree, common_prefix
 
-# Logits are the largest thing in the work of scoring: at most 2^28 of them at once, 1 GiB in fp32.
+# Logits take the most memory in scoring: at most 2^28 of them at once, 1 GiB in fp32.
 MAX_LOGITS = 2**28
 
-# Activations of more tokens at once leave the caches of a processor (docs/log.md). A GPU wants all that it can hold.
+# The activations of more tokens do not fit the caches of a processor (docs/log.md). A GPU is faster with more.
 CPU_OWN_TOKENS = 2048
 
-# Branches of a row are hidden from each other by a mask, but computed (docs/log.md): a row has about as many tokens
-# behind its prefix as in it, within these bounds.
+# Attention between the branches of a row is masked, but computed (docs/log.md): a row has about as many tokens after
+# its prefix as in it, within these bounds.
 ROW_OWN_TOKENS = 192, 512
 
 
 @dataclass(frozen=True, slots=True)
 class Scored:
-    """A response to be scored: token ids of the prompt, at least one, and of the response, at least one."""
+    """A response to score: token ids of the prompt and of the response, at least one each."""
 
     prompt: list[int]
     response: list[int]
 
     def behind(self, prefix: int) -> list[int]:
-        """What a model reads of it behind so many tokens: the last one is predicted, never read."""
+        """The tokens that a model reads after a prefix of this length. The last token is predicted, never read."""
         return [*self.prompt[prefix:], *self.response[:-1]]
 
 
@@ -39,9 +40,9 @@ class Row:
     """Items that are computed in one row of a forward pass.
 
     Attributes:
-        items: Which of the items.
-        prefix: The leading tokens of all their prompts, computed once for all rows of a pass that have them.
-        tree: What is read of the items behind it, in their order.
+        items: Indices of the items.
+        prefix: The first tokens of all their prompts, computed once for all rows of a pass that have them.
+        tree: The tokens that are read after it, in the order of the items.
     """
 
     items: list[int]
@@ -50,49 +51,67 @@ class Row:
 
     @classmethod
     def of(cls, scored: Sequence[Scored], items: list[int], prefix: int) -> Row:
-        """Lays out items that have so many leading tokens in common."""
+        """Makes a row of items whose prompts have this many first tokens in common."""
         tree = TokenTree.of([scored[index].behind(prefix) for index in items])
         return cls(items, scored[items[0]].prompt[:prefix], tree)
 
+    @classmethod
+    def whole(cls, scored: Sequence[Scored], index: int) -> Row:
+        """Makes a row of one item, whose last token is read too: it counts where the length of a sequence does."""
+        return cls([index], [], TokenTree.of([[*scored[index].prompt, *scored[index].response]]))
+
 
 def pack(
-    model: PreTrainedModel, items: Sequence[Scored], *, batch_tokens: int, share: bool, together: int = 1
+    model: PreTrainedModel, items: Sequence[Scored], *, batch_tokens: int, layout: Layout, together: int = 1
 ) -> Iterator[list[Row]]:
-    """Sorts items into forward passes: those that begin alike in a row, rows of like length in a pass.
+    """Sorts items into forward passes: those with the same first tokens in a row, rows of similar length in a pass.
+
+    An item that is longer than :func:`popi.engine.cache.fixed_length` has a pass of its own, with those that have to
+    be in the same pass.
 
     Args:
         model: The model that will score.
-        items: What to score.
-        batch_tokens: The most tokens of the rows of a pass.
-        share: Whether the model has a plain cache, so that prompts can share what they have in common.
-        together: So many neighbours have equal prompts and are in one pass.
+        items: Prompts and responses.
+        batch_tokens: Maximum number of tokens in the rows of a pass.
+        layout: Layout of the batch. Rows are padded on the right, which needs no mask: only ``shared`` makes a
+            difference.
+        together: Number of neighbours that have equal prompts and have to be in one pass.
     """
     units = [list(range(start, start + together)) for start in range(0, len(items), together)]
-    max_scored = MAX_LOGITS // model.config.get_text_config().vocab_size
-    max_own = CPU_OWN_TOKENS if model.device.type == "cpu" else batch_tokens
-    if share:
+    fixed = fixed_length(model)
+    if fixed is not None:
+        long = [unit for unit in units if max(_length(items[index]) for index in unit) > fixed]
+        yield from ([Row.whole(items, index) for index in unit] for unit in long)
+        units = [unit for unit in units if max(_length(items[index]) for index in unit) <= fixed]
+    if layout == "shared":
         blocks = list(_blocks(items, units, shared_prefixes([item.prompt for item in items])))
     else:
         blocks = [[Row.of(items, [index], 0) for index in unit] for unit in units]
-    return _passes(items, blocks, batch_tokens, max_own, max_scored)
+    max_scored = MAX_LOGITS // model.config.get_text_config().vocab_size
+    max_own = CPU_OWN_TOKENS if model.device.type == "cpu" else batch_tokens
+    yield from _passes(items, blocks, batch_tokens, max_own, max_scored)
+
+
+def _length(item: Scored) -> int:
+    return len(item.prompt) + len(item.response)
 
 
 def tokens_of(rows: Sequence[Row]) -> int:
-    """How many tokens the model reads in a pass, a prefix of several rows counted once, padding not at all."""
+    """Number of tokens that the model reads in a pass. A prefix of several rows counts once, padding does not count."""
     return sum(len(prefix) for prefix, _ in groupby(row.prefix for row in rows)) + sum(
         len(row.tree.tokens) for row in rows
     )
 
 
 def shared_prefixes(prompts: Sequence[list[int]]) -> list[int]:
-    """How many leading tokens of each prompt are computed once for several prompts.
+    """The number of first tokens of each prompt that are computed once for several prompts.
 
-    A prefix of k tokens that n prompts share saves (n - 1) k tokens. Neighbours in sorted order join the group in
-    front of them when the whole group then saves more than it and they would apart. The last token of a prompt stays
-    out of it: the logits behind that one are of the response.
+    A prefix of k tokens that n prompts share saves (n - 1) k tokens. In sorted order, a prompt joins the group before
+    it if the whole group then saves more than both would separately. The last token of a prompt is never part of the
+    prefix: its logits predict the response.
 
     Returns:
-        One length for each prompt, 0 for one that shares with none. The prompts of a group are equal up to it.
+        One length for each prompt, 0 if it shares none. The prompts of a group are equal up to it.
     """
     lengths = [0] * len(prompts)
     group: list[int] = []
@@ -112,9 +131,9 @@ def shared_prefixes(prompts: Sequence[list[int]]) -> list[int]:
 
 
 def _blocks(items: Sequence[Scored], units: Sequence[list[int]], prefix_lengths: Sequence[int]) -> Iterator[list[Row]]:
-    """Units with a prefix in common share rows, as like in length as may be; the others have a row each.
+    """Puts units with a common prefix into rows of similar length; all other items have a row each.
 
-    A unit that is too long for a row has a row for each of its items: they stay in one pass.
+    A unit that is too long for a row has a row for each of its items, which stay in one pass.
     """
 
     def prompt(unit: list[int]) -> list[int]:
@@ -139,13 +158,13 @@ def _blocks(items: Sequence[Scored], units: Sequence[list[int]], prefix_lengths:
 
 
 def _size(items: Sequence[Scored], unit: Sequence[int], prefix: int) -> int:
-    """How many tokens the tree of some items has."""
+    """Number of tokens in the tree of these items."""
     read = sorted(items[index].behind(prefix) for index in unit)
     return sum(map(len, read)) - sum(common_prefix(*pair) for pair in pairwise(read))
 
 
 def _balanced(parts: Sequence[tuple[int, list[int]]], most: int) -> list[list[int]]:
-    """Distributes parts of given sizes over as few rows as hold about this much each, the largest parts first."""
+    """Distributes parts of given sizes over rows of about this size, the largest parts first."""
     total = sum(size for size, _ in parts)
     rows: list[tuple[int, int, list[int]]] = [(0, number, []) for number in range(max(1, round(total / most)))]
     for size, part in sorted(parts, reverse=True):
@@ -157,10 +176,10 @@ def _balanced(parts: Sequence[tuple[int, list[int]]], most: int) -> list[list[in
 def _passes(
     items: Sequence[Scored], blocks: Sequence[list[Row]], batch_tokens: int, max_own: int, max_scored: int
 ) -> Iterator[list[Row]]:
-    """Blocks of rows of like length, those with a common prefix side by side.
+    """Groups blocks of similar length into passes, those with a common prefix next to each other.
 
-    The rows of a pass hold at most ``batch_tokens`` tokens, at most ``max_own`` of them behind the prefixes, and at
-    most ``max_scored`` responses' tokens, unless one block alone holds more.
+    The rows of a pass have at most ``batch_tokens`` tokens, of which at most ``max_own`` after the prefixes and at most
+    ``max_scored`` in responses, unless a single block has more.
     """
 
     def own(block: list[Row]) -> int:

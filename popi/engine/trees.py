@@ -1,4 +1,4 @@
-"""Token trees: sequences that begin alike are computed together, what they have in common once."""
+"""Token trees: sequences that start with the same tokens, which are computed once."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class TokenTree:
-    """Sequences of tokens in one row, in preorder: behind each token stands everything that goes on from it.
+    """Sequences of tokens in one row, in preorder: each token is followed by all its continuations.
 
-    A token of the tree sees itself and what it goes on from: place ``p`` is seen from ``q`` where
-    ``p <= q < ends[p]`` (tree attention, as in SpecInfer, arXiv 2305.09781).
+    A token of the tree sees itself and its ancestors: position ``p`` is visible from ``q`` if ``p <= q < ends[p]``
+    (tree attention, as in SpecInfer, arXiv 2305.09781).
 
     Attributes:
         tokens: Token ids.
-        depths: The place of each in its sequence, from 0.
-        ends: The place behind everything that goes on from each.
-        paths: The places of the tokens of each sequence.
+        depths: Position of each token in its sequence, from 0.
+        ends: Position after the last continuation of each token.
+        paths: Positions of the tokens of each sequence.
     """
 
     tokens: list[int]
@@ -28,11 +28,11 @@ class TokenTree:
 
     @classmethod
     def of(cls, sequences: Sequence[list[int]]) -> TokenTree:
-        """Merges sequences as far as they begin alike."""
+        """Merges the common first tokens of sequences."""
         tree = cls([], [], [], [[] for _ in sequences])
         path: list[int] = []
         previous: list[int] = []
-        # In order, a sequence has no more in common with any before it than with the one right before it.
+        # In sorted order, a sequence has the longest common prefix with the one right before it.
         for index in sorted(range(len(sequences)), key=sequences.__getitem__):
             sequence = sequences[index]
             kept, size = common_prefix(previous, sequence), len(tree.tokens)
@@ -52,11 +52,11 @@ class TokenTree:
 
     @property
     def branches(self) -> bool:
-        """Whether the tree is more than one sequence."""
+        """Whether the tree has more than one sequence."""
         return any(end < len(self.tokens) for end in self.ends)
 
 
 def common_prefix(first: Sequence[int], second: Sequence[int]) -> int:
-    """How many leading tokens two sequences have in common."""
-    # Slices are compared in C: a search by halves is faster than a walk.
+    """Length of the common prefix of two sequences."""
+    # Slices are compared in C, so a binary search is faster than a loop.
     return bisect_left(range(1, min(len(first), len(second)) + 1), True, key=lambda end: first[:end] != second[:end])

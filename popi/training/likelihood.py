@@ -20,6 +20,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+from popi.engine.cache import Layout
 from popi.engine.packing import Row, Scored, pack, tokens_of
 from popi.engine.scoring import ResponseLogits, response_logits
 from popi.training.objective import Over
@@ -76,7 +77,7 @@ def token_likelihood(
     items: Sequence[Scored],
     *,
     batch_tokens: int,
-    share: bool,
+    layout: Layout,
     temperature: float = 1.0,
 ) -> TokenLikelihood:
     """Log-probabilities token by token, for the writer's update.
@@ -85,11 +86,11 @@ def token_likelihood(
         model: The writer.
         items: Prompts and what was sampled behind them.
         batch_tokens: The most tokens of the rows of one forward pass, and of those that a gradient keeps in memory.
-        share: Whether the model has a plain cache; without one whole sequences are computed.
+        layout: Layout of the batch.
         temperature: Divides the logits, as it did when the responses were sampled.
     """
     width = max(len(item.response) for item in items)
-    passes = list(pack(model, items, batch_tokens=batch_tokens, share=share))
+    passes = list(pack(model, items, batch_tokens=batch_tokens, layout=layout))
 
     def of_pass(rows: list[Row]) -> tuple[Tensor, Tensor, Tensor]:
         with computing(model):

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from popi.data.example import HeldOutPair, PersonalizationExample
-from popi.engine.cache import has_plain_cache
+from popi.engine.cache import layout_of
 from popi.engine.chat_tokens import ChatTokens
 from popi.engine.packing import Row, Scored, pack, tokens_of
 from popi.errors import InputError
@@ -68,7 +68,7 @@ class PairScorer:
     ) -> None:
         self._model, self._tokens = model, tokens
         self._batch_tokens = batch_tokens
-        self._share = has_plain_cache(model)
+        self._layout = layout_of(model)
         self._context: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         self.over, self.tokens = over, 0
 
@@ -133,7 +133,7 @@ class PairScorer:
 
     def _packed(self, items: Sequence[Judged]) -> tuple[list[Scored], list[list[Row]]]:
         answers = self._encode(items, within=math.inf if self._context is None else self._context)
-        passes = list(pack(self._model, answers, batch_tokens=self._batch_tokens, share=self._share, together=2))
+        passes = list(pack(self._model, answers, batch_tokens=self._batch_tokens, layout=self._layout, together=2))
         self.tokens += sum(map(tokens_of, passes))
         return answers, passes
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from popi.claims import finished_part
-from popi.engine.cache import has_plain_cache
+from popi.engine.cache import layout_of
 from popi.engine.chat_tokens import ChatTokens
 from popi.engine.decoding import Draft, decode, end_tokens_of
 from popi.engine.packing import Scored
@@ -77,7 +77,7 @@ class WriterTrainer(Saves, GRPOTrainer):
 
         self._first = first
         self._chat = ChatTokens(tokenizer, str(model.config.name_or_path))
-        self._share = has_plain_cache(model)
+        self._layout = layout_of(model)
         self._batch_tokens = batch_tokens
         self._ends = end_tokens_of(model, self._chat)
         self._earn = earn
@@ -137,17 +137,17 @@ class WriterTrainer(Saves, GRPOTrainer):
         group = max(len(prompt.tokens) for prompt in rendered) + self._samples * self._max_tokens
         model = self.accelerator.unwrap_model(self.model)
         try:
-            with torch.inference_mode(), computing(model):
-                sampled = decode(
+            with computing(model):
+                completions = decode(
                     model,
                     drafts,
                     end_tokens=self._ends,
                     batch_tokens=max(self._batch_tokens, group),
-                    share=self._share,
-                    check=lambda: None,
+                    layout=self._layout,
                 )
         except ArithmeticError as error:
             raise diverged("a logit of the writer", math.nan, self._steps_done) from error
+        sampled = [completion.token_ids for completion in completions]
         self._log_metric("seconds/rollout", time.perf_counter() - began)
         self._log_metric("tokens/rollout", float(sum(map(len, sampled))))
         return {"prompt_ids": [prompt.tokens for prompt in rendered], "completion_ids": sampled, "logprobs": None}
@@ -200,7 +200,7 @@ class WriterTrainer(Saves, GRPOTrainer):
             self.accelerator.unwrap_model(model),
             items,
             batch_tokens=self._batch_tokens,
-            share=self._share,
+            layout=self._layout,
             temperature=self.temperature,
         )
         if torch.is_grad_enabled():

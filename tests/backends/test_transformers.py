@@ -1,4 +1,4 @@
-"""Batching, padding, sharing and chunking change nothing; failures are one line; work stops when nobody waits."""
+"""Batching, padding and sharing change nothing; failures are one line; work stops when nobody waits for it."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ from functools import partial
 import pytest
 import torch
 
+from popi.backends import transformers
 from popi.backends.base import ChatRequest, ScoreRequest
 from popi.backends.transformers import TransformersBackend
 from popi.errors import BackendError
 from popi.prompts import Message
-from popi.testing import tiny_model
+from tests.forks import needs_fork, succeeds_in_child
 from tests.plain_loops import conversation, plain_score, plain_tokens
 
 RESPONSES = ["Yes.", "A short answer with a friendly tone 🍚, and examples.", "", "如何煮米饭"]
@@ -50,10 +51,11 @@ async def test_scores_are_those_of_a_plain_loop(make, tiny) -> None:
 
 
 @pytest.mark.parametrize("batch_tokens", [1, 150, 100_000])
-@pytest.mark.parametrize("share", [True, False])
-async def test_neither_chunks_nor_shared_prefixes_change_anything(make, batch_tokens: int, share: bool) -> None:
-    usual, other = make(), make(batch_tokens=batch_tokens)
-    other._share = share
+@pytest.mark.parametrize("layout", ["shared", "padded"])
+async def test_neither_chunks_nor_the_layout_change_anything(monkeypatch, make, batch_tokens: int, layout: str) -> None:
+    usual = make()
+    monkeypatch.setattr(transformers, "layout_of", lambda model: layout)
+    other = make(batch_tokens=batch_tokens)
     requests = chats()[:8] + chats(temperature=0.9, top_p=0.9, seed=7)[8:16]
     assert await other.chat(requests) == await usual.chat(requests)
     some = ratings()[:24]
@@ -134,13 +136,20 @@ async def test_a_model_in_training_stays_in_training(make, tiny) -> None:
     assert await make().score(ratings()[:2]) != before
 
 
-async def test_a_model_that_gives_no_numbers_is_an_exception(make, tiny) -> None:
+async def test_results_that_are_not_finite_are_failed_items(make, tiny) -> None:
+    model, tokenizer = tiny
+    [token] = tokenizer("?", add_special_tokens=False)["input_ids"]
     with torch.no_grad():
-        tiny[0].get_output_embeddings().weight.fill_(math.nan)
-    with pytest.raises(BackendError, match=r"tiny: .*not numbers"):
-        await make().chat(chats()[:2])
-    with pytest.raises(BackendError, match=r"tiny: .*not numbers"):
-        await make().score(ratings()[:2])
+        model.get_input_embeddings().weight[token].fill_(math.nan)
+    backend, bad = make(), [Message("user", "why?")]
+    good = await backend.chat(chats()[:6])
+    failed, *others = await backend.chat([ChatRequest(bad, max_tokens=6), *chats()[:6]])
+    assert (failed.finish_reason, failed.failure, failed.text) == ("error", "malformed", "")
+    assert failed.error == "the logits of the model are not finite"
+    assert others == good
+    scores = await backend.score([ScoreRequest(bad, "yes"), *ratings()[:2]])
+    assert scores[0].failure == "malformed" and "not finite" in (scores[0].error or "")
+    assert all(score.error is None for score in scores[1:])
 
 
 async def test_a_live_model_computes_within_what_its_owner_says(tiny) -> None:
@@ -157,9 +166,10 @@ async def test_out_of_memory_is_an_exception_of_one_line(make, tiny) -> None:
         raise torch.OutOfMemoryError("tried to allocate 2 GiB\nsee the manual")
 
     tiny[0].forward = forward
-    with pytest.raises(BackendError) as caught:
-        await make().chat(chats()[:2])
-    assert str(caught.value) == "tiny: OutOfMemoryError: tried to allocate 2 GiB"
+    for call in (make().chat(chats()[:2]), make().score(ratings()[:2])):
+        with pytest.raises(BackendError) as caught:
+            await call
+        assert str(caught.value) == "tiny: out of memory; lower batch_tokens or use a smaller model"
 
 
 async def test_a_template_s_refusal_is_an_error_in_the_result(tiny) -> None:
@@ -237,22 +247,61 @@ def count_inputs(model) -> list[int]:
     return seen
 
 
-async def test_many_calls_at_once_are_served_one_after_the_other() -> None:
-    backend = TransformersBackend.from_model(*tiny_model(), "tiny")
-    results = await asyncio.gather(*(backend.chat([request]) for request in chats()[:16]))
-    assert [result for (result,) in results] == await backend.chat(chats()[:16])
-
-
-async def test_closing_fails_what_waits_as_a_dead_backend_does(make, slowly: list[float]) -> None:
-    backend = make()
-    first, second = (asyncio.create_task(backend.chat(chats()[:2])) for _ in range(2))
-    await asyncio.sleep(0.05)
-    await backend.close()
-    outcomes = await asyncio.gather(first, second, return_exceptions=True)
-    assert isinstance(outcomes[1], BackendError)
-    assert "is closed" in str(outcomes[1])
-
-
 async def test_a_seed_may_be_of_any_size(make) -> None:
     request = ChatRequest(conversation(0), max_tokens=4, temperature=1.0, seed=2**64 + 3)
     assert (await make().chat([request]))[0].error is None
+
+
+async def test_closing_fails_the_calls_that_have_not_ended(make, slowly: list[float]) -> None:
+    backend = make()
+    calls = [asyncio.create_task(backend.chat(chats()[:2])) for _ in range(2)]
+    while not slowly:
+        await asyncio.sleep(0.01)
+    await backend.close()
+    for outcome in await asyncio.gather(*calls, return_exceptions=True):
+        assert isinstance(outcome, BackendError) and "is closed" in str(outcome)
+    assert len(slowly) < 6
+
+
+async def test_the_identity_names_weights_tokenizer_and_dtype(make, tiny) -> None:
+    model, _ = tiny
+    backend = make()
+    before = backend.identity
+    assert before.startswith("tiny ") and before.endswith("dtype=float32")
+    assert make().identity == before
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(1.5)
+    assert backend.identity != before
+    loaded = TransformersBackend("popi-mini-writer")
+    assert loaded.identity == TransformersBackend("popi-mini-writer", batch_tokens=100).identity
+    assert loaded.identity != TransformersBackend("popi-mini-writer", dtype="bfloat16").identity
+
+
+async def test_a_response_without_any_text_is_a_failed_item(make, tiny) -> None:
+    model, _ = tiny
+    model.generation_config.eos_token_id = list(range(model.config.vocab_size))
+    for result in await make().chat([ChatRequest(conversation(0), response_prefix=prefix) for prefix in ("Yes", "")]):
+        assert (result.text, result.failure, result.completion_tokens) == ("", "empty", 1)
+        assert result.error == "the response is empty: the model wrote no text"
+
+
+async def test_concurrent_calls_cost_as_many_passes_as_one_call(make, tiny) -> None:
+    passes: list[int] = []
+    tiny[0].register_forward_pre_hook(lambda *_: passes.append(1))
+    backend = make()
+    requests = [ChatRequest(conversation(2 * i), max_tokens=24) for i in range(16)]
+    together = await backend.chat(requests)
+    of_one_call = len(passes)
+    apart = await asyncio.gather(*(backend.chat([request]) for request in requests))
+    assert [result for [result] in apart] == together
+    # They arrive while the first of them are computed.
+    assert len(passes) - of_one_call <= 1.3 * of_one_call + 5
+
+
+@needs_fork
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+def test_a_forked_child_uses_the_backend(make) -> None:
+    backend = make()
+    expected = asyncio.run(backend.chat(chats()[:2]))
+    assert succeeds_in_child(lambda: asyncio.run(backend.chat(chats()[:2])) == expected)
+    assert asyncio.run(backend.chat(chats()[:2])) == expected

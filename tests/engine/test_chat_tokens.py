@@ -107,7 +107,7 @@ def test_equal_conversations_are_rendered_once(tokenizer, monkeypatch: pytest.Mo
 def test_lone_surrogates_are_replaced(tokenizer) -> None:
     tokens = ChatTokens(tokenizer, "tiny")
     (ids,) = tokens.encode(["a\ud83db"])
-    assert tokens.decode(ids) == "a\ufffd\ufffd\ufffdb"
+    assert tokens.decode(ids) == "a\ufffdb"
 
 
 def test_several_threads_may_encode(tokenizer) -> None:

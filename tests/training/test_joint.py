@@ -495,7 +495,7 @@ def test_who_comes_second_into_a_folder_changes_nothing(recipe, tmp_path):
     RunFolder.open(tmp_path / "run", first).__exit__(None, None, None)
 
 
-@pytest.mark.parametrize("where", ["popi.training.scoring.PairScorer.passes", "popi.backends.transformers.decode"])
+@pytest.mark.parametrize("where", ["popi.training.scoring.PairScorer.passes", "popi.engine.service.Decoder.step"])
 def test_out_of_memory_is_one_line(recipe, tmp_path, monkeypatch, where):
     def full(*args, **options):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB")

@@ -39,7 +39,7 @@ def test_tokens_are_those_of_whole_sequences_and_so_are_gradients(family, batch_
     model, _ = tiny_model(family)
     given = items()
     weights = [torch.linspace(-1, 2, len(item.response)) for item in given]
-    with_shared = token_likelihood(model, given, batch_tokens=batch_tokens, share=True, temperature=temperature)
+    with_shared = token_likelihood(model, given, batch_tokens=batch_tokens, layout="shared", temperature=temperature)
     whole = [plain(model, item, temperature) for item in given]
     for row, expected in zip(with_shared.logps_R_T, whole, strict=True):
         torch.testing.assert_close(row[: len(expected)], expected, atol=1e-4, rtol=1e-5)
@@ -65,13 +65,13 @@ def kept(compute):
     return sum(seen.values()), result
 
 
-@pytest.mark.parametrize("share", [True, False])
-def test_a_gradient_keeps_the_activations_of_so_many_tokens(share):
+@pytest.mark.parametrize("layout", ["shared", "padded"])
+def test_a_gradient_keeps_the_activations_of_so_many_tokens(layout):
     model, _ = tiny_model()
     given = items(groups=9)
 
     def found(batch_tokens):
-        return token_likelihood(model, given, batch_tokens=batch_tokens, share=share).logps_R_T
+        return token_likelihood(model, given, batch_tokens=batch_tokens, layout=layout).logps_R_T
 
     whole, logps = kept(lambda: found(100_000))
     expected = gradients(model, logps.sum())
@@ -89,26 +89,26 @@ def test_what_a_prompt_costs_is_counted_once():
     responses = sum(len(item.response) - 1 for item in given)
     shared = sum(len(item.prompt) for item in given[::3]) + responses
     whole = sum(len(item.prompt) for item in given) + responses
-    assert token_likelihood(model, given, batch_tokens=1000, share=True).tokens == shared
-    assert token_likelihood(model, given, batch_tokens=1000, share=False).tokens == whole
+    assert token_likelihood(model, given, batch_tokens=1000, layout="shared").tokens == shared
+    assert token_likelihood(model, given, batch_tokens=1000, layout="padded").tokens == whole
 
 
 def test_entropies_are_those_of_the_whole_distribution():
     model, _ = tiny_model()
     item = items(1, 1)[0]
-    found = token_likelihood(model, [item], batch_tokens=1000, share=True)
+    found = token_likelihood(model, [item], batch_tokens=1000, layout="shared")
     logps = model(input_ids=torch.tensor([[*item.prompt, *item.response]])).logits[0].log_softmax(-1)
     expected = -(logps.exp() * logps).sum(-1)[len(item.prompt) - 1 : -1]
     torch.testing.assert_close(found.entropies_R_T[0], expected)
     assert not found.entropies_R_T.requires_grad
 
 
-@pytest.mark.parametrize("share", [True, False])
+@pytest.mark.parametrize("layout", ["shared", "padded"])
 @pytest.mark.parametrize("over", ["sum", "mean"])
-def test_responses_keep_their_order_whatever_they_share(share, over):
+def test_responses_keep_their_order_whatever_they_share(layout, over):
     model, _ = tiny_model()
     given = items()
     given = given[::2] + given[1::2]
     expected = torch.stack([getattr(plain(model, item), over)() for item in given])
-    (rows,) = pack(model, given, batch_tokens=100_000, share=share)
+    (rows,) = pack(model, given, batch_tokens=100_000, layout=layout)
     torch.testing.assert_close(response_logps(model, given, rows, over=over).float(), expected, atol=1e-4, rtol=1e-5)

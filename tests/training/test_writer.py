@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from popi.engine import decoding
 from popi.errors import InputError
 from popi.prompts import DEFAULT
 from popi.testing import tiny_model
@@ -110,21 +109,16 @@ def test_a_step_samples_the_same_again_and_another_step_other_summaries(trainer)
     assert trainer.roll_out(prompts)["completion_ids"] == second
 
 
-def test_the_summaries_of_a_user_are_sampled_in_one_batch(trainer, monkeypatch):
+def test_the_summaries_of_a_user_are_sampled_in_one_batch(trainer):
     prompts = [trainer.train_dataset[place]["prompt"] for place in (0, 0, 0, 2, 2, 2)]
     together = trainer.roll_out(prompts)["completion_ids"]
-    batches = []
-    decode_batch = decoding._decode_batch
-
-    def noted(steps, drafts, *rest):
-        batches.append([len(draft.prompt) for draft in drafts])
-        decode_batch(steps, drafts, *rest)
-
-    monkeypatch.setattr(decoding, "_decode_batch", noted)
+    passes: list[torch.Size] = []
+    trainer.model.get_input_embeddings().register_forward_hook(lambda module, args, out: passes.append(args[0].shape))
     trainer._batch_tokens = 1
     assert trainer.roll_out(prompts)["completion_ids"] == together
-    assert [len(batch) for batch in batches] == [3, 3]
-    assert all(len(set(batch)) == 1 for batch in batches)
+    # Each prompt is read once, and its three summaries are branches of its row.
+    assert [rows for rows, columns in passes if columns > 3] == [1, 1]
+    assert (1, 3) in passes
 
 
 def test_a_user_whose_signals_the_chat_template_refuses_is_named(trainer):

@@ -80,7 +80,10 @@ async def test_a_stream_comes_in_pieces(backend: Backend) -> None:
 async def test_a_stop_text_ends_the_answer_and_is_no_part_of_it(backend: Backend) -> None:
     free = ask(TEXTS[0], max_tokens=24)
     (whole,) = await backend.chat([free])
-    word = max((word for word in whole.text.split() if word.isascii()), key=len)
+    # The first character of the stop string is new there: an earlier one would leave another text, or none.
+    text = whole.text
+    start = next(n for n in range(1, len(text)) if text[:n].strip() and text[n].isascii() and text[n] not in text[:n])
+    word = text[start : start + 3]
     stopping = replace(free, stop=("never said", word))
     sooner = replace(free, stop=(word, word[:1]))
     results = await backend.chat([stopping, free, sooner])
