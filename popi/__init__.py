@@ -1,6 +1,6 @@
 """popi: personalization through summaries of what a user prefers.
 
-The public names are imported when they are first used, so ``import popi`` costs nothing.
+The public names are imported when they are first used, so ``import popi`` is fast.
 """
 
 from __future__ import annotations
@@ -10,7 +10,10 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from popi.errors import BackendError, ConfigError, InputError, MissingExtra, ModelError, PopiError
+    from popi.interface import Interface, UserEmbedding
     from popi.personalizer import Personalizer
+    from popi.response import Response
+    from popi.roles import Failure
     from popi.signals import (
         Comment,
         Conversation,
@@ -24,6 +27,7 @@ if TYPE_CHECKING:
         Turn,
         UserSignals,
     )
+    from popi.store import InMemoryStore, Store
     from popi.summary import Claim, PreferenceSummary
 
 __version__ = "0.1.0"
@@ -36,7 +40,10 @@ __all__ = [
     "Conversation",
     "Demographics",
     "Edit",
+    "Failure",
+    "InMemoryStore",
     "InputError",
+    "Interface",
     "MissingExtra",
     "ModelError",
     "Personalizer",
@@ -44,22 +51,35 @@ __all__ = [
     "PreferencePair",
     "PreferenceSummary",
     "Rating",
+    "Response",
     "Signal",
     "Speaker",
     "Statement",
+    "Store",
     "Turn",
+    "UserEmbedding",
     "UserSignals",
 ]
 
-_HOMES = ("popi.errors", "popi.signals", "popi.summary", "popi.personalizer")
+_HOMES = (
+    "popi.errors",
+    "popi.signals",
+    "popi.summary",
+    "popi.interface",
+    "popi.roles",
+    "popi.response",
+    "popi.store",
+    "popi.personalizer",
+)
+"""The modules of the public names; those that import little come first."""
 
 
 def __getattr__(name: str) -> object:
     if name not in __all__:
         raise AttributeError(f"module 'popi' has no attribute {name!r}")
     homes = map(import_module, _HOMES)
-    globals()[name] = found = next(getattr(home, name) for home in homes if hasattr(home, name))
-    return found
+    globals()[name] = value = next(getattr(home, name) for home in homes if hasattr(home, name))
+    return value
 
 
 def __dir__() -> list[str]:

@@ -4,22 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import inspect
 import json
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pydantic import ConfigDict, create_model
-
 from popi import registry
 from popi.backends.base import Backend
 from popi.backends.ledger import FREE, Ledger, Price
 from popi.backends.wrappers import Breaker, Cache, Cost, Fallback, Limit, Retry, Route
 from popi.config import BackendConfig, ModelConfig, RouteConfig, RoutesConfig, load_backend
-from popi.errors import ConfigError, InputError, ModelError, did_you_mean
-from popi.io import validate
+from popi.errors import ConfigError, ModelError
 from popi.models import shipped
 
 Part = TypeVar("Part")
@@ -149,34 +145,7 @@ class _Opening:
     def made(self, make: Callable[..., Part], given: Mapping[str, Any], at: str, *first: object) -> Part:
         """Makes a part from keyword arguments."""
         try:
-            return make(*first, **_checked(make, given, skip=len(first)))
+            return make(*first, **registry.check_arguments(make, given, skip=len(first)))
         except (ConfigError, ModelError) as error:
             field = ".".join(part for part in (at, error.field) if part)
             raise type(error)(error.what, file=self._file, field=field, fix=error.fix) from error
-
-
-def _checked(make: Callable[..., Any], given: Mapping[str, Any], *, skip: int) -> dict[str, Any]:
-    """Checks keyword arguments against a signature, without its first parameters.
-
-    Raises:
-        ConfigError: If one is unknown, missing or has another type.
-    """
-    takes = list(inspect.signature(make, eval_str=True).parameters.values())[skip:]
-    fields: dict[str, Any] = {
-        each.name: (
-            Any if each.annotation is each.empty else each.annotation,
-            ... if each.default is each.empty else each.default,
-        )
-        for each in takes
-        if each.kind in (each.POSITIONAL_OR_KEYWORD, each.KEYWORD_ONLY)
-    }
-    takes_any = any(each.kind is each.VAR_KEYWORD for each in takes)
-    for name in given:
-        if name not in fields and not takes_any:
-            raise ConfigError("there is no such argument", field=name, fix=did_you_mean(name, fields))
-    schema = create_model("Arguments", __config__=ConfigDict(extra="allow", arbitrary_types_allowed=True), **fields)
-    try:
-        checked = validate(schema, dict(given))
-    except InputError as error:
-        raise ConfigError(error.what, field=error.field, fix=error.fix) from error
-    return {name: getattr(checked, name) for name in given}

@@ -1,195 +1,343 @@
-"""The library's front door: observe signals, infer a summary, answer under it."""
+"""The main entry point of the library: store the signals of users, infer what they prefer, respond accordingly."""
 
 from __future__ import annotations
 
 import asyncio
-import threading
-from collections.abc import AsyncIterator, Coroutine, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Self, TypeVar
-from weakref import WeakValueDictionary
+from typing import Any, Self, TypeVar, cast
 
 from popi import registry
 from popi.assembly import open_backend
-from popi.backends.base import Backend, OnComplete, ignore_result
+from popi.backends.base import Backend, ChatResult, FailureKind
 from popi.backends.ledger import Ledger, Spent
 from popi.backends.sharing import renew_after_fork
 from popi.backends.together import held
-from popi.errors import BackendError
-from popi.roles import Conditioned, ConditionedGenerator, PreferenceInference
+from popi.concurrency import BackgroundLoop, attempts
+from popi.errors import BackendError, ConfigError, PopiError
+from popi.interface import Interface
+from popi.response import OnComplete, Response, ignore_response, read_response, response_or_raise
+from popi.roles import Conditioned, ConditionedGenerator, Failure, PreferenceInference
 from popi.signals import Signal, UserSignals, as_user_id
-from popi.summary import PreferenceSummary
+from popi.store import InferenceKey, InMemoryStore, Store, Version
 
-Result = TypeVar("Result")
+User = TypeVar("User", bound=str | UserSignals)
+Prompt = TypeVar("Prompt", bound=Conditioned | tuple[str | None, str])
+
+MAX_CONCURRENCY = 64
+"""Default maximum number of users or prompts at the same time."""
 
 
 class Personalizer:
-    """Holds users' signals in memory and answers each user in the way they prefer.
+    """Stores the signals of users, infers their preferences and responds to each user accordingly.
 
-    ::
+    All methods may be called from any thread. The asynchronous ones may be called from any event loop; each has a
+    blocking form, ``..._sync``, where one is useful. A forked child can go on with a copy of the personalizer. Requests
+    run on an event loop in a background thread. The personalizer is an asynchronous context manager; leaving the block
+    closes its backends.
 
-        personalizer = Personalizer.load("popi-mini-base")
-        personalizer.observe("ann", Statement(text="Keep it short, please."))
-        print(personalizer.infer_sync("ann").text)
-        print(personalizer.respond_sync("ann", "How do magnets work?"))
-
-    It is an asynchronous context manager that closes the backends it was given.
+    Example:
+        >>> from popi import Personalizer, Statement
+        >>> from popi.testing import ScriptedBackend
+        >>> def script(request):
+        ...     asks_for_summary = request.messages[-1].content.startswith("Signals of one user")
+        ...     return "- short answers [1]" if asks_for_summary else "Poles attract."
+        >>> personalizer = Personalizer.load(ScriptedBackend(script))
+        >>> personalizer.observe("ann", Statement(text="Keep it short, please."))
+        >>> personalizer.infer_sync("ann").text
+        '- short answers'
+        >>> response = personalizer.respond_sync("ann", "How do magnets work?")
+        >>> response.text, response.finish_reason
+        ('Poles attract.', 'stop')
 
     Args:
-        inference: Writes the summaries.
-        generator: Answers under them.
-        backends: Closed together with this.
-        ledgers: Accounts of what they cost.
+        inference: Infers the preferences of users; ``None`` if they are not inferred here.
+        generator: Responds; ``None`` if there are no prompts to respond to.
+        store: Keeps the signals and summaries; by default in memory.
+        backends: Backends to close together with the personalizer.
+        ledgers: Accounts of their cost.
+
+    Raises:
+        ConfigError: If the generator does not accept what the inference infers.
+
+    Attributes:
+        inference: The same.
+        generator: The same.
+        store: The same.
+        ledgers: The same.
     """
 
     def __init__(
         self,
-        inference: PreferenceInference,
-        generator: ConditionedGenerator,
+        inference: PreferenceInference[Any] | None,
+        generator: ConditionedGenerator | None,
         *,
+        store: Store | None = None,
         backends: Sequence[Backend] = (),
         ledgers: Sequence[Ledger] = (),
     ) -> None:
-        self._inference = inference
-        self._generator = generator
-        self._backends, self._ledgers = backends, ledgers
-        self._signals: dict[str, UserSignals] = {}
-        self._inferred: dict[str, tuple[tuple[str, ...], PreferenceSummary]] = {}
-        self._edited: dict[str, PreferenceSummary] = {}
-        # A lock belongs to the event loop of the tasks that wait for it.
-        self._locks: WeakValueDictionary[tuple[asyncio.AbstractEventLoop, str], asyncio.Lock]
-        self._own_loop = _LoopInThread()
+        if inference is not None and generator is not None and inference.kind not in generator.interfaces:
+            accepted = " or ".join(sorted(generator.interfaces)) or "nothing"
+            raise ConfigError(
+                f"the generator {generator.name!r} does not accept the {inference.kind} that the inference "
+                f"{inference.name!r} infers",
+                fix=f"it accepts: {accepted}; choose another model or class",
+            )
+        self.inference, self.generator = inference, generator
+        self.store: Store = InMemoryStore() if store is None else store
+        self.ledgers = ledgers
+        self._backends = backends
+        self._background = BackgroundLoop()
         self.after_fork()
         renew_after_fork(self)
 
     def after_fork(self) -> None:
-        """Replaces what a forked child must not share with its parent; runs in the child."""
-        self._lock = threading.Lock()
-        self._locks = WeakValueDictionary()
+        """Forgets the inferences that run in the parent process."""
+        # Used on the background loop only.
+        self._running: dict[str, asyncio.Future[_Inferred | None]] = {}
 
     @classmethod
-    def load(cls, model: str, *, generator: str | None = None) -> Self:
-        """Makes both roles from models.
+    def load(
+        cls,
+        model: str | Backend,
+        *,
+        generator: str | Backend | None = None,
+        inference: str | None = "llm",
+        generation: str | None = "prompted",
+        inference_options: Mapping[str, Any] | None = None,
+        generator_options: Mapping[str, Any] | None = None,
+        store: Store | None = None,
+    ) -> Self:
+        """Makes a personalizer from models and from the names of classes.
 
         Args:
-            model: Name, path or hub id of the model that writes summaries, or a YAML file that describes a backend: see
-                :func:`popi.assembly.open_backend`.
-            generator: Likewise, of the model that answers; ``None`` lets one model do both.
+            model: The model that infers: its name, path or hub id; a YAML file that describes a backend, see
+                :func:`popi.assembly.open_backend`; or a backend.
+            generator: The model that responds, given in the same way; ``None`` is ``model``.
+            inference: The class that infers: a name in :data:`popi.registry.INFERENCES`, or ``module:Class``. ``None``
+                leaves it out.
+            generation: The class that responds: a name in :data:`popi.registry.GENERATORS`, or ``module:Class``.
+                ``None`` leaves it out.
+            inference_options: Options of the first class, for example ``max_tokens``, ``temperature``, ``seed``,
+                ``language`` and ``prompts``.
+            generator_options: Options of the second class, for example ``max_tokens``, ``temperature``, ``seed`` and
+                ``prompts``.
+            store: Keeps the signals and summaries; by default in memory.
 
         Raises:
-            ConfigError: If a file describes no backend.
+            ConfigError: If a name, an option or a file is not valid, or the generator does not accept what the
+                inference infers.
             ModelError: If a model cannot be found or used.
-            MissingExtra: If what runs it is not installed.
+            MissingExtra: If the packages that run a model are not installed.
         """
-        opened = [open_backend(name) for name in dict.fromkeys((model, generator or model))]
-        (writer, _), (reader, _) = opened[0], opened[-1]
-        return cls(
-            registry.inference("llm")(writer),
-            registry.generator("prompted")(reader),
-            backends=[backend for backend, _ in opened],
-            ledgers=[ledger for _, ledger in opened],
-        )
+        infers, responds = dict(inference_options or {}), dict(generator_options or {})
+        # Options are checked before models are loaded, which takes longer.
+        if inference is not None:
+            registry.inference_options(inference, **infers)
+        if generation is not None:
+            registry.generator_options(generation, **responds)
+        reader = model if generator is None else generator
+        opened: dict[str | Backend, tuple[Backend, Ledger]] = {}
+        try:
+            for name in ([] if inference is None else [model]) + ([] if generation is None else [reader]):
+                if name not in opened:
+                    opened[name] = open_backend(name) if isinstance(name, str) else (name, Ledger())
+            return cls(
+                None if inference is None else registry.make_inference(inference, opened[model][0], **infers),
+                None if generation is None else registry.make_generator(generation, opened[reader][0], **responds),
+                store=store,
+                backends=[backend for backend, _ in opened.values()],
+                ledgers=[ledger for _, ledger in opened.values()],
+            )
+        except BaseException:
+            closing = BackgroundLoop()
+            closing.wait(_close(backend for backend, _ in opened.values()))
+            closing.stop()
+            raise
 
     def observe(self, user_id: str, *signals: Signal) -> None:
-        """Adds to what is known of a user, newest last; a signal that is known already changes nothing.
+        """Stores signals of a user, newest last. A signal that is already stored is not repeated.
 
         Raises:
-            InputError: If the id of a new signal stands for another one.
+            InputError: If a new signal has the id of a different one. None is stored then.
         """
-        user_id = as_user_id(user_id)
-        with self._lock:
-            self._signals[user_id] = self.signals(user_id).add(*signals)
+        self.store.add_signals(user_id, *signals)
 
     def signals(self, user_id: str) -> UserSignals:
-        """What was observed of a user."""
-        user_id = as_user_id(user_id)
-        return self._signals.get(user_id) or UserSignals(user_id=user_id)
+        """The stored signals of a user."""
+        return self.store.signals(user_id)
 
-    async def infer(self, user_id: str) -> PreferenceSummary:
-        """The user's summary: as a person edited it, else as inferred from all signals observed so far.
+    def users(self) -> list[str]:
+        """The ids of all users with signals or edits."""
+        return self.store.users()
 
-        It is inferred anew only when the signals, the templates or the model have changed.
+    def history(self, user_id: str) -> tuple[Version, ...]:
+        """All versions of a user's summary, edits included, oldest first."""
+        return self.store.history(user_id)
 
-        Raises:
-            BackendError: If it cannot be had.
-        """
-        user_id = as_user_id(user_id)
-        lock = self._locks.setdefault((asyncio.get_running_loop(), user_id), asyncio.Lock())
-        async with lock:
-            if user_id in self._edited:
-                return self._edited[user_id]
-            user = self.signals(user_id)
-            key = (user.digest(), self._template_hash(), self._inference.name)
-            if user_id not in self._inferred or self._inferred[user_id][0] != key:
-                [summary] = await self._inference.infer([user])
-                self._inferred[user_id] = key, summary
-            return self._edited.get(user_id, self._inferred[user_id][1])
+    def edit(self, user_id: str, text: str) -> Version:
+        """Replaces the summary by a person's text, which holds from now on, whatever is observed or inferred.
 
-    def _template_hash(self) -> str:
-        return "" if self._inference.format is None else self._inference.format.template_hash
-
-    async def edit(self, user_id: str, text: str) -> PreferenceSummary:
-        """Replaces the summary by a person's words, which hold from now on, whatever signals come.
+        Unchanged claims keep their evidence. No model is called.
 
         Raises:
-            BackendError: If there was no summary and none can be had.
+            ConfigError: If the generator does not accept summaries.
         """
-        user_id = as_user_id(user_id)
-        self._edited[user_id] = (await self.infer(user_id)).edit(text)
-        return self._edited[user_id]
+        if self.generator is not None and "summary" not in self.generator.interfaces:
+            raise ConfigError(f"the generator {self.generator.name!r} does not accept summaries, which can be edited")
+        return self.store.edit(user_id, text)
 
-    def withdraw_edit(self, user_id: str) -> None:
-        """Goes back to the summary that is inferred; harmless where nothing was edited."""
-        self._edited.pop(as_user_id(user_id), None)
+    def withdraw_edit(self, user_id: str) -> bool:
+        """Goes back to the inferred summary, and returns whether there was an edit."""
+        return self.store.withdraw_edit(user_id)
 
-    async def respond(self, user_id: str, prompt: str) -> str:
-        """Answers a prompt under the user's summary.
+    def delete(self, user_id: str) -> bool:
+        """Deletes everything about a user, and returns whether there was anything.
+
+        The summary of an inference that is running is not stored.
+        """
+        return self.store.delete(user_id)
+
+    async def infer(self, user_id: str) -> Interface:
+        """Returns the user's summary: as a person edited it, else as inferred from all signals stored so far.
+
+        It is inferred again only if the signals, the templates or the model have changed. Concurrent calls for the
+        same user share one inference.
 
         Raises:
-            BackendError: If the summary or the answer cannot be had.
+            BackendError: If the inference fails.
         """
-        [result] = await self._generator.respond([Conditioned(prompt, await self.infer(user_id))])
-        if result.error is not None:
-            raise BackendError(f"no answer for user {user_id!r}: {result.error}")
-        return result.text
+        user = self.store.signals(user_id)
+        known = self._known(user.user_id, self._key(user))
+        return known if known is not None else await self._background.run(self._infer_or_raise(user_id))
 
-    async def stream(self, user_id: str, prompt: str, on_complete: OnComplete = ignore_result) -> AsyncIterator[str]:
-        """Answers a prompt under the user's summary, piece by piece.
+    async def respond(
+        self,
+        user_id: str | None,
+        prompt: str,
+        *,
+        interface: Interface | None = None,
+        require_complete: bool = False,
+    ) -> Response:
+        """Responds to a prompt of a user.
 
         Args:
-            user_id: The user.
-            prompt: What is asked.
-            on_complete: Told the whole answer in the end, with its tokens and why it ended.
+            user_id: The user; ``None`` responds to the plain prompt.
+            prompt: The prompt.
+            interface: A summary to use in place of the user's own.
+            require_complete: Whether a response that was truncated, refused or filtered is an error.
 
         Raises:
-            BackendError: If the summary or the answer cannot be had, or the answer breaks off.
+            BackendError: If the inference or the response fails, the response is empty, or it is not complete and has
+                to be.
         """
-        summary = await self.infer(user_id)
-        async with held(self._generator.stream(Conditioned(prompt, summary), on_complete)) as pieces:
-            async for piece in pieces:
+        return await self._background.run(self._respond_or_raise(user_id, prompt, interface, require_complete))
+
+    async def stream(
+        self,
+        user_id: str | None,
+        prompt: str,
+        on_complete: OnComplete = ignore_response,
+        *,
+        interface: Interface | None = None,
+        require_complete: bool = False,
+    ) -> AsyncIterator[str]:
+        """Responds to a prompt of a user, piece by piece.
+
+        Args:
+            user_id: The user; ``None`` responds to the plain prompt.
+            prompt: The prompt.
+            on_complete: Called with the whole response after the last piece.
+            interface: A summary to use in place of the user's own.
+            require_complete: Whether a response that was truncated is an error, raised after the last piece.
+
+        Raises:
+            BackendError: If the inference or the response fails, or the stream breaks.
+        """
+        results: list[ChatResult] = []
+        pieces = self._stream(user_id, prompt, interface, results.append)
+        async with held(self._background.iterate(pieces)) as iterated:
+            async for piece in iterated:
                 yield piece
+        if not results:
+            raise BackendError("the stream ended without a result", failure="malformed")
+        outcome = read_response(results[0], user_id)
+        on_complete(response_or_raise(outcome, user_id, require_complete=require_complete))
+
+    async def summarize(
+        self, users: Iterable[User], *, max_concurrency: int = MAX_CONCURRENCY
+    ) -> AsyncIterator[tuple[User, Interface | Failure]]:
+        """Infers the summaries of many users, and yields each as soon as it is there.
+
+        Args:
+            users: Ids of stored users, or the signals of users, which are not stored. They are read when there is room.
+            max_concurrency: Maximum number of users at the same time.
+
+        Yields:
+            A user, and the summary or the reason why there is none.
+
+        Raises:
+            BackendError: If the backend is not available. All results that are there have been yielded by then.
+        """
+        outcomes = attempts(users, self._summarize, _failed, max_concurrency=max_concurrency)
+        async with held(self._background.iterate(outcomes)) as iterated:
+            async for user, outcome in iterated:
+                yield user, outcome
+
+    async def respond_many(
+        self, items: Iterable[Prompt], *, max_concurrency: int = MAX_CONCURRENCY
+    ) -> AsyncIterator[tuple[Prompt, Response | Failure]]:
+        """Responds to many prompts, and yields each response as soon as it is there.
+
+        Args:
+            items: Pairs of a user id and a prompt, or prompts with what to read about the user. They are read when
+                there is room.
+            max_concurrency: Maximum number of prompts at the same time.
+
+        Yields:
+            An item, and the response or the reason why there is none.
+
+        Raises:
+            BackendError: If the backend is not available. All results that are there have been yielded by then.
+        """
+        outcomes = attempts(items, self._respond_to, _failed, max_concurrency=max_concurrency)
+        async with held(self._background.iterate(outcomes)) as iterated:
+            async for item, outcome in iterated:
+                yield item, outcome
 
     def spent(self, user_id: str | None = None) -> Spent:
-        """What was spent so far on a user, or on all, where a backend's file keeps the accounts."""
+        """What the requests for a user, or all requests, have cost, for models with a backend file."""
         accounts = [
             ledger.total if user_id is None else ledger.by_user().get(as_user_id(user_id), Spent())
-            for ledger in self._ledgers
+            for ledger in self.ledgers
         ]
         return sum(accounts, Spent())
 
-    def infer_sync(self, user_id: str) -> PreferenceSummary:
-        """:meth:`infer` for code that is not asynchronous, from any thread."""
-        return self._own_loop.run(self.infer(user_id))
+    def infer_sync(self, user_id: str) -> Interface:
+        """The blocking form of :meth:`infer`."""
+        return self._background.wait(self._infer_or_raise(user_id))
 
-    def respond_sync(self, user_id: str, prompt: str) -> str:
-        """:meth:`respond` for code that is not asynchronous, from any thread."""
-        return self._own_loop.run(self.respond(user_id, prompt))
+    def respond_sync(
+        self,
+        user_id: str | None,
+        prompt: str,
+        *,
+        interface: Interface | None = None,
+        require_complete: bool = False,
+    ) -> Response:
+        """The blocking form of :meth:`respond`."""
+        return self._background.wait(self._respond_or_raise(user_id, prompt, interface, require_complete))
+
+    def close_sync(self) -> None:
+        """The blocking form of :meth:`close`."""
+        self._background.wait(_close(self._backends))
+        self._background.stop()
 
     async def close(self) -> None:
-        """Closes the backends. Closing twice is harmless."""
-        for backend in self._backends:
-            await backend.close()
-        self._own_loop.stop()
+        """Closes the backends and ends the background thread. Closing twice is harmless."""
+        await self._background.run(_close(self._backends))
+        await asyncio.to_thread(self._background.stop)
 
     async def __aenter__(self) -> Self:
         return self
@@ -199,34 +347,138 @@ class Personalizer:
     ) -> None:
         await self.close()
 
+    def _key(self, user: UserSignals) -> InferenceKey | None:
+        if self.inference is None:
+            return None
+        format = self.inference.format
+        template_hash = "" if format is None else format.template_hash
+        return InferenceKey(signals_digest=user.digest(), template_hash=template_hash, writer=self.inference.name)
 
-class _LoopInThread:
-    """An event loop in a thread of its own, started when it is first needed, for callers that have none."""
+    def _known(self, user_id: str, key: InferenceKey | None) -> Interface | None:
+        """What needs no inference: an edit, or what was inferred from the same."""
+        version = self.store.current(user_id)
+        return version.interface if version is not None and (version.is_edit or version.key == key) else None
 
-    def __init__(self) -> None:
-        self.after_fork()
-        renew_after_fork(self)
+    # What follows runs on the background loop only.
 
-    def after_fork(self) -> None:
-        """Forgets the loop: its thread does not exist in a forked child."""
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._starting = threading.Lock()
+    async def _infer(self, user_id: str) -> Interface | Failure:
+        while True:
+            user = self.store.signals(user_id)
+            key = self._key(user)
+            if (known := self._known(user.user_id, key)) is not None:
+                return known
+            running = self._running.get(user.user_id)
+            inferred = await (self._infer_and_store(user, key) if running is None else asyncio.shield(running))
+            # Another caller's inference may have read other signals, or been cancelled together with its caller.
+            if inferred is not None and inferred.key == key:
+                known = self._known(user.user_id, key)  # an edit during the inference holds
+                return inferred.read() if known is None else known
 
-    def run(self, work: Coroutine[Any, Any, Result]) -> Result:
-        """Waits for work; an interruption of the wait cancels it."""
-        with self._starting:
-            if self._loop is None:
-                self._loop = asyncio.new_event_loop()
-                threading.Thread(target=self._loop.run_forever, name="popi-loop", daemon=True).start()
-        future = asyncio.run_coroutine_threadsafe(work, self._loop)
+    async def _infer_and_store(self, user: UserSignals, key: InferenceKey | None) -> _Inferred:
+        running = self._running[user.user_id] = asyncio.get_running_loop().create_future()
+        inferred = None
         try:
-            return future.result()
+            try:
+                inferred = _Inferred(key, await self._infer_from(user))
+            except Exception as error:
+                inferred = _Inferred(key, error)
+            if key is not None and not isinstance(inferred.outcome, Failure | Exception):
+                self.store.add_inferred(inferred.outcome, key)
         finally:
-            future.cancel()
+            del self._running[user.user_id]
+            running.set_result(inferred)
+        return inferred
 
-    def stop(self) -> None:
-        """Ends the thread; the next work starts another."""
-        with self._starting:
-            if self._loop is not None:
-                self._loop.call_soon_threadsafe(self._loop.stop)
-                self._loop = None
+    async def _infer_from(self, user: UserSignals) -> Interface | Failure:
+        if self.inference is None:
+            raise ConfigError("this personalizer has no inference", fix="load it with one, or pass interface=")
+        outcome: Interface | Failure
+        [outcome] = await self.inference.try_infer([user])
+        if outcome.user_id != user.user_id:
+            raise PopiError(f"{self.inference.name} inferred {outcome.user_id!r} from the signals of {user.user_id!r}")
+        return outcome
+
+    async def _summarize(self, user: str | UserSignals) -> Interface | Failure:
+        return await (self._infer(user) if isinstance(user, str) else self._infer_from(user))
+
+    async def _infer_or_raise(self, user_id: str) -> Interface:
+        outcome = await self._infer(user_id)
+        if isinstance(outcome, Failure):
+            raise BackendError(f"no summary of user {outcome.user_id!r}: {outcome.error}", failure=outcome.failure)
+        return outcome
+
+    async def _conditioned(
+        self, user_id: str | None, prompt: str, interface: Interface | None
+    ) -> Conditioned | Failure:
+        if interface is None and user_id is not None:
+            outcome = await self._infer(user_id)
+            if isinstance(outcome, Failure):
+                return Failure(outcome.user_id, f"no summary: {outcome.error}", outcome.failure)
+            interface = outcome
+        return Conditioned(prompt, interface)
+
+    def _generator(self) -> ConditionedGenerator:
+        if self.generator is None:
+            raise ConfigError("this personalizer has no generator", fix="load it with one")
+        return self.generator
+
+    async def _respond(self, user_id: str | None, prompt: str, interface: Interface | None) -> Response | Failure:
+        generator = self._generator()
+        conditioned = await self._conditioned(user_id, prompt, interface)
+        if isinstance(conditioned, Failure):
+            return conditioned
+        [result] = await generator.respond([conditioned])
+        return read_response(result, user_id)
+
+    async def _respond_to(self, item: Conditioned | tuple[str | None, str]) -> Response | Failure:
+        if isinstance(item, Conditioned):
+            return await self._respond(_user_of(item), item.prompt, item.interface)
+        return await self._respond(*item, None)
+
+    async def _respond_or_raise(
+        self, user_id: str | None, prompt: str, interface: Interface | None, require_complete: bool
+    ) -> Response:
+        outcome = await self._respond(user_id, prompt, interface)
+        return response_or_raise(outcome, user_id, require_complete=require_complete)
+
+    async def _stream(
+        self, user_id: str | None, prompt: str, interface: Interface | None, on_result: Callable[[ChatResult], None]
+    ) -> AsyncIterator[str]:
+        generator = self._generator()
+        conditioned = await self._conditioned(user_id, prompt, interface)
+        if isinstance(conditioned, Failure):
+            raise BackendError(
+                f"no response for user {conditioned.user_id!r}: {conditioned.error}", failure=conditioned.failure
+            )
+        async with held(generator.stream(conditioned, on_result)) as pieces:
+            async for piece in pieces:
+                yield piece
+
+
+@dataclass(frozen=True, slots=True)
+class _Inferred:
+    """The end of an inference, for all callers that waited for it."""
+
+    key: InferenceKey | None
+    outcome: Interface | Failure | Exception
+
+    def read(self) -> Interface | Failure:
+        if isinstance(self.outcome, Exception):
+            raise self.outcome
+        return self.outcome
+
+
+async def _close(backends: Iterable[Backend]) -> None:
+    for backend in backends:
+        await backend.close()
+
+
+def _failed(item: str | UserSignals | Conditioned | tuple[str | None, str], error: BackendError) -> Failure:
+    return Failure(_user_of(item) or "", str(error), cast("FailureKind", error.failure))
+
+
+def _user_of(item: str | UserSignals | Conditioned | tuple[str | None, str]) -> str | None:
+    if isinstance(item, UserSignals | Conditioned):
+        return item.user_id or None
+    user_id = item if isinstance(item, str) else item[0]
+    return None if user_id is None else as_user_id(user_id)

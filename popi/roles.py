@@ -11,13 +11,19 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import asdict, dataclass
+from typing import Generic
 
-from popi.backends.base import Backend, ChatResult, FailureKind, OnComplete, ScoreResult, ignore_result
+from typing_extensions import TypeVar
+
+from popi.backends.base import Backend, ChatResult, FailureKind, InterfaceKind, OnComplete, ScoreResult, ignore_result
 from popi.errors import ConfigError, ModelError
 from popi.interface import Interface
 from popi.prompts import CUSTOM, Message
 from popi.signals import Statement, UserSignals
 from popi.summary import Author, PreferenceSummary, Provenance, summarize_claims
+
+Inferred = TypeVar("Inferred", bound=Interface, default=PreferenceSummary, covariant=True)
+"""What an inference infers: a summary, unless it says otherwise."""
 
 DEFAULT_CONTEXT_TOKENS = 4096
 """Default maximum number of tokens of signals, or of a summary, that a model is shown."""
@@ -112,27 +118,31 @@ def _hash_messages(conversations: Sequence[Sequence[Message]]) -> str:
     return CUSTOM + hashlib.sha256(content.encode()).hexdigest()[:12]
 
 
-class PreferenceInference(ABC):
+class PreferenceInference(ABC, Generic[Inferred]):
     """Reads users' signals and writes their summaries, q(z | s). It never sees a prompt of the user.
+
+    A subclass of ``PreferenceInference[UserEmbedding]`` infers embeddings instead.
 
     Attributes:
         name: Name in tables and provenance.
+        kind: The kind of interface that it infers.
         format: How summaries are requested and read; ``None`` if no model writes them. Only an inference with a format
             can be trained.
     """
 
     name: str
+    kind: InterfaceKind = "summary"
     format: SummaryFormat | None = None
 
     @abstractmethod
-    async def infer(self, users: Sequence[UserSignals]) -> list[PreferenceSummary]:
+    async def infer(self, users: Sequence[UserSignals]) -> list[Inferred]:
         """Writes one summary for each user, in order.
 
         Raises:
             BackendError: If the backend is not available, or a user's summary fails.
         """
 
-    async def try_infer(self, users: Sequence[UserSignals]) -> list[PreferenceSummary | Failure]:
+    async def try_infer(self, users: Sequence[UserSignals]) -> list[Inferred | Failure]:
         """Writes one summary for each user, in order; a failed one is data in its place.
 
         Raises:
@@ -191,10 +201,12 @@ class ConditionedGenerator(ABC):
 
     Attributes:
         name: Name in tables.
+        interfaces: The kinds of interface that it reads.
         format: How prompts are rendered; ``None`` if not by messages. Only a generator with a format can be trained.
     """
 
     name: str
+    interfaces: frozenset[InterfaceKind] = frozenset({"summary"})
     format: AnswerFormat | None = None
 
     @abstractmethod

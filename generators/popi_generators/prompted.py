@@ -95,6 +95,7 @@ class PromptedGenerator(ConditionedGenerator):
         if max_tokens < 1:
             raise ConfigError(f"must be positive, not {max_tokens}", field="max_tokens")
         self.name = backend.model
+        self.interfaces = backend.capabilities.interfaces & {"summary"}
         self._backend = backend
         self._max_tokens, self._temperature, self._seed = max_tokens, temperature, seed
         if format is None:
