@@ -138,7 +138,7 @@ class BackgroundLoop:
 
     def _started(self) -> asyncio.AbstractEventLoop:
         """The loop. What is submitted to it while the lock is held precedes the signal to stop."""
-        if self._loop is None:
+        if self._loop is None or self._loop.is_closed():
             ready = concurrent.futures.Future[tuple[asyncio.AbstractEventLoop, asyncio.Event]]()
             self._thread = threading.Thread(target=_serve, args=(ready,), name="popi-loop", daemon=True)
             self._thread.start()

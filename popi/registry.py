@@ -230,7 +230,6 @@ def _resolve(kind: str, name: str, known: Mapping[str, str], base: type) -> Any:
         ) from error
     if not (isinstance(resolved, type) and issubclass(resolved, base)):
         raise ConfigError(f"the {kind} {name!r} is not a subclass of {base.__name__}")
-    if inspect.isabstract(resolved):
-        missing = ", ".join(sorted(resolved.__abstractmethods__))
-        raise ConfigError(f"the {kind} {name!r} is abstract", fix=f"implement its methods: {missing}")
+    if missing := sorted(getattr(resolved, "__abstractmethods__", ())):
+        raise ConfigError(f"the {kind} {name!r} is abstract", fix=f"implement its methods: {', '.join(missing)}")
     return resolved

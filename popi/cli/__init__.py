@@ -1,10 +1,9 @@
 """The command line.
 
-Each command is a function (or, with commands of its own, a ``typer.Typer``) in a module of this package. These
-modules import at their top only what is light, typer and the standard library, and the rest in their functions,
-so that ``popi --help`` is there at once. A command raises :class:`popi.errors.PopiError` for what went wrong and
-returns nothing; :func:`main` turns the error into one line and an exit code: 0, 1 (failed), 2 (bad input), 130
-(interrupted).
+Each command is a function, or a ``typer.Typer`` with commands of its own, in a module of this package. These modules
+import only typer and the standard library at their top and everything else in their functions, so that ``popi --help``
+is fast. A command raises :class:`popi.errors.PopiError` if it fails. :func:`main` prints the error in one line and
+returns the exit code: 0, 1 (failed), 2 (bad input) or 130 (interrupted).
 """
 
 from __future__ import annotations
@@ -29,14 +28,14 @@ COMMANDS = {
     "data": "popi.cli.data:app",
     "doctor": "popi.cli.doctor:doctor",
 }
-"""Where each command lives, as ``module:name``."""
+"""The function of each command, as ``module:name``."""
 
 INTERRUPTED = 130
-"""Exit code after Ctrl-C: 128 plus the number of the signal, as shells count."""
+"""Exit code after Ctrl-C: 128 plus the number of the signal, as in shells."""
 
 
 class Interrupted(PopiError):
-    """Ctrl-C, in a command that can say what it has kept."""
+    """Ctrl-C in a command that says what it has kept."""
 
     exit_code = INTERRUPTED
 
@@ -54,11 +53,11 @@ def main(args: Sequence[str] | None = None) -> int:
             note(line)
         return error.exit_code
     except typer.TyperException as error:
-        asked = [*names, "--help"] if len(names) == 1 else ["--help"]
-        note(f"{error.format_message()} (see popi {' '.join(asked)})")
+        words = [*names, "--help"] if len(names) == 1 else ["--help"]
+        note(f"{error.format_message()} (see popi {' '.join(words)})")
         return error.exit_code
     except BrokenPipeError:
-        sys.stdout = None  # nobody reads it, so nothing is left to be flushed
+        sys.stdout = None  # without a reader, flushing at exit would fail again
         return 1
     except OSError as error:
         note(f"{error.filename or 'failed'}: {error.strerror or error}")
@@ -68,8 +67,8 @@ def main(args: Sequence[str] | None = None) -> int:
     return code or 0
 
 
-def _print_version(asked: bool) -> None:
-    if asked:
+def _print_version(requested: bool) -> None:
+    if requested:
         from popi import __version__
 
         typer.echo(f"popi {__version__}")
@@ -98,4 +97,4 @@ def _options(
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
-    """Takes what stands before the command."""
+    """The options before the command."""

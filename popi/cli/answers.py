@@ -1,64 +1,54 @@
-"""Many answers, for ``popi generate``: one a line of prompts, never twice."""
+"""``popi generate`` with many prompts: one line per response."""
 
 from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
 from popi import registry
 from popi.backends.base import FinishReason
-from popi.cli.batches import (
-    Outcome,
-    accounted,
-    affordable,
-    append_batches,
-    check_settings,
-    closing,
-    identity,
-    keep_settings,
-    load_backend,
-    telling,
-)
+from popi.backends.together import held
+from popi.cli.batches import accounted, affordable, check_settings, identity, keep_settings, telling
 from popi.cli.growing import GrowingFile
-from popi.cli.output import note, print_records, progress
+from popi.cli.output import Progress, note, print_records, progress
 from popi.cli.summaries import read_summaries
 from popi.errors import InputError, PopiError, did_you_mean
-from popi.io import as_line, check_rereadable, read_jsonl
-from popi.prompts import DEFAULT
-from popi.roles import Conditioned, ConditionedGenerator
-from popi.signals import Text
+from popi.io import BadRows, as_line, check_rereadable, parse_lines, read_jsonl, validate
+from popi.personalizer import Personalizer
+from popi.response import Response
+from popi.roles import Conditioned
+from popi.signals import FileRecord, Text, UserId
 from popi.summary import PreferenceSummary
 
 
-class PromptLine(BaseModel):
-    """One line of prompts; without a user it is answered bare."""
+class PromptLine(FileRecord):
+    """One prompt. Without a user it is a plain prompt."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    user_id: Text | None = None
+    user_id: UserId | None = None
     prompt: Text
 
 
 class Answer(BaseModel):
-    """One line of answers.
+    """One response.
 
     Attributes:
         line: The line of the prompt.
         user_id: The user.
-        prompt: What was asked.
-        response: What was answered.
-        finish_reason: ``length`` when it was cut.
+        prompt: The prompt.
+        response: The response.
+        finish_reason: ``length`` if the response was truncated.
         prompt_tokens: Length of the rendered conversation.
-        completion_tokens: Length of the answer.
-        model: The model that served it.
-        route: By which of several backends, where there was a choice.
+        completion_tokens: Length of the response.
+        model: The model that responded.
+        route: The route that served the request, if there are several.
         asked: Fingerprint of user, prompt and summary.
-        template_hash: ``prompts.template_hash()`` at the time.
+        template_hash: Hash of the prompt templates.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
@@ -77,26 +67,27 @@ class Answer(BaseModel):
 
 
 @dataclass(frozen=True, slots=True)
-class Question:
-    """A prompt on its way to the generator, and whether it was answered before."""
+class Question(Conditioned):
+    """A prompt of the file.
 
-    line: int
-    user_id: str | None
-    item: Conditioned
+    Attributes:
+        line: Its line.
+        asked_by: The user, or ``None``.
+        answered: Whether there is a response already.
+    """
+
+    line: int = 0
+    asked_by: str | None = None
     answered: bool = False
 
     def fingerprint(self) -> str:
-        """Changes with the user, the prompt and the summary; 16 hex digits."""
-        parts = (
-            self.user_id,
-            self.item.prompt,
-            self.item.interface.text if isinstance(self.item.interface, PreferenceSummary) else None,
-        )
-        return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+        """Fingerprint of user, prompt and summary, 16 hex digits."""
+        summary = self.interface.text if isinstance(self.interface, PreferenceSummary) else None
+        return hashlib.sha256(repr((self.asked_by, self.prompt, summary)).encode()).hexdigest()[:16]
 
 
 def load_summaries(path: Path) -> dict[str, PreferenceSummary]:
-    """The summary of each user, without its claims: a generator reads the text.
+    """Reads the summary of each user, without its claims, since a generator reads the text.
 
     Raises:
         InputError: As :func:`read_summaries`.
@@ -104,103 +95,176 @@ def load_summaries(path: Path) -> dict[str, PreferenceSummary]:
     return {summary.user_id: summary.model_copy(update={"claims": ()}) for _, summary in read_summaries(path)}
 
 
+class Job:
+    """The prompts without a response, and the file of responses.
+
+    All prompts are read at once, before a model is loaded, so that bad rows are found first.
+
+    Args:
+        lines: The file of responses.
+        prompts: The file of prompts.
+        summaries: The file of summaries; ``None`` if all prompts are plain.
+        skip_bad_rows: Whether to continue without bad rows.
+
+    Raises:
+        InputError: If a file cannot be read, has bad rows that are not to be skipped, or a prompt or summary has
+            changed since it had a response.
+
+    Attributes:
+        prompts: Number of prompts.
+        pending: Number of prompts without a response.
+        written: Number of responses that were written.
+        truncated: Number of these that are truncated.
+        failed: Number of prompts that failed.
+    """
+
+    def __init__(self, lines: GrowingFile, prompts: Path, summaries: Path | None, *, skip_bad_rows: bool) -> None:
+        self._lines, self._prompts, self._skip_bad_rows = lines, prompts, skip_bad_rows
+        self._summaries = None if summaries is None else load_summaries(summaries)
+        self._asked = (
+            {answer.line: answer.asked for _, answer in read_jsonl(lines.path, Answer)} if lines.path.exists() else {}
+        )
+        self.prompts = self.pending = self.written = self.truncated = self.failed = 0
+        bad_rows = BadRows(skip=skip_bad_rows)
+        for question in self._questions(bad_rows):
+            self.prompts += 1
+            self.pending += not question.answered
+        if bad_rows.count:
+            note(bad_rows.summary())
+
+    def pending_questions(self) -> Iterator[Question]:
+        """Reads the prompts without a response."""
+        return (question for question in self._questions(BadRows(skip=self._skip_bad_rows)) if not question.answered)
+
+    def keep(self, question: Question, response: Response, template_hash: str) -> None:
+        """Writes a response. It is on the disk when this returns."""
+        answer = Answer(
+            line=question.line,
+            user_id=question.asked_by,
+            prompt=question.prompt,
+            response=response.text,
+            finish_reason=response.finish_reason,
+            prompt_tokens=response.prompt_tokens,
+            completion_tokens=response.completion_tokens,
+            model=response.model,
+            route=response.route,
+            asked=question.fingerprint(),
+            template_hash=template_hash,
+        )
+        self._lines.append([as_line(answer)])
+        self.written += 1
+        self.truncated += response.finish_reason == "length"
+
+    def report(self) -> dict[str, object]:
+        """The result, in numbers of prompts."""
+        return {
+            "prompts": self.prompts,
+            "already done": self.prompts - self.pending,
+            "written": self.written,
+            "of these truncated": self.truncated,
+            "failed": self.failed,
+            "out": str(self._lines.path),
+        }
+
+    def _questions(self, bad_rows: BadRows) -> Iterator[Question]:
+        return (question for _, question in parse_lines(self._prompts, self._read, bad_rows=bad_rows))
+
+    def _read(self, number: int, record: Any) -> Question:
+        line = validate(PromptLine, record, file=self._prompts, line=number)
+        summary = None
+        if self._summaries is not None and line.user_id is not None:
+            summary = self._summaries.get(line.user_id)
+            if summary is None:
+                raise InputError(
+                    f"there is no summary of user {line.user_id!r}",
+                    file=self._prompts,
+                    line=number,
+                    field="user_id",
+                    fix=did_you_mean(line.user_id, self._summaries),
+                )
+        question = Question(line.prompt, summary, number, line.user_id, number in self._asked)
+        if question.answered and self._asked[number] != question.fingerprint():
+            raise InputError(
+                "the prompt or the summary has changed since the response was written",
+                file=self._prompts,
+                line=number,
+                fix="name another file with --out",
+                skippable=False,
+            )
+        return question
+
+
 def answer_all(
     prompts: Path,
     out: Path,
     model: str,
-    options: dict[str, int | float],
+    generation: str,
+    options: Mapping[str, Any],
     *,
     summaries: Path | None,
-    batch_size: int,
+    max_concurrency: int,
+    skip_bad_rows: bool,
     json: bool,
 ) -> None:
-    """Answers the prompts that have no answer in ``out``; without ``summaries`` all of them bare.
+    """Responds to the prompts that have no response in ``out``.
 
     Raises:
-        InputError: If what is read is broken or does not fit what was answered before.
-        PopiError: If some prompts have no answer in the end.
+        InputError: If a file cannot be read, or ``out`` was made with other settings.
+        PopiError: If the backend is not available, the budget is spent, or some prompts have no response.
     """
     check_rereadable(prompts)
-    known = None if summaries is None else load_summaries(summaries)
-    settings = {"model": identity(model), **options, "template_hash": DEFAULT.hash}
+    settings = {
+        "model": identity(model),
+        "generation": generation,
+        **registry.generator_options(generation, **options),
+    }
     with GrowingFile(out) as lines:
         if lines.repaired:
-            note(f"{out} ended in half a line, which was dropped")
-        before = {answer.line: answer.asked for _, answer in read_jsonl(out, Answer)} if out.exists() else {}
-        total = pending = 0
-        for question in _questions(prompts, known, before):
-            total += 1
-            pending += not question.answered
+            note(f"removed an incomplete line at the end of {out}")
+        job = Job(lines, prompts, summaries, skip_bad_rows=skip_bad_rows)
         check_settings(out, settings)
-        written = failed = 0
-        if pending:
-            with telling(f"what is finished is kept in {out}, and the same command goes on"):
-                backend, ledger = load_backend(model, "generator")
-                answering = registry.generator("prompted")(backend, **options)
-                keep_settings(out, settings)
-                rest = (question for question in _questions(prompts, known, before) if not question.answered)
-                work = _work(answering, affordable(rest, ledger), lines, pending, batch_size)
-                with accounted(ledger):
-                    written, failed = asyncio.run(closing(backend, work))
-    record = {"prompts": total, "already done": total - pending, "written": written, "failed": failed, "out": out}
-    print_records([record], json_flag=json)
-    if failed:
-        raise PopiError(f"{failed} of {total} prompts have no answer; the same command tries them again")
+        if job.pending:
+            with telling(f"finished responses are kept in {out}, and the same command resumes the run"):
+                _run(job, out, settings, options, max_concurrency)
+    print_records([job.report()], json_flag=json)
+    if job.truncated:
+        note(f"{job.truncated} responses were truncated; raise --max-tokens")
+    if job.failed:
+        raise PopiError(f"{job.failed} of {job.prompts} prompts have no response; the same command tries them again")
 
 
-def _questions(prompts: Path, known: dict[str, PreferenceSummary] | None, before: dict[int, str]) -> Iterator[Question]:
-    for number, line in read_jsonl(prompts, PromptLine):
-        summary = None
-        if known is not None and line.user_id is not None:
-            summary = known.get(line.user_id)
-            if summary is None:
-                raise InputError(
-                    f"there is no summary of user {line.user_id!r}",
-                    file=prompts,
-                    line=number,
-                    field="user_id",
-                    fix=did_you_mean(line.user_id, known),
-                )
-        question = Question(number, line.user_id, Conditioned(line.prompt, summary), number in before)
-        if question.answered and before[number] != question.fingerprint():
-            raise InputError(
-                "the prompt or the summary has changed since it was answered",
-                file=prompts,
-                line=number,
-                fix="give another --out",
-            )
-        yield question
+def _run(job: Job, out: Path, settings: Mapping[str, Any], options: Mapping[str, Any], max_concurrency: int) -> None:
+    personalizer = Personalizer.load(
+        settings["model"], inference=None, generation=settings["generation"], generator_options=options
+    )
+    assert personalizer.generator is not None
+    format = personalizer.generator.format
+    template_hash = "" if format is None else format.template_hash
+    settings = {**settings, "template_hash": template_hash}
+    check_settings(out, settings)
+    keep_settings(out, settings)
+    [ledger] = personalizer.ledgers
+    with accounted(ledger), progress("responses", job.pending, "prompts") as shown:
+        questions = affordable(job.pending_questions(), ledger)
+        asyncio.run(_write(job, personalizer, questions, template_hash, shown, max_concurrency))
 
 
-async def _work(
-    answering: ConditionedGenerator,
+async def _write(
+    job: Job,
+    personalizer: Personalizer,
     questions: Iterator[Question],
-    lines: GrowingFile,
-    pending: int,
-    batch_size: int,
-) -> tuple[int, int]:
-    async def answer(batch: list[Question]) -> list[Outcome]:
-        results = await answering.respond([question.item for question in batch])
-        outcomes: list[Outcome] = []
-        for question, result in zip(batch, results, strict=True):
-            if result.error is not None:
-                outcomes.append(Outcome(error=f"no answer to line {question.line}: {result.error}"))
-                continue
-            answer = Answer(
-                line=question.line,
-                user_id=question.user_id,
-                prompt=question.item.prompt,
-                response=result.text,
-                finish_reason=result.finish_reason,
-                prompt_tokens=result.prompt_tokens,
-                completion_tokens=result.completion_tokens,
-                model=result.model,
-                route=result.route,
-                asked=question.fingerprint(),
-                template_hash=DEFAULT.hash,
-            )
-            outcomes.append(Outcome(as_line(answer)))
-        return outcomes
-
-    with progress("answers", pending) as shown:
-        return await append_batches(questions, answer, lines, shown, batch_size)
+    template_hash: str,
+    shown: Progress,
+    max_concurrency: int,
+) -> None:
+    outcomes = personalizer.respond_many(questions, max_concurrency=max_concurrency)
+    async with personalizer, held(outcomes):
+        async for question, outcome in outcomes:
+            if isinstance(outcome, Response):
+                job.keep(question, outcome, template_hash)
+            else:
+                job.failed += 1
+                # The end of the budget is reported once, at the end.
+                if outcome.failure != "budget":
+                    shown.note(f"no response to line {question.line}: {outcome.error}")
+            shown.advance()

@@ -1,12 +1,11 @@
-"""What the commands that work through a file share: settings that stay the same, batches, and what is kept."""
+"""What the commands that work through a file have in common: settings that must not change, costs, interruptions."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
-from itertools import islice, takewhile
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -18,34 +17,21 @@ from popi.provenance import check_unchanged, now, versions
 if TYPE_CHECKING:
     from popi.backends.base import Backend
     from popi.backends.ledger import Ledger
-    from popi.cli.growing import GrowingFile
-    from popi.cli.output import Progress
 
 Item = TypeVar("Item")
 
 
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """What became of an item.
-
-    Attributes:
-        line: What is kept of it, or ``None`` if it failed.
-        replaces: The number of the line whose place it takes; ``None`` is the end of the file.
-        error: Why it failed.
-    """
-
-    line: str | None = None
-    replaces: int | None = None
-    error: str = ""
-
-
 def load_backend(model: str, role: str) -> tuple[Backend, Ledger]:
-    """The backend of a model, given by name, path, hub id or file, and the accounts of what a role asks of it.
+    """Opens the backend of a model, and the accounts of the requests of a role.
+
+    Args:
+        model: The model: its name, path or hub id, or a YAML file.
+        role: The role that sends the requests.
 
     Raises:
-        ConfigError: If a file describes no backend.
+        ConfigError: If the file does not describe a backend.
         ModelError: If the model cannot be found or used.
-        MissingExtra: If what runs it is not installed.
+        MissingExtra: If the packages that run it are not installed.
     """
     from popi.assembly import open_backend
 
@@ -53,50 +39,51 @@ def load_backend(model: str, role: str) -> tuple[Backend, Ledger]:
 
 
 def identity(model: str) -> str:
-    """The model as it stands in settings and provenance: a path whole, wherever the command was typed."""
+    """The model as it is recorded in settings and provenance: a path is made absolute."""
     from popi.models import shipped
 
     return str(Path(model).resolve()) if model not in shipped() and Path(model).exists() else model
 
 
 def check_settings(out: Path, settings: Mapping[str, Any]) -> None:
-    """Finds that ``out``, as far as it was made, was made with these settings; those of an empty one bind nobody.
+    """Checks that the content of ``out`` was made with these settings. An empty file may have any.
 
     Raises:
         InputError: If it was made with others.
     """
-    path = _companion(out)
-    if path.exists() and _holds_anything(out):
-        fix = "give the same options or another --out"
-        check_unchanged(_read_settings(path), _as_read(settings), file=out, fix=fix)
+    path = _settings_file(out)
+    if path.exists() and _has_content(out):
+        known = _read_settings(path)
+        fix = "give the same options, or name another file with --out"
+        check_unchanged({name: known.get(name) for name in settings}, _as_read(settings), file=out, fix=fix)
 
 
 def keep_settings(out: Path, settings: Mapping[str, Any]) -> None:
-    """Writes ``out``'s companion, ``.meta.json``, with its settings and the versions, unless they stand there already.
+    """Writes the settings of ``out`` and the versions into a file next to it, ``.meta.json``, if they are new.
 
-    For when work begins: settings with which it cannot begin, a model that is not there, bind nobody.
+    To be called when the work can start: settings with which it cannot start are not recorded.
 
     Raises:
-        PopiError: If it cannot be written.
+        PopiError: If the file cannot be written.
     """
     from popi.io import write_text
 
-    path = _companion(out)
-    if not path.exists() or not _holds_anything(out):
+    path = _settings_file(out)
+    if not path.exists() or not _has_content(out):
         meta = {"settings": _as_read(settings), "versions": versions(), "started": now()}
         write_text(path, json.dumps(meta, indent=2, ensure_ascii=False) + "\n")
 
 
-def _holds_anything(out: Path) -> bool:
+def _has_content(out: Path) -> bool:
     return out.exists() and out.stat().st_size > 0
 
 
-def _companion(out: Path) -> Path:
+def _settings_file(out: Path) -> Path:
     return out.with_name(f"{out.name}.meta.json")
 
 
 def _as_read(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings as they come back from the file."""
+    """The settings as they are read back from the file."""
     read: dict[str, Any] = json.loads(json.dumps(settings, default=str))
     return read
 
@@ -106,85 +93,42 @@ def _read_settings(path: Path) -> dict[str, Any]:
         settings = json.loads(path.read_text(encoding="utf-8"))["settings"]
         return dict(settings)
     except (OSError, ValueError, LookupError, TypeError) as error:
-        raise InputError(f"cannot be read ({error})", file=path, fix="restore it or give another --out") from error
-
-
-async def closing(backend: Backend, work: Awaitable[Item]) -> Item:
-    """Waits for work and closes its backend, however the work ends."""
-    async with backend:
-        return await work
-
-
-async def append_batches(
-    items: Iterable[Item],
-    work: Callable[[list[Item]], Awaitable[list[Outcome]]],
-    out: GrowingFile,
-    shown: Progress,
-    batch_size: int,
-) -> tuple[int, int]:
-    """Works through items batch by batch; the lines of a batch are on the disk before the next one begins.
-
-    Args:
-        items: What is to be done; read as it is needed.
-        work: Gives the outcome of each item of a batch.
-        out: Where the lines go.
-        shown: Told of progress and of each item that failed.
-        batch_size: The most items at once.
-
-    Returns:
-        How many succeeded and how many failed.
-
-    Raises:
-        PopiError: If the work or the writing fails as a whole.
-    """
-    finished = failed = 0
-    rest = iter(items)
-    while batch := list(islice(rest, batch_size)):
-        outcomes = await work(batch)
-        done = [(outcome.line, outcome.replaces) for outcome in outcomes if outcome.line is not None]
-        out.replace({number: line for line, number in done if number is not None})
-        out.append(line for line, number in done if number is None)
-        for outcome in outcomes:
-            if outcome.line is None:
-                shown.note(outcome.error)
-        finished += len(done)
-        failed += len(outcomes) - len(done)
-        shown.advance(len(outcomes))
-    return finished, failed
+        fix = "restore it, or name another file with --out"
+        raise InputError(f"cannot be read ({error})", file=path, fix=fix) from error
 
 
 @contextmanager
 def accounted(ledger: Ledger, model: str = "") -> Iterator[None]:
-    """Tells what was spent, however the work ends.
+    """Prints what the requests inside the block have cost, however it ends.
 
     Args:
         ledger: The accounts.
-        model: Whose they are, where several are at work.
+        model: The model, if there are several.
 
     Raises:
-        PopiError: If the budget has stopped it.
+        PopiError: If the budget has ended the work.
     """
     try:
         yield
     finally:
         if (spent := ledger.total).requests:
-            unsure = f", and {spent.unsure:.4f} at most where no server told the tokens" if spent.unsure else ""
+            unsure = f", and at most {spent.unsure:.4f} for tokens that no server reported" if spent.unsure else ""
             note(
                 f"{model and f'{model}: '}{spent.requests:,} requests read {spent.prompt_tokens:,} tokens and wrote "
                 f"{spent.completion_tokens:,}: {spent.money:.4f}{unsure}"
             )
     if ledger.refused:
-        raise PopiError(f"the next request might pass the budget of {ledger.cap:g}, which is for one command")
+        raise PopiError(f"the next request might exceed the budget of {ledger.cap:g}, which is for one command")
 
 
 def affordable(items: Iterable[Item], ledger: Ledger) -> Iterator[Item]:
-    """Items as long as the budget has room."""
+    """The items, until the budget has refused a request."""
     return takewhile(lambda _: not ledger.refused, items)
 
 
 @contextmanager
 def telling(kept: str) -> Iterator[None]:
-    """Adds to an interruption or a failure what is kept."""
+    """Adds what is kept to the message of an interruption or a failure."""
     try:
         yield
     except KeyboardInterrupt:

@@ -1,4 +1,4 @@
-"""What commands print: tables on a terminal, JSON lines when piped; progress and notes on standard error."""
+"""Output of commands: tables on a terminal, JSON lines when piped; progress and notes on standard error."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import logging
 import re
 import sys
+import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,13 +17,17 @@ import typer
 from popi.errors import one_line
 
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON lines, also on a terminal.")]
-"""The option of every command that prints a result, for :func:`wants_json` or :func:`print_records`."""
+"""The option of every command that prints results. See :func:`wants_json`."""
 
 SECONDS_BETWEEN_LINES = 5.0
+"""Minimum time between two lines of progress."""
+
+SECONDS_OF_SILENCE = 30.0
+"""Maximum time between them."""
 
 
 def wants_json(flag: bool) -> bool:
-    """Whether results are printed as JSON lines: when asked for, or when the output is not a terminal."""
+    """Whether results are printed as JSON lines: if requested, or if the output is not a terminal."""
     return flag or not sys.stdout.isatty()
 
 
@@ -33,7 +38,7 @@ def print_json(record: Mapping[str, Any]) -> None:
 
 
 def print_records(records: Iterable[Mapping[str, Any]], *, json_flag: bool, title: str = "") -> None:
-    """Prints records of one shape: a table with a column a key on a terminal, else a JSON line each."""
+    """Prints records with the same keys: a table on a terminal, else one JSON line per record."""
     rows = list(records)
     if not wants_json(json_flag):
         print_table(rows, title=title)
@@ -43,7 +48,7 @@ def print_records(records: Iterable[Mapping[str, Any]], *, json_flag: bool, titl
 
 
 def print_table(records: Sequence[Mapping[str, Any]], *, title: str = "") -> None:
-    """Prints records of one shape as a table, a column a key; without borders, so that figures fit 80 columns."""
+    """Prints records with the same keys as a table, without borders, so that figures fit into 80 columns."""
     from rich.cells import cell_len
     from rich.console import Console
     from rich.table import Table
@@ -52,7 +57,7 @@ def print_table(records: Sequence[Mapping[str, Any]], *, title: str = "") -> Non
     table = Table(title=title or None, title_justify="left", box=None, padding=(0, 2, 0, 0), pad_edge=False)
     for name in records[0] if records else ():
         cells = [shown(_cell(record[name])) for record in records]
-        # A head wraps before a figure does.
+        # Headings wrap before figures do.
         width = max(cell_len(part) for part in (*name.split(), *"\n".join(cells).splitlines()))
         table.add_column(name, vertical="bottom", max_width=width)
     for record in records:
@@ -69,8 +74,8 @@ def _cell(value: Any) -> str:
 
 
 def shown(text: str) -> str:
-    """A text from anywhere with the control characters visible that a terminal would act on; lines stay lines."""
-    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda found: found.group().encode("unicode_escape").decode(), text)
+    """Makes any text safe for a terminal: control characters become visible, line breaks stay."""
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda match: match.group().encode("unicode_escape").decode(), text)
 
 
 def note(text: str) -> None:
@@ -86,7 +91,7 @@ class _Notes(logging.Handler):
 
 @contextmanager
 def telling_log() -> Iterator[None]:
-    """Within it, what the package logs of its work is printed as notes."""
+    """Prints what the package logs inside the block as notes."""
     log, handler = logging.getLogger("popi"), _Notes()
     level = log.level
     log.addHandler(handler)
@@ -99,23 +104,100 @@ def telling_log() -> Iterator[None]:
 
 
 class Progress(Protocol):
-    """Told how far the work is."""
+    """Shows how far the work is."""
 
     def advance(self, count: int = 1, figures: str = "") -> None:
-        """Counts more of the work as done; ``figures`` stand beside it until there are others."""
+        """Counts items as done. ``figures`` are shown next to the count until they are replaced."""
 
     def note(self, text: str) -> None:
-        """Prints one line on standard error without breaking the display."""
+        """Prints one line on standard error."""
 
 
 @contextmanager
-def progress(label: str, total: int) -> Iterator[Progress]:
-    """Shows how far the work is: a bar if standard error is a terminal, else a plain line now and then."""
-    if not sys.stderr.isatty():
-        lines = _Lines(label, total)
+def progress(label: str, total: int, unit: str = "") -> Iterator[Progress]:
+    """Shows how far the work is: a bar if standard error is a terminal, else lines of text.
+
+    Args:
+        label: What is counted, for example ``summaries``.
+        total: Number of items.
+        unit: Name of the items, for example ``users``. If it is given, the number of items per minute is shown.
+    """
+    speed = _Speed(total, unit)
+    shown = _bar(label, total, speed) if sys.stderr.isatty() else _lines(label, total, speed)
+    with shown as display:
+        yield display
+
+
+class _Speed:
+    """The speed so far, and how long the rest will take. Before the first item is done there is nothing to say."""
+
+    def __init__(self, total: int, unit: str) -> None:
+        self.done, self._total, self._unit, self._start = 0, total, unit, time.monotonic()
+
+    def seconds(self) -> float:
+        return time.monotonic() - self._start
+
+    def rate(self) -> str:
+        per_minute = 60 * self.done / max(self.seconds(), 1e-3)
+        figure = f"{per_minute:,.0f}" if per_minute >= 10 else f"{per_minute:.1f}"
+        return f"{figure} {self._unit} per minute" if self._unit and self.done else ""
+
+    def rest(self) -> str:
+        left = self.seconds() / self.done * (self._total - self.done) if self.done else 0
+        return f"{_duration(left)} left" if self.done < self._total and self.done else ""
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 100 * 60 else f"{seconds / 3600:.1f} h"
+
+
+@contextmanager
+def _lines(label: str, total: int, speed: _Speed) -> Iterator[Progress]:
+    lines = _Lines(label, total, speed)
+    # Also while nothing is finished.
+    thread = threading.Thread(target=lines.repeat, name="popi-progress", daemon=True)
+    thread.start()
+    try:
         yield lines
-        lines.finish()
-        return
+    finally:
+        lines.ended.set()
+        thread.join()
+    lines.print()
+
+
+class _Lines:
+    def __init__(self, label: str, total: int, speed: _Speed) -> None:
+        self._label, self._total, self._speed, self._figures = label, total, speed, ""
+        self._printed = 0.0
+        self.ended = threading.Event()
+
+    def advance(self, count: int = 1, figures: str = "") -> None:
+        self._speed.done += count
+        self._figures = figures or self._figures
+        # The last line is printed at the end.
+        if self._speed.done < self._total and self._speed.seconds() - self._printed >= SECONDS_BETWEEN_LINES:
+            self.print()
+
+    def note(self, text: str) -> None:
+        note(text)
+
+    def repeat(self) -> None:
+        """Prints a line whenever there has been none for a while, until the end."""
+        while not self.ended.wait(max(SECONDS_OF_SILENCE - (self._speed.seconds() - self._printed), 0.01)):
+            if self._speed.seconds() - self._printed >= SECONDS_OF_SILENCE:
+                self.print()
+
+    def print(self) -> None:
+        self._printed = self._speed.seconds()
+        count = f"{self._label}: {self._speed.done} of {self._total}"
+        parts = (count, _duration(self._printed), self._speed.rate(), self._speed.rest(), self._figures)
+        note(", ".join(filter(None, parts)))
+
+
+@contextmanager
+def _bar(label: str, total: int, speed: _Speed) -> Iterator[Progress]:
     from rich.console import Console
     from rich.progress import (
         BarColumn,
@@ -135,38 +217,18 @@ def progress(label: str, total: int) -> Iterator[Progress]:
         TimeRemainingColumn(),
     )
     with RichProgress(*columns, console=Console(stderr=True)) as display:
-        yield _Bar(display, display.add_task(label, total=total, figures=""))
-
-
-class _Lines:
-    def __init__(self, label: str, total: int) -> None:
-        self._label, self._total, self._done, self._figures = label, total, 0, ""
-        self._start = self._printed = time.monotonic()
-
-    def advance(self, count: int = 1, figures: str = "") -> None:
-        self._done += count
-        self._figures = figures or self._figures
-        if time.monotonic() - self._printed >= SECONDS_BETWEEN_LINES:
-            self._print()
-
-    def note(self, text: str) -> None:
-        note(text)
-
-    def finish(self) -> None:
-        self._print()
-
-    def _print(self) -> None:
-        self._printed = time.monotonic()
-        figures = f", {self._figures}" if self._figures else ""
-        note(f"{self._label}: {self._done} of {self._total}, {self._printed - self._start:.0f} s{figures}")
+        yield _Bar(display, display.add_task(label, total=total, figures=""), speed)
 
 
 class _Bar:
-    def __init__(self, display: Any, task: Any) -> None:
-        self._display, self._task = display, task
+    def __init__(self, display: Any, task: Any, speed: _Speed) -> None:
+        self._display, self._task, self._speed, self._figures = display, task, speed, ""
 
     def advance(self, count: int = 1, figures: str = "") -> None:
-        self._display.update(self._task, advance=count, **({"figures": figures} if figures else {}))
+        self._speed.done += count
+        self._figures = figures or self._figures
+        shown = ", ".join(filter(None, (self._figures, self._speed.rate())))
+        self._display.update(self._task, advance=count, figures=shown)
 
     def note(self, text: str) -> None:
         self._display.console.print(f"popi: {one_line(text)}", markup=False, highlight=False, soft_wrap=True)

@@ -1,34 +1,189 @@
-"""Reading the summaries that ``popi summarize`` writes."""
+"""Files of summaries: reading them, and the work of ``popi summarize``."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import asyncio
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any, NamedTuple
 
-from popi.errors import InputError
-from popi.io import read_jsonl
+from popi.backends.together import held
+from popi.cli.batches import accounted, affordable, check_settings, keep_settings
+from popi.cli.growing import GrowingFile
+from popi.cli.output import Progress, note, progress
+from popi.data.reading import read_users
+from popi.errors import ConfigError, InputError
+from popi.io import BadRows, as_line, read_jsonl
+from popi.personalizer import Personalizer
 from popi.prompts import check_template_hash
+from popi.roles import Failure
+from popi.signals import UserSignals
 from popi.summary import Author, PreferenceSummary
 
 
 def read_summaries(path: Path) -> Iterator[tuple[int, PreferenceSummary]]:
-    """Reads one summary a user, with its line number.
+    """Reads one summary per user, with its line number.
 
     Raises:
-        InputError: If a line is broken, a user appears twice, or a summary was made with other templates and no
-            person has edited it since.
+        InputError: If a line is not a summary, a user occurs twice, or a summary was made with unknown prompt templates
+            and no person has edited it since.
     """
-    seen: dict[str, int] = {}
+    lines: dict[str, int] = {}
     for number, summary in read_jsonl(path, PreferenceSummary):
-        if summary.user_id in seen:
+        if summary.user_id in lines:
             raise InputError(
-                f"user {summary.user_id!r} stands in line {seen[summary.user_id]} already",
+                f"user {summary.user_id!r} is already in line {lines[summary.user_id]}",
                 file=path,
                 line=number,
                 field="user_id",
-                fix="take one of the lines out",
+                fix="remove one of the lines",
             )
         if summary.provenance.author is not Author.EDITED:
             check_template_hash(summary.provenance.template_hash, where=f"{path}:{number}")
-        seen[summary.user_id] = number
+        lines[summary.user_id] = number
         yield number, summary
+
+
+class Done(NamedTuple):
+    """An existing summary: its line, what it was made from and by, and whether a person has edited it."""
+
+    line: int
+    signals_digest: str
+    writer: str
+    edited: bool
+
+
+class Job:
+    """The users who need a summary, and the file of summaries.
+
+    All signals are read at once, before a model is loaded, so that bad rows are found first.
+
+    Args:
+        lines: The file of summaries.
+        signals: The file of signals.
+        skip_bad_rows: Whether to continue without bad rows.
+
+    Raises:
+        InputError: If a file cannot be read, or has bad rows that are not to be skipped.
+
+    Attributes:
+        users: Number of users.
+        pending: Number of users who need a summary.
+        edits_kept: Number of edited summaries whose signals have changed.
+        written: Number of summaries that were written.
+        failed: Number of users without a summary.
+    """
+
+    def __init__(self, lines: GrowingFile, signals: Path, *, skip_bad_rows: bool) -> None:
+        self._lines, self._signals, self._skip_bad_rows = lines, signals, skip_bad_rows
+        self.users = self.pending = self.edits_kept = self.written = self.failed = self._not_enough_evidence = 0
+        self._done = _read_done(lines.path)
+        self._stale: dict[str, int] = {}
+        bad_rows = BadRows(skip=skip_bad_rows)
+        for user in read_users(signals, bad_rows=bad_rows):
+            self._survey(user)
+        if bad_rows.count:
+            note(bad_rows.summary())
+
+    def _survey(self, user: UserSignals) -> None:
+        self.users += 1
+        before = self._done.get(user.user_id)
+        if before is None:
+            self.pending += 1
+        elif before.signals_digest != user.digest():
+            if before.edited:
+                self.edits_kept += 1
+            else:
+                self.pending += 1
+                self._stale[user.user_id] = before.line
+
+    def pending_users(self) -> Iterator[UserSignals]:
+        """Reads the users who need a summary."""
+        for user in read_users(self._signals, bad_rows=BadRows(skip=self._skip_bad_rows)):
+            if user.user_id not in self._done or user.user_id in self._stale:
+                yield user
+
+    def check(self, settings: Mapping[str, Any], writer: str) -> None:
+        """Checks that the existing summaries have these settings and this writer, and records the settings.
+
+        Raises:
+            InputError: If they have others.
+        """
+        for done in self._done.values():
+            if not done.edited and done.writer != writer:
+                raise InputError(
+                    f"the summary is by {done.writer!r}, not by {writer!r}",
+                    file=self._lines.path,
+                    line=done.line,
+                    fix="name another file with --out",
+                )
+        check_settings(self._lines.path, settings)
+        keep_settings(self._lines.path, settings)
+
+    def keep(self, user_id: str, summary: PreferenceSummary) -> None:
+        """Writes a summary. It is on the disk when this returns."""
+        if user_id in self._stale:
+            self._lines.replace(self._stale[user_id], as_line(summary))
+        else:
+            self._lines.append([as_line(summary)])
+        self.written += 1
+        self._not_enough_evidence += summary.status == "not_enough_evidence"
+
+    def report(self) -> dict[str, object]:
+        """The result, in numbers of users."""
+        return {
+            "users": self.users,
+            "already done": self.users - self.pending,
+            "written": self.written,
+            "of these without evidence": self._not_enough_evidence,
+            "failed": self.failed,
+            "out": str(self._lines.path),
+        }
+
+
+def _read_done(out: Path) -> dict[str, Done]:
+    return {
+        summary.user_id: Done(
+            line=number,
+            signals_digest=summary.provenance.signals_digest,
+            writer=summary.provenance.model,
+            edited=summary.provenance.author is Author.EDITED,
+        )
+        for number, summary in (read_summaries(out) if out.exists() else ())
+    }
+
+
+def write_summaries(job: Job, settings: Mapping[str, Any], options: Mapping[str, Any], max_concurrency: int) -> None:
+    """Loads the model and writes the summaries.
+
+    Raises:
+        InputError: If the model or its options cannot be used, or the existing summaries have other settings.
+        PopiError: If the backend is not available, or the budget is spent.
+    """
+    personalizer = Personalizer.load(
+        settings["model"], inference=settings["inference"], generation=None, inference_options=options
+    )
+    inference = personalizer.inference
+    assert inference is not None
+    if inference.kind != "summary":
+        raise ConfigError(f"the inference {settings['inference']!r} infers no summaries")
+    template_hash = None if inference.format is None else inference.format.template_hash
+    job.check({**settings, "template_hash": template_hash}, inference.name)
+    [ledger] = personalizer.ledgers
+    with accounted(ledger), progress("summaries", job.pending, "users") as shown:
+        asyncio.run(_write(job, personalizer, affordable(job.pending_users(), ledger), shown, max_concurrency))
+
+
+async def _write(
+    job: Job, personalizer: Personalizer, users: Iterator[UserSignals], shown: Progress, max_concurrency: int
+) -> None:
+    async with personalizer, held(personalizer.summarize(users, max_concurrency=max_concurrency)) as outcomes:
+        async for user, outcome in outcomes:
+            if isinstance(outcome, PreferenceSummary):
+                job.keep(user.user_id, outcome)
+            elif isinstance(outcome, Failure):
+                job.failed += 1
+                # The end of the budget is reported once, at the end.
+                if outcome.failure != "budget":
+                    shown.note(f"no summary of user {user.user_id!r}: {outcome.error}")
+            shown.advance()

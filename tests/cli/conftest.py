@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -18,21 +18,27 @@ from popi.cli import main
 from popi.testing import ScriptedBackend
 
 
+async def at_once(calls: int) -> None:
+    """Does nothing."""
+
+
 @dataclass
 class Models:
     """What the models of the command line say, and which were made.
 
     Attributes:
         answers: What every model answers.
-        before: Called in front of every batch, with the number of batches that were answered.
+        before: Awaited before each call of a model, with the number of earlier calls.
         made: Every backend, in order.
         closed: Those that were closed.
+        kind: The class of the backends.
     """
 
     answers: Callable[[ChatRequest], str | ChatResult] = lambda request: "- Short answers [1]"
-    before: Callable[[int], None] = lambda batches: None
+    before: Callable[[int], Awaitable[None]] = at_once
     made: list[ScriptedBackend] = field(default_factory=list)
     closed: list[ScriptedBackend] = field(default_factory=list)
+    kind: type[ScriptedBackend] = ScriptedBackend
 
     @property
     def chats(self) -> list[ChatRequest]:
@@ -45,22 +51,23 @@ def models(monkeypatch: pytest.MonkeyPatch) -> Models:
     script = Models()
 
     class Scripted(ScriptedBackend):
-        batches = 0
+        calls = 0
 
         def __init__(self, model: str) -> None:
             super().__init__(lambda request: script.answers(request), model=model)
             script.made.append(self)
 
         async def chat(self, requests: Sequence[ChatRequest]) -> list[ChatResult]:
-            script.before(self.batches)
-            self.batches += 1
+            self.calls += 1
+            await script.before(self.calls - 1)
             return await super().chat(requests)
 
         async def close(self) -> None:
             script.closed.append(self)
 
+    script.kind = Scripted
     module = ModuleType("scripted_models")
-    module.Scripted = Scripted  # type: ignore[attr-defined]
+    module.__getattr__ = lambda name: script.kind  # type: ignore[method-assign]
     monkeypatch.setitem(sys.modules, "scripted_models", module)
     monkeypatch.setitem(registry.BACKENDS, "transformers", "scripted_models:Scripted")
     return script

@@ -102,14 +102,82 @@ def test_what_is_not_on_the_disk_is_not_reported_as_done(tmp_path: Path, monkeyp
     assert (tmp_path / "out.jsonl").read_bytes() == b""
 
 
-def test_lines_can_take_the_place_of_others(tmp_path: Path) -> None:
+def test_lines_are_replaced_at_the_end(tmp_path: Path) -> None:
     path = tmp_path / "out.jsonl"
     grow(path, "1", "2", "3")
     with GrowingFile(path) as file:
-        file.replace({1: "one\n", 3: "three\n"})
+        file.replace(3, "0\n")
+        file.replace(1, '"one"\n')
+        file.replace(3, '"three"\n')
         file.append(["4\n"])
-        file.replace({})
-    assert path.read_text() == "one\n2\nthree\n4\n"
+        assert path.read_text() == "1\n2\n3\n4\n"
+    assert path.read_text() == '"one"\n2\n"three"\n4\n'
+    assert sorted(file.name for file in tmp_path.iterdir()) == [".out.jsonl.lock", "out.jsonl"]
+
+
+@pytest.mark.parametrize("cut", [0, 1])
+def test_lines_that_a_killed_process_replaced_are_replaced_when_the_file_is_used_again(
+    tmp_path: Path, cut: int
+) -> None:
+    path, changes = tmp_path / "out.jsonl", tmp_path / ".out.jsonl.changes"
+    grow(path, "1", "2", "3")
+    file = GrowingFile(path)
+    file.__enter__()
+    file.replace(1, '"one"\n')
+    file.replace(3, '"three"\n')
+    file._lock.close()  # type: ignore[union-attr]
+    changes.write_bytes(changes.read_bytes()[: -1 if cut else None])
+    grow(path, "4")
+    last = "3" if cut else '"three"'
+    assert path.read_text() == f'"one"\n2\n{last}\n4\n'
+    assert not changes.exists()
+
+
+def test_a_line_that_somebody_else_changed_is_not_replaced(tmp_path: Path) -> None:
+    path = tmp_path / "out.jsonl"
+    grow(path, "1", "2", "3")
+    file = GrowingFile(path)
+    file.__enter__()
+    file.replace(1, '"one"\n')
+    file.replace(2, '"two"\n')
+    file._lock.close()  # type: ignore[union-attr]
+    path.write_text('"mine"\n2\n3\n')
+    grow(path)
+    assert path.read_text() == '"mine"\n"two"\n3\n'
+    path.unlink()
+    with GrowingFile(path):
+        pass
+    assert not list(tmp_path.iterdir())
+
+
+def test_replacing_many_lines_takes_no_longer_for_a_long_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "out.jsonl"
+    grow(path, *(str(number) for number in range(2000)))
+    monkeypatch.setattr(os, "fsync", lambda handle: None)
+    with GrowingFile(path) as file:
+        for number in range(1, 2001):
+            file.replace(number, f'"{number}"\n')
+    assert path.read_text() == "".join(f'"{number}"\n' for number in range(1, 2001))
+
+
+def test_changes_that_cannot_be_made_now_are_made_the_next_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "out.jsonl"
+    grow(path, "1", "2")
+
+    def full(*args: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "replace", full)
+        with pytest.raises(PopiError, match="No space left"), GrowingFile(path) as file:
+            file.replace(1, '"one"\n')
+        with pytest.raises(KeyError), GrowingFile(tmp_path / "other"):
+            raise KeyError
+    assert path.read_text() == "1\n2\n"
+    grow(path)
+    assert path.read_text() == '"one"\n2\n'
 
 
 def test_a_place_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
@@ -129,6 +197,9 @@ def test_a_place_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
 def test_a_file_of_something_else_is_left_as_it_is(tmp_path: Path, content: str) -> None:
     path = tmp_path / "notes.txt"
     path.write_text(content)
-    with pytest.raises(InputError, match=r"notes\.txt: does not hold JSON lines; name another file"), GrowingFile(path):
+    with (
+        pytest.raises(InputError, match=r"notes\.txt: is not a file of JSON lines; name another file"),
+        GrowingFile(path),
+    ):
         pass
     assert path.read_text() == content

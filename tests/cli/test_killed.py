@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from popi.data.miniworld import generate
+from popi.signals import Statement, UserSignals
 from popi.summary import PreferenceSummary
 
 from .conftest import Ran
@@ -27,7 +28,7 @@ def users(tmp_path: Path) -> Path:
 
 
 def _listen_to_ctrl_c():
-    """A suite that runs in the background of a shell is deaf to it, and so would be what it starts."""
+    """A suite in the background of a shell ignores the signal, and so would every process that it starts."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
@@ -61,7 +62,7 @@ def test_after_kill_9_and_ctrl_c_the_same_command_ends_as_if_it_had_never_stoppe
     popi: Callable[..., Ran], users: Path, tmp_path: Path
 ) -> None:
     def command(out: Path) -> list[str]:
-        options = ["--batch-size", "2", "--max-tokens", "48"]
+        options = ["--max-concurrency", "2", "--max-tokens", "48"]
         return ["summarize", "--signals", str(users), "--model", "popi-mini-writer", "--out", str(out), *options]
 
     out, straight = tmp_path / "stopped.jsonl", tmp_path / "straight.jsonl"
@@ -74,13 +75,29 @@ def test_after_kill_9_and_ctrl_c_the_same_command_ends_as_if_it_had_never_stoppe
 
     code, errors = stop_midway(command(out), out, killed + 2, signal.SIGINT)
     assert code == 130
-    assert errors.splitlines()[0] == f"popi: {out} ended in half a line, which was dropped"
-    assert errors.splitlines()[-1].startswith("popi: interrupted; what is finished is kept in")
+    assert errors.splitlines()[0] == f"popi: removed an incomplete line at the end of {out}"
+    assert errors.splitlines()[-1].startswith("popi: interrupted; finished summaries are kept in")
     assert "Traceback" not in errors
 
     interrupted = len(texts(out))
     assert killed < interrupted < USERS
     ran = popi(*command(out))
     assert (ran.code, ran.record["already done"], ran.record["written"]) == (0, interrupted, USERS - interrupted)
+    assert popi(*command(straight)).code == 0
+    assert texts(out) == texts(straight)
+
+    # New signals of half of the users, and the same again for new summaries in the places of old ones.
+    people = [UserSignals.model_validate_json(line) for line in users.read_text().splitlines()]
+    changed = [
+        person.add(Statement(text="I like tables.")) if place % 2 else person for place, person in enumerate(people)
+    ]
+    users.write_text("".join(f"{person.model_dump_json()}\n" for person in changed))
+    changes = out.with_name(f".{out.name}.changes")
+    assert stop_midway(command(out), changes, 3, signal.SIGKILL)[0] == -signal.SIGKILL
+    assert texts(out) == texts(straight)
+    made = whole_lines(changes)
+    ran = popi(*command(out))
+    assert (ran.code, ran.record["written"]) == (0, USERS // 2 - made)
+    assert texts(out).keys() == texts(straight).keys()
     assert popi(*command(straight)).code == 0
     assert texts(out) == texts(straight)

@@ -63,7 +63,7 @@ def test_an_error_is_one_line_and_an_exit_code(
         (["sumarize"], "popi: No such command 'sumarize'. Did you mean 'summarize'? (see popi --help)\n"),
         (["summarize", "--modl", "x"], "(see popi summarize --help)\n"),
         (["summarize", "--model", "x"], "popi: Missing option '--signals'. (see popi summarize --help)\n"),
-        (["summarize", "--batch-size", "0"], "(see popi summarize --help)\n"),
+        (["summarize", "--max-concurrency", "0"], "(see popi summarize --help)\n"),
     ],
 )
 def test_a_wrong_word_is_one_line_and_exit_code_2(

@@ -2,6 +2,10 @@ from __future__ import annotations
 
 import json
 import sys
+import threading
+import time
+from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 
@@ -69,29 +73,81 @@ def test_a_note_is_one_line_that_no_terminal_acts_on(capsys: pytest.CaptureFixtu
     assert capsys.readouterr().err == "popi: user 'a b\\x1b[2J' failed\n"
 
 
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
+    """Sets the seconds since the start."""
+    time = [0.0]
+    monkeypatch.setattr(output, "time", SimpleNamespace(monotonic=lambda: time[0]))
+
+    def set_to(seconds: float) -> None:
+        time[0] = seconds
+
+    return set_to
+
+
 def test_progress_is_a_plain_line_now_and_then_when_piped(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    capsys: pytest.CaptureFixture[str], clock: Callable[[float], None]
 ) -> None:
-    clock = iter([0.0, 1.0, 6.0, 6.0, 7.0, 8.0])
-    monkeypatch.setattr(output.time, "monotonic", lambda: next(clock))
-    with output.progress("summaries", 3) as shown:
+    with output.progress("summaries", 60, "users") as shown:
+        clock(1)
         shown.advance()
+        clock(6)
         shown.advance()
         shown.note("user 'x' failed")
+        clock(60)
+        shown.advance(18)
+        clock(62)
+        shown.advance(39)
+        clock(8000)
         shown.advance()
     assert capsys.readouterr().err.splitlines() == [
-        "popi: summaries: 2 of 3, 6 s",
+        "popi: summaries: 2 of 60, 6 s, 20 users per minute, 3 min left",
         "popi: user 'x' failed",
-        "popi: summaries: 3 of 3, 8 s",
+        "popi: summaries: 20 of 60, 60 s, 20 users per minute, 2 min left",
+        "popi: summaries: 60 of 60, 2.2 h, 0.5 users per minute",
     ]
+
+
+def test_other_figures_are_shown_with_the_remaining_time(
+    capsys: pytest.CaptureFixture[str], clock: Callable[[float], None]
+) -> None:
+    with output.progress("training", 3) as shown:
+        clock(20)
+        shown.advance(1, "loss 0.5")
+        clock(21)
+        shown.advance(2)
+    assert capsys.readouterr().err.splitlines() == [
+        "popi: training: 1 of 3, 20 s, 40 s left, loss 0.5",
+        "popi: training: 3 of 3, 21 s, loss 0.5",
+    ]
+
+
+def test_a_line_is_printed_while_nothing_is_finished(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(output, "SECONDS_OF_SILENCE", 0.02)
+    with output.progress("summaries", 3, "users") as shown:
+        deadline = time.monotonic() + 10
+        while (lines := capsys.readouterr().err) == "" and time.monotonic() < deadline:
+            time.sleep(0.005)
+        shown.advance(3)
+    assert lines.splitlines()[0] == "popi: summaries: 0 of 3, 0 s"
+
+
+def test_an_error_ends_the_lines(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(KeyError), output.progress("summaries", 3):
+        raise KeyError
+    assert capsys.readouterr().err == ""
+    assert not any(thread.name == "popi-progress" for thread in threading.enumerate())
 
 
 def test_progress_is_a_bar_on_a_terminal(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     on_a_terminal(monkeypatch)
-    with output.progress("summaries", 2) as shown:
+    with output.progress("summaries", 2, "users") as shown:
         shown.advance(2)
         shown.note("user [bold]x[/] failed")
     drawn = capsys.readouterr()
     assert "2/2" in drawn.err
+    assert "users per minute" in drawn.err
     assert "popi: user [bold]x[/] failed" in drawn.err
     assert drawn.out == ""

@@ -36,7 +36,7 @@ def test_it_tells_the_whole_story(capsys: pytest.CaptureFixture[str]) -> None:
             "popi-mini-base infers, untrained",
             "popi-mini-writer infers, trained",
             "bullet points  (from 1, 2)",
-            "something [nice]  (cites nothing)",
+            "something [nice]  (no citation)",
             "Plain.",
             "popi-mini-generator: preference accuracy",
             "popi-mini-reader: preference accuracy",
@@ -62,8 +62,9 @@ def test_json_lines(capsys: pytest.CaptureFixture[str]) -> None:
 def test_an_answer_that_fails_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     def fail(request: ChatRequest) -> str | ChatResult:
         text = request.messages[-1].content
-        return "- bullet points" if "Signals of one user" in text else ChatResult("", "error", error="no memory")
+        failed = ChatResult.failed("no memory", "server", model="m")
+        return "- bullet points" if "Signals of one user" in text else failed
 
     monkeypatch.setattr("popi.registry.backend", lambda name: lambda model: ScriptedBackend(fail, model=model))
     assert main(["quickstart"]) == 1
-    assert capsys.readouterr().err == "popi: no answer: no memory\n"
+    assert capsys.readouterr().err == "popi: no response: no memory\n"
