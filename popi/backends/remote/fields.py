@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import logging
 import re
-import threading
 from collections.abc import Mapping
 from typing import Any
 
 from popi.backends.remote.failures import Rejected
+from popi.engine.forking import ForkLock
 from popi.errors import ConfigError, did_you_mean
 
 log = logging.getLogger(__name__)
@@ -72,7 +72,7 @@ class Fields:
         self._model, self._extra = model, dict(extra)
         self._names: dict[str, str | None] = {"max_tokens": limit, **names}
         self._learnt: dict[str, str | None] = {}
-        self._lock = threading.Lock()
+        self._lock = ForkLock()
 
     def attempt(self, arguments: Mapping[str, Any]) -> Attempt:
         """Returns the first attempt to send these arguments."""
