@@ -5,11 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import replace
 from itertools import groupby
+from typing import TYPE_CHECKING
 
 from popi.backends.base import ChatRequest, ChatResult, FinishReason
 from popi.backends.reasoning import MARKERS, ReasoningFilter, strip_reasoning
 from popi.backends.results import ORPHAN, complete
 from popi.engine.answer import Answer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 Decode = Callable[[Sequence[int]], str]
 
@@ -89,6 +93,11 @@ class Response:
         """The text without reasoning."""
         self._reasoning = ReasoningFilter(opened=self._opened)
         return self._reasoning.feed(text) + (self._reasoning.finish() if final else "")
+
+
+def control_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
+    """The text of each control token of a tokenizer."""
+    return {token: text.content for token, text in tokenizer.added_tokens_decoder.items() if text.special}
 
 
 def keeping_markers(decode: Decode, special: Mapping[int, str]) -> Decode:
