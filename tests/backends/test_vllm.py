@@ -146,15 +146,12 @@ async def test_other_weights_show_at_once(tmp_path: Path, tied: bool) -> None:
         assert {result.text for result in await under_way} == {old}
         assert (await backend.chat([ask(max_tokens=100)]))[0].text != old
         await assert_alike(backend, TransformersBackend(str(after)))
-<<<<<<< HEAD
-=======
         # A cache must not answer with the responses of the weights before.
         assert (
             backend.identity
             != identity
             == backend.identity.replace(str(fingerprint_files(after)), str(fingerprint_files(before)))
         )
->>>>>>> h-remote
         with pytest.raises(ModelError, match="there are no safetensors in"):
             await backend.update_weights(tmp_path)
 
