@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import math
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from popi.backends.base import ChatRequest, ChatResult, ScoreRequest
+from popi.backends.base import ChatRequest, ChatResult, ScoreRequest, ScoreResult
+from popi.backends.openai import OpenAIBackend
 from popi.backends.wrappers import Cache
 from popi.errors import BackendError, InputError
 from popi.prompts import Message
 from popi.testing import ScriptedBackend
+from tests.faults import Scripted, Serve, piece
 
 
 def ask(text: str, **options: object) -> ChatRequest:
@@ -107,6 +110,36 @@ async def test_another_model_has_answers_of_its_own(tmp_path: Path) -> None:
         inner = ScriptedBackend(lambda request, model=model: model, model=model)
         async with Cache(inner, tmp_path / "cache") as cache:
             assert (await cache.chat([ask("rice")]))[0].text == model
+
+
+async def test_the_same_name_at_another_address_has_answers_of_its_own(serve: Serve, tmp_path: Path) -> None:
+    for text in ("one", "two"):
+        inner = OpenAIBackend("m", base_url=serve(Scripted([piece(text, "stop")])).url, key=None)
+        async with Cache(inner, tmp_path / "cache") as cache:
+            assert (await cache.chat([ask("rice")]))[0].text == text
+            assert [each async for each in cache.stream(ask("rice"))] == [text] and cache.hits == 1
+
+
+@pytest.mark.parametrize("score", [math.nan, math.inf, -math.inf])
+async def test_a_score_that_is_not_finite_is_not_kept(tmp_path: Path, score: float) -> None:
+    request = ScoreRequest([Message("user", "rice")], "Yes.")
+    scores = iter([ScoreResult(score, 1, model="scripted"), ScoreResult(-1.0, 1, model="scripted")])
+
+    class Careless(ScriptedBackend):
+        async def score(self, requests: Sequence[ScoreRequest]) -> list[ScoreResult]:
+            return [next(scores) for _ in requests]
+
+    async with Cache(Careless(), tmp_path / "cache") as cache:
+        await cache.score([request])
+        assert (await cache.score([request]))[0].logprob == -1.0 and cache.hits == 0
+
+
+async def test_an_entry_that_cannot_be_read_is_asked_for_again(tmp_path: Path) -> None:
+    for entry in ("{", '"text"', '{"words": 1}'):
+        async with Cache(inner := numbered(), tmp_path / "cache") as cache:
+            await cache.chat([ask("rice")])
+            cache._connection().execute("UPDATE results SET result = ?", (entry,))
+            assert (await cache.chat([ask("rice")]))[0].text == f"answer {len(inner.chats) - 1} to rice"
 
 
 async def test_failures_are_not_kept(tmp_path: Path) -> None:

@@ -78,6 +78,27 @@ async def test_what_failed_on_its_way_may_have_cost_all_that_it_could(kind: str)
     assert ledger.total == Spent(1, unsure=pytest.approx(most(request)))
 
 
+async def test_an_empty_response_costs_what_its_reasoning_did() -> None:
+    ledger = Ledger()
+    backend = Cost(ScriptedBackend(lambda _: "<think>so I will"), price=PRICE, ledger=ledger)
+    [result] = await backend.chat([ask("rice")])
+    assert result.failure == "empty"
+    assert ledger.total == Spent(1, 1, 3, pytest.approx(PRICE.of(1, 3)))
+
+
+async def test_two_calls_never_wait_for_what_the_other_one_reserved() -> None:
+    class Slow(ScriptedBackend):
+        async def chat(self, requests: Sequence[ChatRequest]) -> list[ChatResult]:
+            await asyncio.sleep(0.001)
+            return await super().chat(requests)
+
+    ledger = Ledger(cap=3 * most(ask("rice")))
+    backend = Cost(Slow(), price=PRICE, ledger=ledger)
+    async with asyncio.timeout(10):
+        batches = await asyncio.gather(*(backend.chat([ask("rice")] * 4) for _ in range(4)))
+    assert {result.error for batch in batches for result in batch} == {None}
+
+
 @pytest.mark.parametrize("kind", ["request", "rate_limit"])
 async def test_what_no_model_has_read_costs_nothing(kind: str) -> None:
     ledger = Ledger()
@@ -178,6 +199,12 @@ def test_no_cap_is_ever_passed(cap: float, words: list[tuple[int, int, str]]) ->
     assert len(results) == len(requests)
     assert ledger.total.money + ledger.total.unsure <= cap
     assert ledger.total.requests == sum(result.failure != "budget" for result in results)
+
+
+@pytest.mark.parametrize("price", [-1.0, float("nan"), float("inf")])
+def test_a_price_must_be_a_number_that_is_not_negative(price: float) -> None:
+    with pytest.raises(ConfigError, match="field completion: a price must be zero or positive, got"):
+        Price(0.0, price)
 
 
 def test_a_budget_below_nothing_is_refused() -> None:

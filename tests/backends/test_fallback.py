@@ -15,17 +15,11 @@ from popi.backends.wrappers import Breaker, Fallback, Route
 from popi.errors import BackendError, ConfigError
 from popi.prompts import Message
 from popi.testing import ScriptedBackend
+from tests.backends.test_breaker import Clock, opened
 
 
 def ask(text: str = "rice", **options: int) -> ChatRequest:
     return ChatRequest([Message("user", text)], **options)
-
-
-class Clock:
-    now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
 
 
 class Pair:
@@ -176,43 +170,50 @@ def test_routes_need_names_of_their_own(names: list[str]) -> None:
         Fallback([Route(name, ScriptedBackend()) for name in names])
 
 
-@pytest.mark.parametrize("numbers", [{"failures": 0}, {"cooldown": 0}])
-def test_a_breaker_of_nothing_is_refused(numbers: dict[str, int]) -> None:
-    with pytest.raises(ConfigError, match=f"field {next(iter(numbers))}: must be positive, got 0"):
-        Breaker(**numbers)
+async def test_time_outs_among_many_that_succeed_leave_a_route_open(caplog: pytest.LogCaptureFixture) -> None:
+    def answer(request: ChatRequest) -> str | ChatResult:
+        late = request.messages[0].content in ("0", "31", "63")
+        return ChatResult.failed("no response within 1 s", "timeout", model="small") if late else "local"
+
+    route = Route("local", ScriptedBackend(answer), breaker=Breaker(failures=3))
+    both = Fallback([route, Route("api", ScriptedBackend(lambda _: "remote"))])
+    for _ in range(3):
+        results = await both.chat([ask(f"{n}") for n in range(64)])
+        assert [result.route for result in results].count("api") == 3
+    assert route.breaker.closed and not caplog.messages
+    dead = Route("local", ScriptedBackend(lambda _: ChatResult.failed("no", "timeout", model="small")))
+    both = Fallback([dead, Route("api", ScriptedBackend(lambda _: "remote"))])
+    assert {result.route for result in await both.chat([ask(f"{n}") for n in range(64)])} == {"api"}
+    assert not dead.breaker.closed
 
 
-def opened(clock: Clock) -> Breaker:
-    """One that a failure has opened, of which a probe is due."""
-    breaker = Breaker(failures=1, cooldown=10, clock=clock)
-    breaker.failed(breaker.admit(1))
-    clock.now += 11
-    return breaker
+async def test_an_empty_response_goes_on_and_harms_no_health() -> None:
+    route = Route("local", ScriptedBackend(lambda _: ""), breaker=Breaker(failures=1))
+    both = Fallback([route, Route("api", ScriptedBackend(lambda _: "remote"))])
+    [result] = await both.chat([ask()])
+    assert (result.text, result.route) == ("remote", "api") and route.breaker.closed
+    assert [piece async for piece in both.stream(ask())] == ["remote"] and route.breaker.closed
 
 
-def test_a_probe_that_was_given_up_makes_room_for_another() -> None:
-    breaker = opened(Clock())
-    probe = breaker.admit(3)
-    assert (probe.count, breaker.admit(3).count) == (1, 0)
-    breaker.abandoned(probe)
-    assert breaker.admit(3).count == 1
+def test_routes_are_tried_in_their_order_unless_all_have_a_price() -> None:
+    def first(*prices: Price | None) -> str:
+        routes = [Route(f"{n}", ScriptedBackend(), price) for n, price in enumerate(prices)]
+        return asyncio.run(Fallback(routes).chat([ask()]))[0].route
+
+    assert first(Price(2, 2), Price(1, 1)) == "1"
+    assert first(Price(1, 1), FREE) == "1"
+    assert first(Price(1, 1), Price(1, 1)) == "0"
+    assert first(Price(2, 2), None) == first(None, FREE) == first(None, None) == "0"
 
 
-def test_what_was_sent_before_it_opened_tells_an_open_breaker_nothing() -> None:
-    breaker = Breaker(failures=1, cooldown=10, clock=(clock := Clock()))
-    early = breaker.admit(4)
-    breaker.failed(early)
-    clock.now = 9
-    breaker.failed(early)
-    breaker.succeeded(early)
-    clock.now = 11
-    probe = breaker.admit(3)
-    assert probe.count == 1 and not breaker.closed
-    breaker.abandoned(early)
-    breaker.failed(early)
-    assert breaker.admit(3).count == 0
-    breaker.succeeded(probe)
-    assert breaker.closed
+def test_what_every_route_supports_is_supported() -> None:
+    one, two = ScriptedBackend(model="one"), ScriptedBackend(model="two")
+    one.capabilities = Capabilities(response_prefix=True, interfaces=frozenset({"summary", "embedding"}))
+    two.capabilities = Capabilities(response_prefix=False, interfaces=frozenset({"summary"}))
+    both = Fallback([Route("one", one), Route("two", two)]).capabilities
+    assert not both.response_prefix and both.interfaces == {"summary"}
+    alone = Fallback([Route("one", one)]).capabilities
+    assert alone.response_prefix and alone.interfaces == {"summary", "embedding"}
 
 
 async def test_a_probe_that_hangs_holds_up_no_other_request() -> None:

@@ -133,7 +133,7 @@ async def test_the_clock_goes_on_when_the_turn_has_come() -> None:
     began = time.monotonic()
     results = await Retry(Limit(Stalled(), max_concurrency=1), deadline=0.2).chat([ask("rice?")] * 3)
     assert [result.failure for result in results] == ["timeout"] * 3
-    assert 0.6 <= time.monotonic() - began < 5
+    assert 0.55 <= time.monotonic() - began < 5
 
 
 async def test_one_that_fails_holds_up_no_other() -> None:

@@ -47,6 +47,12 @@ async def test_what_is_answered_is_kept_when_the_rest_is_denied(max_concurrency:
     assert [result.failure for result in (denied, *rest)] == ["denied"] * 3
 
 
+async def test_what_concerns_one_request_spoils_no_other() -> None:
+    one, *others, two = await asked("one", "raises request", "raises empty", "raises budget", "two")
+    assert (one.text, two.text) == ("one", "two")
+    assert [result.failure for result in others] == ["request", "empty", "budget"]
+
+
 @pytest.mark.parametrize(
     "ways",
     [

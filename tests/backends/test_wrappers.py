@@ -43,6 +43,23 @@ async def test_a_stream_tells_its_whole_answer_through_the_wrapper(wrap: Callabl
     assert whole == [answer] and "".join(pieces) == answer.text
 
 
+@pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS)
+async def test_a_wrapper_is_the_backend_that_it_wraps(wrap: Callable[[Backend], Backend]) -> None:
+    inner = ScriptedBackend(model="one", context_length=50)
+    backend = wrap(inner)
+    assert (backend.model, backend.capabilities) == ("one", inner.capabilities)
+    assert backend.identity == wrap(ScriptedBackend(model="one", context_length=50)).identity
+    assert backend.identity != wrap(ScriptedBackend(model="two", context_length=50)).identity
+    assert inner.identity in backend.identity
+
+
+@pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS)
+async def test_a_response_prefix_passes_a_wrapper(wrap: Callable[[Backend], Backend]) -> None:
+    backend, request = wrap(ScriptedBackend()), ChatRequest([Message("user", "Why?")], response_prefix="So: ")
+    [result] = await backend.chat([request])
+    assert result.text == "So: Noted: Why?" == "".join([piece async for piece in backend.stream(request)])
+
+
 @pytest.mark.parametrize("wrap", [partial(Retry, attempts=1), Limit], ids=["retry", "limit"])
 async def test_a_request_that_finds_nobody_spoils_no_other(wrap: Callable[[Backend], Backend]) -> None:
     class Flaky(ScriptedBackend):

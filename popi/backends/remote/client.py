@@ -21,6 +21,13 @@ from popi.errors import ConfigError
 DONE: Final = object()
 """Comes behind the last body of a response that is known to be whole."""
 
+BOM = b"\xef\xbb\xbf"
+EVENT = re.compile(rb"(data|event|id|retry)?:")
+"""How a stream of server-sent events begins: with a field, or a comment."""
+
+ENOUGH = len("event:")
+"""Number of bytes that tell such a stream from a JSON."""
+
 LINE_END = re.compile(rb"\r\n|\n|\r(?=[^\n])")
 
 SHOWN = 200
@@ -66,32 +73,29 @@ class Client:
         async with self._http.stream("POST", self._server.url + path, content=content) as response:
             if response.status_code >= 300:
                 raise await self._rejected(response)
-            if response.headers.get("content-type", "").startswith("text/event-stream"):
-                async with held(self._events(response)) as events:
-                    async for event in events:
-                        yield event if event is DONE else self._parse(event, response)
-            else:
-                yield self._parse(await response.aread(), response)
-                yield DONE
+            async with held(self._timely(response.aiter_bytes())) as pieces:
+                head = b""
+                async for piece in pieces:
+                    head += piece
+                    if len(head.lstrip()) >= ENOUGH:
+                        break
+                async with held(_bodies(head, pieces)) as bodies:
+                    async for data in bodies:
+                        yield data if data is DONE else self._parse(data, response)
 
     async def close(self) -> None:
         """Closes the connections."""
         await self._http.aclose()
 
-    async def _events(self, response: httpx.Response) -> AsyncIterator[Any]:
-        """The data of the events of a stream."""
-        events, pieces = EventReader(), response.aiter_bytes()
+    async def _timely(self, pieces: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+        """The same pieces, each within the timeout."""
         async with held(pieces):
             while True:
                 async with asyncio.timeout(self._timeout):
                     piece = await anext(pieces, None)
-                for data in events.finish() if piece is None else events.feed(piece):
-                    if data.strip() == b"[DONE]":
-                        yield DONE
-                        return
-                    yield data
                 if piece is None:
                     return
+                yield piece
 
     async def _rejected(self, response: httpx.Response) -> Rejected:
         text = (await response.aread()).decode("utf-8", "replace")
@@ -123,6 +127,25 @@ class Client:
             redact=self._server.redact,
             reason=response.reason_phrase,
         )
+
+
+async def _bodies(head: bytes, rest: AsyncIterator[bytes]) -> AsyncIterator[Any]:
+    """The data of each event of a stream, or all of a response that is none.
+
+    The bytes decide which it is: servers ignore what a request asks for, and send either under either content type.
+    """
+    if not EVENT.match(head.removeprefix(BOM).lstrip()):
+        yield b"".join([head, *[piece async for piece in rest]])
+        yield DONE
+        return
+    events = EventReader()
+    for data in events.feed(head):
+        yield DONE if data.strip() == b"[DONE]" else data
+    async for piece in rest:
+        for data in events.feed(piece):
+            yield DONE if data.strip() == b"[DONE]" else data
+    for data in events.finish():
+        yield DONE if data.strip() == b"[DONE]" else data
 
 
 def _error_of(body: Any) -> Any:
@@ -162,7 +185,7 @@ class EventReader:
                 yield b"\n".join(self._data)
             self._data = []
             return
-        field, _, value = line.removeprefix(b"\xef\xbb\xbf").partition(b":")
+        field, _, value = line.removeprefix(BOM).partition(b":")
         if field == b"data":
             self._data.append(value.removeprefix(b" "))
 

@@ -62,7 +62,7 @@ def served_backend(url: str, context_length: int) -> Backend:
 
 def kill_served(backend: Backend) -> None:
     """Nobody listens where it looks from now on; killing the server would take it from the other tests."""
-    backend._url = f"http://127.0.0.1:{free_port()}/v1"
+    backend._server = replace(backend._server, url=f"http://127.0.0.1:{free_port()}/v1")
 
 
 def vllm_backend(shared: VLLMBackend, context_length: int) -> Backend:
