@@ -102,7 +102,7 @@ class Endpoint(ABC):
         attempt, begun = self._fields.attempt(arguments), False
         while not begun:
             try:
-                async with held(client.bodies(self.path, attempt.body)) as bodies:
+                async with held(client.bodies(self.path, attempt.body())) as bodies:
                     async for body in bodies:
                         attempt.accepted()
                         begun = True
