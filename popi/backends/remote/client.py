@@ -130,9 +130,9 @@ class Client:
 
 
 async def _bodies(head: bytes, rest: AsyncIterator[bytes]) -> AsyncIterator[Any]:
-    """The data of each event of a stream, or all of a response that is none.
+    """The data of each event of a stream, or the whole body of another response.
 
-    The bytes decide which it is: servers ignore what a request asks for, and send either under either content type.
+    The first bytes decide which it is: servers ignore the ``stream`` of a request, and label either kind as the other.
     """
     if not EVENT.match(head.removeprefix(BOM).lstrip()):
         yield b"".join([head, *[piece async for piece in rest]])
