@@ -201,7 +201,7 @@ def test_what_was_spent_is_told_by_user(tmp_path: Path, monkeypatch: pytest.Monk
 
     monkeypatch.setattr(registry, "backend", lambda name: make)
     file = tmp_path / "api.yaml"
-    file.write_text("{backend: scripted, model: m, price: {completion: 1000000}}")
+    file.write_text("{backend: scripted, model: m, price: {prompt: 0, completion: 1000000}}")
     personalizer = Personalizer.load(str(file), generator=str(file))
     assert len(made) == 1
     for name in ("ann", "bob"):

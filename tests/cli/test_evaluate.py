@@ -273,7 +273,7 @@ def test_a_budget_stops_an_evaluation_which_says_what_was_spent(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     file = tmp_path / "dear.yaml"
-    file.write_text("{backend: scripted, model: m, price: {prompt: 1000}, budget: 0.5}")
+    file.write_text("{backend: scripted, model: m, price: {prompt: 1000, completion: 0}, budget: 0.5}")
     assert evaluate("--generator", str(file)) == 1
     *_, told, last = capsys.readouterr().err.splitlines()
     assert re.match(rf"popi: {file}: \d+ requests read .* tokens and wrote \d+: 0\.[0-4]", told)
@@ -296,7 +296,10 @@ def test_a_backends_file_may_change_in_how_the_model_is_asked_and_not_in_what_it
     assert measured() == 0
     asked = len(backends[models["reader"]].scored)
     assert asked
-    assert measured(retry={"attempts": 2}, budget=3, price={"prompt": 1}, limit={"at_once": 2}) == 0
+    assert (
+        measured(retry={"attempts": 2}, budget=3, price={"prompt": 1, "completion": 0}, limit={"max_concurrency": 2})
+        == 0
+    )
     assert not backends[models["reader"]].scored
     capsys.readouterr()
     Path(models["reader"], "model.safetensors").write_text("trained anew")

@@ -164,7 +164,7 @@ def test_a_budget_stops_the_work_before_it_is_passed(summarize: Run, models: Mod
     models.answers = lambda request: ChatResult("- Short answers [1]", "stop", 100, 10, "m")
     file = tmp_path / "backend.yaml"
     # An answer may have 256 tokens and has 10: the third one is more than is left.
-    file.write_text("{backend: transformers, model: m, price: {completion: 10000}, budget: 2.7}")
+    file.write_text("{backend: transformers, model: m, price: {prompt: 0, completion: 10000}, budget: 2.7}")
     ran = summarize(USERS, model=str(file))
     assert ran.code == 1
     assert len(summaries(out)) == len(models.chats) == 2
