@@ -13,10 +13,11 @@ from popi import registry
 from popi.assembly import open_backend
 from popi.backends.base import Backend, OnComplete, ignore_result
 from popi.backends.ledger import Ledger, Spent
+from popi.backends.sharing import renew_after_fork
 from popi.backends.together import held
 from popi.errors import BackendError
 from popi.roles import Conditioned, ConditionedGenerator, PreferenceInference
-from popi.signals import Signal, UserSignals
+from popi.signals import Signal, UserSignals, as_user_id
 from popi.summary import PreferenceSummary
 
 Result = TypeVar("Result")
@@ -55,9 +56,16 @@ class Personalizer:
         self._signals: dict[str, UserSignals] = {}
         self._inferred: dict[str, tuple[tuple[str, ...], PreferenceSummary]] = {}
         self._edited: dict[str, PreferenceSummary] = {}
-        # A lock belongs to the loop of those who wait for it.
-        self._locks: WeakValueDictionary[tuple[asyncio.AbstractEventLoop, str], asyncio.Lock] = WeakValueDictionary()
+        # A lock belongs to the event loop of the tasks that wait for it.
+        self._locks: WeakValueDictionary[tuple[asyncio.AbstractEventLoop, str], asyncio.Lock]
         self._own_loop = _LoopInThread()
+        self.after_fork()
+        renew_after_fork(self)
+
+    def after_fork(self) -> None:
+        """Replaces what a forked child must not share with its parent; runs in the child."""
+        self._lock = threading.Lock()
+        self._locks = WeakValueDictionary()
 
     @classmethod
     def load(cls, model: str, *, generator: str | None = None) -> Self:
@@ -88,10 +96,13 @@ class Personalizer:
         Raises:
             InputError: If the id of a new signal stands for another one.
         """
-        self._signals[user_id] = self.signals(user_id).add(*signals)
+        user_id = as_user_id(user_id)
+        with self._lock:
+            self._signals[user_id] = self.signals(user_id).add(*signals)
 
     def signals(self, user_id: str) -> UserSignals:
         """What was observed of a user."""
+        user_id = as_user_id(user_id)
         return self._signals.get(user_id) or UserSignals(user_id=user_id)
 
     async def infer(self, user_id: str) -> PreferenceSummary:
@@ -102,6 +113,7 @@ class Personalizer:
         Raises:
             BackendError: If it cannot be had.
         """
+        user_id = as_user_id(user_id)
         lock = self._locks.setdefault((asyncio.get_running_loop(), user_id), asyncio.Lock())
         async with lock:
             if user_id in self._edited:
@@ -122,12 +134,13 @@ class Personalizer:
         Raises:
             BackendError: If there was no summary and none can be had.
         """
+        user_id = as_user_id(user_id)
         self._edited[user_id] = (await self.infer(user_id)).edit(text)
         return self._edited[user_id]
 
     def withdraw_edit(self, user_id: str) -> None:
         """Goes back to the summary that is inferred; harmless where nothing was edited."""
-        self._edited.pop(user_id, None)
+        self._edited.pop(as_user_id(user_id), None)
 
     async def respond(self, user_id: str, prompt: str) -> str:
         """Answers a prompt under the user's summary.
@@ -159,7 +172,8 @@ class Personalizer:
     def spent(self, user_id: str | None = None) -> Spent:
         """What was spent so far on a user, or on all, where a backend's file keeps the accounts."""
         accounts = [
-            ledger.total if user_id is None else ledger.by_user().get(user_id, Spent()) for ledger in self._ledgers
+            ledger.total if user_id is None else ledger.by_user().get(as_user_id(user_id), Spent())
+            for ledger in self._ledgers
         ]
         return sum(accounts, Spent())
 
@@ -190,6 +204,11 @@ class _LoopInThread:
     """An event loop in a thread of its own, started when it is first needed, for callers that have none."""
 
     def __init__(self) -> None:
+        self.after_fork()
+        renew_after_fork(self)
+
+    def after_fork(self) -> None:
+        """Forgets the loop: its thread does not exist in a forked child."""
         self._loop: asyncio.AbstractEventLoop | None = None
         self._starting = threading.Lock()
 

@@ -251,17 +251,32 @@ def load_state(path: Path, *, fix: str = "remove it to start anew") -> dict[str,
     return state
 
 
-def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, card: str, folder: str) -> None:
-    """Writes a model in bfloat16, its tokenizer and its card into a folder."""
+def save_model(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, card: str, folder: str, *, half: bool = False
+) -> None:
+    """Writes a model, its tokenizer and its card into a folder. Tied weights are written once.
+
+    Args:
+        model: The model. Its weights are written in their own precision: a small update would be lost by rounding.
+        tokenizer: Its tokenizer.
+        card: Text of ``README.md``.
+        folder: An existing folder.
+        half: Round the weights to bfloat16, for a model that ships.
+    """
     import torch
 
     from popi.engine.loading import quiet
 
-    half = {key: value.to(torch.bfloat16) for key, value in model.state_dict().items()}
     with quiet():
-        model.save_pretrained(folder, state_dict=half)
+        if half:
+            tied = set(getattr(model, "all_tied_weights_keys", {}))
+            weights = {name: value.to(torch.bfloat16) for name, value in model.state_dict().items() if name not in tied}
+            model.save_pretrained(folder, state_dict=weights)
+        else:
+            model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    _declare_dtype(Path(folder) / "config.json")
+    if half:
+        _declare_dtype(Path(folder) / "config.json")
     write_text(Path(folder) / "README.md", card)
 
 

@@ -73,3 +73,11 @@ def test_a_model_is_known_by_its_files_and_one_of_the_hub_by_its_commit(
         assert models.fingerprint("org/name") == commit
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     assert models.fingerprint("org/name") is None
+
+
+@pytest.mark.parametrize("name", ["model.gguf", "model.safetensors", "pytorch_model.bin", "config.json"])
+def test_a_file_is_refused_in_one_line(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(b"GGUF")
+    with pytest.raises(ModelError, match="is a file, not the folder of a model; ") as caught:
+        models.find(str(tmp_path / name))
+    assert ("GGUF is not supported" in str(caught.value)) == name.endswith(".gguf")

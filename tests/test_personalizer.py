@@ -1,8 +1,11 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Thread
 
 import pytest
 
@@ -213,3 +216,33 @@ def test_what_was_spent_is_told_by_user(tmp_path: Path, monkeypatch: pytest.Monk
     assert personalizer.spent().requests == 3 and personalizer.spent("eve").requests == 0
     assert personalizer.spent().money == personalizer.spent("ann").money + personalizer.spent("bob").money
     asyncio.run(personalizer.close())
+
+
+def test_signals_of_several_threads_are_all_kept(personalizer: Personalizer) -> None:
+    def observe(thread: int) -> None:
+        for number in range(200):
+            personalizer.observe("ann", Statement(text=f"I like the number {number} of {thread}."))
+
+    threads = [Thread(target=observe, args=(thread,)) for thread in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(personalizer.signals("ann").signals) == 800
+
+
+def test_an_id_is_the_same_user_with_and_without_white_space(personalizer: Personalizer) -> None:
+    personalizer.observe(" ann ", SHORT)
+    assert personalizer.signals("ann").signals == (SHORT,)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_a_forked_child_goes_on(personalizer: Personalizer) -> None:
+    personalizer.observe("ann", SHORT)
+    before = personalizer.respond_sync("ann", "What is rain?")
+    child = os.fork()
+    if not child:
+        signal.alarm(20)
+        os._exit(0 if personalizer.respond_sync("ann", "What is rain?") == before else 1)
+    assert os.waitpid(child, 0)[1] == 0

@@ -5,10 +5,13 @@ from pathlib import Path
 import pytest
 import torch
 from pydantic import BaseModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from popi.errors import InputError, PopiError
 from popi.io import UNFINISHED
-from popi.run_folder import RunFolder, writing
+from popi.run_folder import RunFolder, save_model, writing
+from popi.testing import tiny_model
 
 PART = ".popi-0123456789ab.part"
 
@@ -89,3 +92,19 @@ def test_a_folder_of_another_run_tells_the_first_difference(tmp_path):
         RunFolder.open(tmp_path, Recipe(), libraries=["numpy"])
     with opened(tmp_path) as folder, pytest.raises(InputError, match=r"was made with data .*; put the data back"):
         folder.begin({"data": "2c3d"})
+
+
+@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_model_is_saved_in_its_own_precision_with_tied_weights_once(half, tied, tmp_path):
+    _, tokenizer = tiny_model()
+    config = tiny_model()[0].config
+    config.tie_word_embeddings = tied
+    model = AutoModelForCausalLM.from_config(config)
+    save_model(model, tokenizer, "card", str(tmp_path), half=half)
+    saved = load_file(tmp_path / "model.safetensors")
+    assert {value.dtype for value in saved.values()} == {torch.bfloat16 if half else torch.float32}
+    assert ("lm_head.weight" in saved) == (not tied)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(again.state_dict()[name], value.to(saved["model.norm.weight"].dtype).float())

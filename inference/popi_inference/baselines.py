@@ -42,7 +42,7 @@ class RawSignals(PreferenceInference):
         return [self._render(user) for user in users]
 
     def _render(self, user: UserSignals) -> PreferenceSummary:
-        rendered = render_signals(user.signals, self._backend.count_tokens, self._budget)
+        rendered = render_signals(user.chronological(), self._backend.count_tokens, self._budget)
         return PreferenceSummary(
             user_id=user.user_id,
             text=rendered.text or NO_EVIDENCE,

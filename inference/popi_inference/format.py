@@ -55,7 +55,7 @@ class PromptedSummary(SummaryFormat):
         """See :meth:`SummaryFormat.render`."""
         if not any(signal.is_evidence for signal in user.signals):
             return None
-        rendered = render_signals(user.signals, self._count_tokens, self._budget, self._prompts)
+        rendered = render_signals(user.chronological(), self._count_tokens, self._budget, self._prompts)
         language = language_of(user) if self._language == AUTO else self._language
         messages = self._prompts.inference_messages(rendered.text, language=language)
         return SummaryPrompt(user, tuple(messages), rendered.shown)

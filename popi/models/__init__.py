@@ -28,14 +28,23 @@ def find(name_or_path: str) -> str:
     """
     if name_or_path in shipped():
         return str(FOLDER / name_or_path)
-    if name_or_path and Path(name_or_path).expanduser().exists():
-        return str(Path(name_or_path).expanduser())
+    path = Path(name_or_path).expanduser()
+    if name_or_path and path.is_file():
+        raise ModelError(f"{name_or_path} is a file, not the folder of a model", fix=_fix_of_file(path))
+    if name_or_path and path.exists():
+        return str(path)
     if HUB_ID.fullmatch(name_or_path):
         return name_or_path
     raise ModelError(
         f"no model {name_or_path!r}: neither shipped with popi nor a path here nor a hub id (org/name)",
         fix=did_you_mean(name_or_path, shipped()),
     )
+
+
+def _fix_of_file(path: Path) -> str:
+    if path.suffix.lower() == ".gguf":
+        return "GGUF is not supported; give a folder with config.json and safetensors weights"
+    return "give the folder that contains config.json, the tokenizer and the weights"
 
 
 def folder_of(name_or_path: str) -> Path | None:

@@ -232,7 +232,7 @@ def _run(recipe: PretrainRecipe, folder: RunFolder, source: str, report: Callabl
                 "finished": now(),
             }
             card = model_card(recipe, phase.name, folder.config, folder.path / METRICS, facts)
-            folder.save(phase.name, partial(save_model, learner.model, tokenizer, card))
+            folder.save(phase.name, partial(save_model, learner.model, tokenizer, card, half=True))
             folder.save_checkpoint(learner.state())
 
 

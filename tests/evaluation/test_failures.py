@@ -64,11 +64,15 @@ async def test_scores_that_are_not_finite_are_failed_items_now_and_when_they_are
     results = await run(users, column, tmp_path, rows)
     raw, empty = cell(results, "raw-signals"), cell(results, "empty-summary")
     assert (raw.accuracy, raw.by_seed, raw.differences, raw.unscored) == (None, {}, {}, 4)
-    assert raw.unavailable == f"none of its 4 pairs could be scored (the log-probability is {value})"
+    assert (
+        raw.unavailable
+        == f"none of its 4 pairs could be scored (malformed response: the log-probability is not finite ({value}))"
+    )
     assert (empty.accuracy.value, empty.unscored, empty.unavailable) == (0.5, 1, None)
     notes = " ".join(results.notes)
     assert f"Unavailable, because {raw.unavailable}: raw-signals (double)." in notes
-    assert f"ties: 1 of 4 in empty-summary (double). The first reason: the log-probability is {value}." in notes
+    reason = f"malformed response: the log-probability is not finite ({value})"
+    assert f"ties: 1 of 4 in empty-summary (double). The first reason: {reason}." in notes
     assert "| raw signals | unavailable |  |" in markdown(results, figure=False)
     draw_accuracy(results, tmp_path / "figure.png")
     backend.dead = "nothing is measured again"

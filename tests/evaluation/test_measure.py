@@ -85,7 +85,9 @@ async def test_a_failed_score_is_no_margin_and_spoils_no_other(make_example: Mak
 async def test_a_score_that_is_not_finite_is_a_failed_one(value: float, make_example: Make) -> None:
     column = column_of(ScriptedBackend(scores=lambda request: value if request.response == "bad" else -1.0))
     [plain] = await measure_plain(column, [make_example("ann", PAIR, ("fine", "poor"))], judged=0)
-    assert plain == Plain(user_id="ann", differences=(None, 0.0), error=f"the log-probability is {value}")
+    assert plain == Plain(
+        user_id="ann", differences=(None, 0.0), error=f"malformed response: the log-probability is not finite ({value})"
+    )
     assert Plain.model_validate_json(plain.model_dump_json()) == plain
     [bare] = measure_nothing([plain], judged=0)
     assert bare.margins == (None, 0.0)
