@@ -69,7 +69,7 @@ def scored(logprob: float, tokens: int, *, model: str, prompt_tokens: int = 0) -
     """Makes the result of a score. It is a failure of kind ``malformed`` if the log-probability is not finite."""
     if math.isfinite(logprob):
         return ScoreResult(logprob, tokens, prompt_tokens, model)
-    error = f"the log-probability is {logprob}"
+    error = f"malformed response: the log-probability is not finite ({logprob})"
     return ScoreResult.failed(error, "malformed", model=model, prompt_tokens=prompt_tokens)
 
 

@@ -324,5 +324,5 @@ async def test_a_log_probability_that_is_not_finite_is_a_failed_item(serve: Serv
         assert one.error is None and two.error is None
         bad = one.prompt_tokens + one.tokens
         odd, fine = await served.score(requests)
-    assert odd.failure == "malformed" and "the log-probability is " in str(odd.error)
+    assert odd.failure == "malformed" and "the log-probability is not finite" in str(odd.error)
     assert fine == two
