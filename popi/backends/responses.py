@@ -5,11 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import replace
 from itertools import groupby
+from typing import TYPE_CHECKING
 
 from popi.backends.base import ChatRequest, ChatResult, FinishReason
 from popi.backends.reasoning import MARKERS, ReasoningFilter, strip_reasoning
 from popi.backends.results import ORPHAN, complete
 from popi.engine.answer import Answer
+from popi.io import writable
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 Decode = Callable[[Sequence[int]], str]
 
@@ -43,7 +48,8 @@ class Response:
         self._request, self._end_tokens, self._emit = request, end_tokens, emit
         self._reasoning = ReasoningFilter(opened=opened)
         self._reasoning.feed(request.response_prefix)
-        self._opened, self._unsent = self._reasoning.inside, request.response_prefix
+        self._prefix = self._unsent = writable(request.response_prefix)
+        self._opened = self._reasoning.inside
         self._answer = Answer(decode, end_tokens, request.stop, self._send if emit else None, self._visible)
         self.watch = self._watch if self._answer.watches else None
 
@@ -72,7 +78,7 @@ class Response:
             completion_tokens=len(tokens),
             reasoned=thinking,
         )
-        return result if result.error else replace(result, text=self._request.response_prefix + result.text)
+        return result if result.error else replace(result, text=self._prefix + result.text)
 
     def _watch(self, tokens: Sequence[int]) -> bool:
         self._send("")
@@ -89,6 +95,11 @@ class Response:
         """The text without reasoning."""
         self._reasoning = ReasoningFilter(opened=self._opened)
         return self._reasoning.feed(text) + (self._reasoning.finish() if final else "")
+
+
+def control_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
+    """The text of each control token of a tokenizer."""
+    return {token: text.content for token, text in tokenizer.added_tokens_decoder.items() if text.special}
 
 
 def keeping_markers(decode: Decode, special: Mapping[int, str]) -> Decode:

@@ -25,7 +25,7 @@ from popi.backends.base import (
     ignore_result,
 )
 from popi.backends.reasoning import opens_reasoning
-from popi.backends.responses import Response, after_prefix, keeping_markers
+from popi.backends.responses import Response, after_prefix, control_tokens, keeping_markers
 from popi.backends.results import scored
 from popi.backends.streaming import Emit, streamed
 from popi.backends.together import held
@@ -140,8 +140,7 @@ class TransformersBackend(Backend):
         self.model, self._live, self._model, self._tokenizer = name, live, model, tokenizer
         self._identity: str | None = None
         self._tokens = ChatTokens(tokenizer, name)
-        special = {token: text.content for token, text in tokenizer.added_tokens_decoder.items() if text.special}
-        self._decode = keeping_markers(self._tokens.decode, special)
+        self._decode = keeping_markers(self._tokens.decode, control_tokens(tokenizer))
         self._end_tokens = end_tokens_of(model, self._tokens)
         layout = layout_of(model)
         if layout != "shared":
