@@ -18,7 +18,7 @@ from popi.errors import BackendError, ConfigError
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-AHEAD = 64
+AHEAD = 16
 """Maximum number of results that wait for a slow reader."""
 
 DEAD_AFTER = 8

@@ -1,4 +1,4 @@
-"""``popi train``: run a recipe."""
+"""``popi train``: trains models as a recipe describes."""
 
 from __future__ import annotations
 
@@ -9,17 +9,28 @@ import typer
 
 from popi.cli.output import JsonFlag, note, print_json, print_records, progress, telling_log
 
+FIGURES = {
+    "reward": "reward",
+    "rewards/margins": "margin",
+    "rewards/accuracies": "accuracy",
+    "response": "response loss",
+}
+"""The metrics that are shown for each step, with their names on the display."""
+
 
 def train(
-    recipe: Annotated[Path, typer.Argument(help="A recipe: a YAML file, or a folder with a config.yaml.")],
-    out: Annotated[Path | None, typer.Option(help="The run folder [default: runs/NAME of the recipe].")] = None,
+    recipe: Annotated[Path, typer.Argument(help="A recipe: a YAML file, or a folder with config.yaml.")],
+    out: Annotated[Path | None, typer.Option(help="The run folder [default: runs/NAME, by the recipe's name].")] = None,
     set_: Annotated[
-        list[str] | None, typer.Option("--set", metavar="FIELD=VALUE", help="Replace a value: phases.0.steps=2.")
+        list[str] | None,
+        typer.Option("--set", metavar="FIELD=VALUE", help="Override a field of the recipe: phases.0.steps=2."),
     ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the resolved recipe and what it costs.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the recipe with all defaults, and the size of the run.")
+    ] = False,
     json: JsonFlag = False,
 ) -> None:
-    """Train what a recipe says, or go on where the same command was stopped."""
+    """Train the models of a recipe. The same command resumes an interrupted run from its last checkpoint."""
     from popi.config import load, parse_overrides
     from popi.registry import load as load_part
 
@@ -33,43 +44,42 @@ def train(
     with telling_log(), progress(resolved.name, cost["steps"]) as shown:
         done = 0
 
-        def report(measured: dict[str, Any]) -> None:
+        def report(metrics: dict[str, Any]) -> None:
             nonlocal done
-            shown.advance(measured["step"] - done, _figures(measured))
-            done = measured["step"]
-            if line := _look(measured):
+            shown.advance(metrics["step"] - done, _figures(metrics))
+            done = metrics["step"]
+            if line := _evaluation(metrics):
                 shown.note(line)
 
         try:
             run(resolved, folder, source=str(recipe), report=report)
         except KeyboardInterrupt:
-            note(f"stopped at step {done}; the same command goes on from the last checkpoint in {folder}")
+            note(f"interrupted after step {done}; the same command resumes from the last checkpoint in {folder}")
             raise
     models = ", ".join(str(folder / name) for name in resolved.results())
     print_records([{"models": models, **cost}], json_flag=json)
 
 
-def _figures(measured: dict[str, Any]) -> str:
-    """What is shown of every step."""
-    names = {"reward": "reward", "accuracy": "accuracy", "response": "response loss"}
-    return ", ".join(f"{text} {measured[name]:.3f}" for name, text in names.items() if name in measured)
+def _figures(metrics: dict[str, Any]) -> str:
+    return ", ".join(f"{shown} {metrics[name]:.3f}" for name, shown in FIGURES.items() if name in metrics)
 
 
-def _look(measured: dict[str, Any]) -> str:
-    """A line on a step at which held-out users were looked at, else nothing."""
-    if "held_out" in measured:
-        held_out = measured["held_out"]
-        reward = f"reward {measured['reward']:.3f}, " if "reward" in measured else ""
+def _evaluation(metrics: dict[str, Any]) -> str:
+    """One line about a step after which there was an evaluation; empty for all other steps."""
+    if "held_out" in metrics:
+        held_out = metrics["held_out"]
+        reward = f"reward {metrics['reward']:.3f}, " if "reward" in metrics else ""
         return (
-            f"step {measured['step']}: {reward}held-out users: accuracy {held_out['accuracy']:.3f}, "
-            f"margin {held_out['margin']:.2f} nats, {held_out['summary_tokens']:.1f} tokens a summary"
+            f"step {metrics['step']}: {reward}held-out users: accuracy {held_out['accuracy']:.3f}, "
+            f"margin {held_out['margin']:.2f} nats, {held_out['summary_tokens']:.1f} tokens per summary"
         )
-    if "writing" not in measured:
+    if "writing" not in metrics:
         return ""
-    writing, following = measured["writing"], measured["following"]
-    weakest = min(following, key=following.get)
+    writing, following = metrics["writing"], metrics["following"]
+    lowest = min(following, key=following.get)
     return (
-        f"step {measured['step']}: response loss {measured['response']:.3f}, signals read {measured['reading']:.0%}, "
-        f"summaries {writing['accuracy']:.3f} of {writing['accuracy_evidence']:.3f}, "
-        f"followed {sum(following.values()) / len(following):.0%}, least {weakest} {following[weakest]:.0%}"
+        f"step {metrics['step']}: response loss {metrics['response']:.3f}, signals read {metrics['reading']:.0%}, "
+        f"accuracy of summaries {writing['accuracy']:.3f} (possible: {writing['accuracy_evidence']:.3f}), "
+        f"preferences followed {sum(following.values()) / len(following):.0%} "
+        f"(lowest: {lowest} {following[lowest]:.0%})"
     )
