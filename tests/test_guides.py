@@ -1,4 +1,4 @@
-"""Every block of the guides runs as it stands there, against a server on loopback."""
+"""Every block of the guide to applications runs as it is printed, against a server on loopback."""
 
 from __future__ import annotations
 
@@ -14,17 +14,21 @@ import pytest
 from popi.cli import main
 from tests.servers import KEY, SERVED, needs_vllm
 
-pytestmark = pytest.mark.slow
-
 ROOT = Path(__file__).parent.parent
 GUIDE = (ROOT / "docs" / "applications.md").read_text(encoding="utf-8").replace("gpt-4.1-mini", SERVED)
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", GUIDE, re.M | re.S)
 FILES = re.findall(r"`([\w.]+\.yaml)`", GUIDE)
 
+LIGHT = "\nimport sys; assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
+
+
+def blocks(kind: str) -> list[str]:
+    return [text for language, text in BLOCKS if language == kind]
+
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the files that the guide speaks of."""
+    """A folder with the files that the guide names."""
     folder = tmp_path_factory.mktemp("guide")
     for name, text in zip(FILES, blocks("yaml"), strict=True):
         (folder / name).write_text(text)
@@ -37,12 +41,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def environment(vllm_url: str) -> dict[str, str]:
-    """The server stands where the client looks for OpenAI's."""
+    """The client finds the server in place of OpenAI's."""
     return {**os.environ, "OPENAI_BASE_URL": vllm_url, "OPENAI_API_KEY": os.environ[KEY]}
-
-
-def blocks(kind: str) -> list[str]:
-    return [text for language, text in BLOCKS if language == kind]
 
 
 def run(command: list[str | Path], folder: Path, environment: dict[str, str]) -> str:
@@ -52,22 +52,22 @@ def run(command: list[str | Path], folder: Path, environment: dict[str, str]) ->
 
 
 def test_the_guide_has_blocks_of_all_kinds() -> None:
-    assert [len(blocks(kind)) for kind in ("python", "yaml", "sh")] == [3, 3, 3]
-
-
-@pytest.mark.parametrize("code", blocks("python"))
-def test_the_python_of_the_guide_runs_without_torch(
-    code: str, place: Path, environment: dict[str, str], clean_python: Path
-) -> None:
-    assert run([clean_python, "-c", code], place, environment).strip()
-    loaded = f"{code}\nimport sys; assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
-    run([clean_python, "-c", loaded], place, environment)
+    assert [len(blocks(kind)) for kind in ("python", "yaml", "sh")] == [5, 3, 3]
 
 
 def test_the_first_example_has_at_most_ten_lines() -> None:
     assert len([line for line in blocks("python")[0].splitlines() if line.strip()]) <= 10
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("code", blocks("python"))
+def test_the_python_of_the_guide_runs_without_torch(
+    code: str, place: Path, environment: dict[str, str], clean_python: Path
+) -> None:
+    assert run([clean_python, "-c", code + LIGHT], place, environment).strip()
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("line", blocks("sh"))
 def test_the_commands_of_the_guide_run(line: str, place: Path, environment: dict[str, str]) -> None:
     needs_vllm()
@@ -75,5 +75,5 @@ def test_the_commands_of_the_guide_run(line: str, place: Path, environment: dict
     command = ["sh", "-c", line.replace("popi ", f"{sys.executable} -m popi ", 1)]
     record = json.loads(run(command, place, {**environment, "PYTHONPATH": paths}))
     assert record["response"]
-    # Nobody listens where one's own server would be.
+    # No server listens at the address of "own".
     assert record["route"] == ("api" if "routes.yaml" in line else "")
