@@ -8,6 +8,7 @@ returns the exit code: 0, 1 (failed), 2 (bad input) or 130 (interrupted).
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Iterable, Sequence
 from importlib import import_module
@@ -16,7 +17,7 @@ from typing import Annotated
 
 import typer
 
-from popi.cli.output import note
+from popi.cli.output import note, telling_log
 from popi.errors import PopiError
 
 COMMANDS = {
@@ -47,7 +48,8 @@ def main(args: Sequence[str] | None = None) -> int:
     if isinstance(sys.stdout, TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")
     try:
-        code = _app(names)(args=words, prog_name="popi", standalone_mode=False)
+        with telling_log(logging.WARNING):
+            code = _app(names)(args=words, prog_name="popi", standalone_mode=False)
     except PopiError as error:
         for line in (str(error), *getattr(error, "__notes__", ())):
             note(line)

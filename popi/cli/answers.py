@@ -228,7 +228,7 @@ def answer_all(
                 _run(job, out, settings, options, max_concurrency)
     print_records([job.report()], json_flag=json)
     if job.truncated:
-        note(f"{job.truncated} responses were truncated; raise --max-tokens")
+        note(f"{job.truncated} responses were truncated; raise max_tokens")
     if job.failed:
         raise PopiError(f"{job.failed} of {job.prompts} prompts have no response; the same command tries them again")
 

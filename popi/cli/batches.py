@@ -113,8 +113,9 @@ def accounted(ledger: Ledger, model: str = "") -> Iterator[None]:
     finally:
         if (spent := ledger.total).requests:
             unsure = f", and at most {spent.unsure:.4f} for tokens that no server reported" if spent.unsure else ""
+            requests = "1 request" if spent.requests == 1 else f"{spent.requests:,} requests"
             note(
-                f"{model and f'{model}: '}{spent.requests:,} requests read {spent.prompt_tokens:,} tokens and wrote "
+                f"{model and f'{model}: '}{requests} read {spent.prompt_tokens:,} tokens and wrote "
                 f"{spent.completion_tokens:,}: {spent.money:.4f}{unsure}"
             )
     if ledger.refused:

@@ -142,7 +142,7 @@ def _respond(
     elif not stream:
         typer.echo(shown(response.text))
     if not response.is_complete:
-        note(f"the response is incomplete: {incompleteness(response).replace('max_tokens', '--max-tokens')}")
+        note(f"the response is incomplete: {incompleteness(response)}")
 
 
 def _record(prompt: str, summary: PreferenceSummary | None, response: Response) -> dict[str, object]:

@@ -80,8 +80,13 @@ def shown(text: str) -> str:
 
 def note(text: str) -> None:
     """Prints one line on standard error."""
-    sys.stderr.write(f"popi: {one_line(text)}\n")
+    sys.stderr.write(f"{_note(text)}\n")
     sys.stderr.flush()
+
+
+def _note(text: str) -> str:
+    """A text as a note. What the library calls ``max_tokens`` is an option here."""
+    return f"popi: {one_line(text).replace('raise max_tokens', 'raise --max-tokens')}"
 
 
 class _Notes(logging.Handler):
@@ -90,17 +95,23 @@ class _Notes(logging.Handler):
 
 
 @contextmanager
-def telling_log() -> Iterator[None]:
-    """Prints what the package logs inside the block as notes."""
+def telling_log(level: int = logging.INFO) -> Iterator[None]:
+    """Prints what the package logs inside the block as notes.
+
+    Args:
+        level: The lowest level that is printed.
+    """
     log, handler = logging.getLogger("popi"), _Notes()
-    level = log.level
-    log.addHandler(handler)
-    log.setLevel(logging.INFO)
+    before = log.level
+    outer = any(isinstance(known, _Notes) for known in log.handlers)
+    if not outer:
+        log.addHandler(handler)
+    log.setLevel(level)
     try:
         yield
     finally:
         log.removeHandler(handler)
-        log.setLevel(level)
+        log.setLevel(before)
 
 
 class Progress(Protocol):
@@ -231,4 +242,4 @@ class _Bar:
         self._display.update(self._task, advance=count, figures=shown)
 
     def note(self, text: str) -> None:
-        self._display.console.print(f"popi: {one_line(text)}", markup=False, highlight=False, soft_wrap=True)
+        self._display.console.print(_note(text), markup=False, highlight=False, soft_wrap=True)

@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+import logging
 import os
 import resource
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -12,8 +15,10 @@ import popi
 from popi import cli
 from popi.errors import BackendError, InputError
 
+Put = Callable[[Callable[[], None]], None]
 
-def raising(error: BaseException) -> object:
+
+def raising(error: BaseException) -> Callable[[], None]:
     def command() -> None:
         """Fail."""
         raise error
@@ -22,14 +27,14 @@ def raising(error: BaseException) -> object:
 
 
 @pytest.fixture
-def fail(monkeypatch: pytest.MonkeyPatch) -> object:
-    """Puts a command ``fail`` in place that raises what it is given."""
+def put(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], None]], None]:
+    """Adds a command ``made-up``."""
 
-    def put(error: BaseException) -> None:
-        module = type(sys)("failing")
-        module.fail = raising(error)  # type: ignore[attr-defined]
-        monkeypatch.setitem(sys.modules, "failing", module)
-        monkeypatch.setitem(cli.COMMANDS, "fail", "failing:fail")
+    def put(command: Callable[[], None]) -> None:
+        module = ModuleType("made_up")
+        module.command = command  # type: ignore[attr-defined]
+        monkeypatch.setitem(sys.modules, "made_up", module)
+        monkeypatch.setitem(cli.COMMANDS, "made-up", "made_up:command")
 
     return put
 
@@ -46,12 +51,12 @@ def fail(monkeypatch: pytest.MonkeyPatch) -> object:
     ],
 )
 def test_an_error_is_one_line_and_an_exit_code(
-    error: BaseException, code: int, says: str, fail: object, capsys: pytest.CaptureFixture[str]
+    error: BaseException, code: int, says: str, put: Put, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    fail(error)  # type: ignore[operator]
+    put(raising(error))
     stdout = sys.stdout
     try:
-        assert cli.main(["fail"]) == code
+        assert cli.main(["made-up"]) == code
     finally:
         sys.stdout = stdout
     assert capsys.readouterr().err == says
@@ -118,3 +123,20 @@ def test_a_reader_that_goes_away_is_no_traceback(tmp_path: Path) -> None:
     ran = subprocess.run([sys.executable, "-m", "popi", "--version"], stdout=write, stderr=subprocess.PIPE, text=True)
     os.close(write)
     assert (ran.returncode, ran.stderr) == (1, "")
+
+
+def test_warnings_of_the_library_are_notes(put: Put, capsys: pytest.CaptureFixture[str]) -> None:
+    log = logging.getLogger("popi.backends")
+
+    def warn() -> None:
+        log.warning("the circuit of %r opens", "own")
+        log.info("not shown")
+        raise BackendError("the response is empty; raise max_tokens")
+
+    put(warn)
+    assert cli.main(["made-up"]) == 1
+    assert capsys.readouterr().err.splitlines() == [
+        "popi: the circuit of 'own' opens",
+        "popi: the response is empty; raise --max-tokens",
+    ]
+    assert logging.getLogger("popi").handlers == []
