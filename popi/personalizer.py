@@ -32,10 +32,10 @@ MAX_CONCURRENCY = 64
 class Personalizer:
     """Stores the signals of users, infers their preferences and responds to each user accordingly.
 
-    All methods may be called from any thread. The asynchronous ones may be called from any event loop; each has a
-    blocking form, ``..._sync``, where one is useful. A forked child can go on with a copy of the personalizer. Requests
-    run on an event loop in a background thread. The personalizer is an asynchronous context manager; leaving the block
-    closes its backends.
+    All methods may be called from any thread, and the asynchronous ones from any event loop. Methods that end in
+    ``_sync`` block until they have a result. A forked child can go on with a copy of the personalizer. Requests run on
+    an event loop in a background thread, which the classes of both roles must not block. The personalizer is an
+    asynchronous context manager; leaving the block closes its backends.
 
     Example:
         >>> from popi import Personalizer, Statement
@@ -58,14 +58,14 @@ class Personalizer:
         backends: Backends to close together with the personalizer.
         ledgers: Accounts of their cost.
 
+    Attributes:
+        inference: As above.
+        generator: As above.
+        store: As above.
+        ledgers: As above.
+
     Raises:
         ConfigError: If the generator does not accept what the inference infers.
-
-    Attributes:
-        inference: The same.
-        generator: The same.
-        store: The same.
-        ledgers: The same.
     """
 
     def __init__(
@@ -177,7 +177,7 @@ class Personalizer:
         return self.store.history(user_id)
 
     def edit(self, user_id: str, text: str) -> Version:
-        """Replaces the summary by a person's text, which holds from now on, whatever is observed or inferred.
+        """Replaces the summary by a person's text. It stays current, whatever is observed or inferred later.
 
         Unchanged claims keep their evidence. No model is called.
 
@@ -275,7 +275,7 @@ class Personalizer:
             max_concurrency: Maximum number of users at the same time.
 
         Yields:
-            A user, and the summary or the reason why there is none.
+            A user, and the summary or the reason why it failed.
 
         Raises:
             BackendError: If the backend is not available. All results that are there have been yielded by then.
@@ -296,7 +296,7 @@ class Personalizer:
             max_concurrency: Maximum number of prompts at the same time.
 
         Yields:
-            An item, and the response or the reason why there is none.
+            An item, and the response or the reason why it failed.
 
         Raises:
             BackendError: If the backend is not available. All results that are there have been yielded by then.
@@ -355,7 +355,7 @@ class Personalizer:
         return InferenceKey(signals_digest=user.digest(), template_hash=template_hash, writer=self.inference.name)
 
     def _known(self, user_id: str, key: InferenceKey | None) -> Interface | None:
-        """What needs no inference: an edit, or what was inferred from the same."""
+        """The current version, if it is an edit or was inferred with the same key."""
         version = self.store.current(user_id)
         return version.interface if version is not None and (version.is_edit or version.key == key) else None
 
@@ -371,7 +371,8 @@ class Personalizer:
             inferred = await (self._infer_and_store(user, key) if running is None else asyncio.shield(running))
             # Another caller's inference may have read other signals, or been cancelled together with its caller.
             if inferred is not None and inferred.key == key:
-                known = self._known(user.user_id, key)  # an edit during the inference holds
+                # A person may have edited the summary during the inference.
+                known = self._known(user.user_id, key)
                 return inferred.read() if known is None else known
 
     async def _infer_and_store(self, user: UserSignals, key: InferenceKey | None) -> _Inferred:

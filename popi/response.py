@@ -70,7 +70,7 @@ def read_response(result: ChatResult, user_id: str | None) -> Response | Failure
 
 
 def response_or_raise(outcome: Response | Failure, user_id: str | None, *, require_complete: bool) -> Response:
-    """Returns a response, unless there is none.
+    """Returns a response, or raises the error of a failure.
 
     Raises:
         BackendError: If it failed, or it is incomplete and must not be.

@@ -34,7 +34,12 @@ TEMPLATE_TOKENS = 64
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """Why a user has no summary.
+    """Why a user has no summary or response.
+
+    Example:
+        >>> outcomes = [Failure("ann", "the reply is empty")]
+        >>> [outcome.error for outcome in outcomes if isinstance(outcome, Failure)]
+        ['the reply is empty']
 
     Attributes:
         user_id: The user.

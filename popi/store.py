@@ -1,4 +1,4 @@
-"""The state of a personalizer: the signals of users, and the versions of what was inferred from them."""
+"""The state of a personalizer: the signals of users, and the versions of their summaries."""
 
 from __future__ import annotations
 
@@ -60,9 +60,21 @@ class Version(BaseModel):
 class Store(Protocol):
     """Where a personalizer keeps its state.
 
-    All methods may be called from any thread. Each one is atomic, and a user id is the same with and without
-    surrounding white space. A forked child can go on with the store; whether it shares its content with its parent
-    depends on the store.
+    All methods may be called from any thread, also on an event loop, and return without long waits. Each one is atomic,
+    and a user id is the same with and without surrounding white space. A forked child can go on with the store; whether
+    it shares its content with its parent depends on the store.
+
+    Example:
+        A store that reports deletions:
+
+        >>> class Reporting(InMemoryStore):
+        ...     def delete(self, user_id):
+        ...         print("deleting", user_id)
+        ...         return super().delete(user_id)
+        >>> store: Store = Reporting()
+        >>> store.delete("ann")
+        deleting ann
+        False
     """
 
     def users(self) -> list[str]:
@@ -82,19 +94,19 @@ class Store(Protocol):
         """All versions of a user, oldest first."""
 
     def current(self, user_id: str) -> Version | None:
-        """The version that holds, as :func:`current_version` chooses it; ``None`` if there is none."""
+        """The current version, as :func:`current_version` defines it; ``None`` if there is no version."""
 
     def add_inferred(self, interface: Interface, key: InferenceKey) -> Version | None:
         """Adds an inferred version, unless the signals that it was inferred from are no longer those of the user.
 
-        Nothing comes back when a user is deleted during an inference.
+        Therefore nothing is stored about a user who was deleted during the inference.
 
         Returns:
             The new version; ``None`` if it was not stored.
         """
 
     def edit(self, user_id: str, text: str) -> Version:
-        """Adds a person's text as the version that holds, as :func:`edited_summary` makes it."""
+        """Adds a person's text as the current version, as :func:`edited_summary` makes it."""
 
     def withdraw_edit(self, user_id: str) -> bool:
         """Withdraws all edits of a user, and returns whether there was one."""
@@ -104,7 +116,7 @@ class Store(Protocol):
 
 
 def current_version(history: Sequence[Version]) -> Version | None:
-    """The version that holds: the last edit that was not withdrawn, else the last one that was inferred."""
+    """The last edit that was not withdrawn, else the last version that was inferred."""
     edits = [version for version in history if version.is_edit]
     inferred = [version for version in history if version.key is not None]
     return next(reversed(edits or inferred), None)

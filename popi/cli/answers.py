@@ -22,7 +22,7 @@ from popi.errors import InputError, PopiError, did_you_mean
 from popi.io import BadRows, as_line, check_rereadable, parse_lines, read_jsonl, validate
 from popi.personalizer import Personalizer
 from popi.response import Response
-from popi.roles import Conditioned
+from popi.roles import Conditioned, Failure
 from popi.signals import FileRecord, Text, UserId
 from popi.summary import PreferenceSummary
 
@@ -47,7 +47,7 @@ class Answer(BaseModel):
         completion_tokens: Length of the response.
         model: The model that responded.
         route: The route that served the request, if there are several.
-        asked: Fingerprint of user, prompt and summary.
+        fingerprint: Fingerprint of user, prompt and summary.
         template_hash: Hash of the prompt templates.
     """
 
@@ -62,7 +62,7 @@ class Answer(BaseModel):
     completion_tokens: int
     model: str
     route: str = ""
-    asked: str
+    fingerprint: str
     template_hash: str
 
 
@@ -72,18 +72,18 @@ class Question(Conditioned):
 
     Attributes:
         line: Its line.
-        asked_by: The user, or ``None``.
+        user: The user, or ``None``.
         answered: Whether there is a response already.
     """
 
     line: int = 0
-    asked_by: str | None = None
+    user: str | None = None
     answered: bool = False
 
     def fingerprint(self) -> str:
         """Fingerprint of user, prompt and summary, 16 hex digits."""
         summary = self.interface.text if isinstance(self.interface, PreferenceSummary) else None
-        return hashlib.sha256(repr((self.asked_by, self.prompt, summary)).encode()).hexdigest()[:16]
+        return hashlib.sha256(repr((self.user, self.prompt, summary)).encode()).hexdigest()[:16]
 
 
 def load_summaries(path: Path) -> dict[str, PreferenceSummary]:
@@ -121,8 +121,10 @@ class Job:
     def __init__(self, lines: GrowingFile, prompts: Path, summaries: Path | None, *, skip_bad_rows: bool) -> None:
         self._lines, self._prompts, self._skip_bad_rows = lines, prompts, skip_bad_rows
         self._summaries = None if summaries is None else load_summaries(summaries)
-        self._asked = (
-            {answer.line: answer.asked for _, answer in read_jsonl(lines.path, Answer)} if lines.path.exists() else {}
+        self._fingerprints = (
+            {answer.line: answer.fingerprint for _, answer in read_jsonl(lines.path, Answer)}
+            if lines.path.exists()
+            else {}
         )
         self.prompts = self.pending = self.written = self.truncated = self.failed = 0
         bad_rows = BadRows(skip=skip_bad_rows)
@@ -140,7 +142,7 @@ class Job:
         """Writes a response. It is on the disk when this returns."""
         answer = Answer(
             line=question.line,
-            user_id=question.asked_by,
+            user_id=question.user,
             prompt=question.prompt,
             response=response.text,
             finish_reason=response.finish_reason,
@@ -148,12 +150,18 @@ class Job:
             completion_tokens=response.completion_tokens,
             model=response.model,
             route=response.route,
-            asked=question.fingerprint(),
+            fingerprint=question.fingerprint(),
             template_hash=template_hash,
         )
         self._lines.append([as_line(answer)])
         self.written += 1
         self.truncated += response.finish_reason == "length"
+
+    def fail(self, question: Question, failure: Failure, shown: Progress) -> None:
+        """Counts and prints a failure. The end of the budget is printed once, at the end."""
+        self.failed += 1
+        if failure.failure != "budget":
+            shown.note(f"no response to line {question.line}: {failure.error}")
 
     def report(self) -> dict[str, object]:
         """The result, in numbers of prompts."""
@@ -182,8 +190,8 @@ class Job:
                     field="user_id",
                     fix=did_you_mean(line.user_id, self._summaries),
                 )
-        question = Question(line.prompt, summary, number, line.user_id, number in self._asked)
-        if question.answered and self._asked[number] != question.fingerprint():
+        question = Question(line.prompt, summary, number, line.user_id, number in self._fingerprints)
+        if question.answered and self._fingerprints[number] != question.fingerprint():
             raise InputError(
                 "the prompt or the summary has changed since the response was written",
                 file=self._prompts,
@@ -237,34 +245,25 @@ def _run(job: Job, out: Path, settings: Mapping[str, Any], options: Mapping[str,
     personalizer = Personalizer.load(
         settings["model"], inference=None, generation=settings["generation"], generator_options=options
     )
-    assert personalizer.generator is not None
-    format = personalizer.generator.format
-    template_hash = "" if format is None else format.template_hash
-    settings = {**settings, "template_hash": template_hash}
-    check_settings(out, settings)
-    keep_settings(out, settings)
-    [ledger] = personalizer.ledgers
-    with accounted(ledger), progress("responses", job.pending, "prompts") as shown:
-        questions = affordable(job.pending_questions(), ledger)
-        asyncio.run(_write(job, personalizer, questions, template_hash, shown, max_concurrency))
+    asyncio.run(_write(job, personalizer, out, settings, max_concurrency))
 
 
 async def _write(
-    job: Job,
-    personalizer: Personalizer,
-    questions: Iterator[Question],
-    template_hash: str,
-    shown: Progress,
-    max_concurrency: int,
+    job: Job, personalizer: Personalizer, out: Path, settings: Mapping[str, Any], max_concurrency: int
 ) -> None:
-    outcomes = personalizer.respond_many(questions, max_concurrency=max_concurrency)
-    async with personalizer, held(outcomes):
-        async for question, outcome in outcomes:
-            if isinstance(outcome, Response):
-                job.keep(question, outcome, template_hash)
-            else:
-                job.failed += 1
-                # The end of the budget is reported once, at the end.
-                if outcome.failure != "budget":
-                    shown.note(f"no response to line {question.line}: {outcome.error}")
-            shown.advance()
+    generator, [ledger] = personalizer.generator, personalizer.ledgers
+    assert generator is not None
+    async with personalizer:
+        template_hash = "" if generator.format is None else generator.format.template_hash
+        settings = {**settings, "template_hash": template_hash}
+        check_settings(out, settings)
+        keep_settings(out, settings)
+        questions = affordable(job.pending_questions(), ledger)
+        with accounted(ledger), progress("responses", job.pending, "prompts") as shown:
+            async with held(personalizer.respond_many(questions, max_concurrency=max_concurrency)) as outcomes:
+                async for question, outcome in outcomes:
+                    if isinstance(outcome, Response):
+                        job.keep(question, outcome, template_hash)
+                    else:
+                        job.fail(question, outcome, shown)
+                    shown.advance()

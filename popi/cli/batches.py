@@ -129,7 +129,7 @@ def affordable(items: Iterable[Item], ledger: Ledger) -> Iterator[Item]:
 
 @contextmanager
 def telling(kept: str) -> Iterator[None]:
-    """Adds what is kept to the message of an interruption or a failure."""
+    """Adds a sentence about kept results to the message of an interruption or a failure."""
     try:
         yield
     except KeyboardInterrupt:

@@ -45,7 +45,7 @@ def read_summaries(path: Path) -> Iterator[tuple[int, PreferenceSummary]]:
 
 
 class Done(NamedTuple):
-    """An existing summary: its line, what it was made from and by, and whether a person has edited it."""
+    """An existing summary: its line, the signals that it was made from, its writer, and whether it was edited."""
 
     line: int
     signals_digest: str
@@ -129,6 +129,12 @@ class Job:
         self.written += 1
         self._not_enough_evidence += summary.status == "not_enough_evidence"
 
+    def fail(self, user_id: str, failure: Failure, shown: Progress) -> None:
+        """Counts and prints a failure. The end of the budget is printed once, at the end."""
+        self.failed += 1
+        if failure.failure != "budget":
+            shown.note(f"no summary of user {user_id!r}: {failure.error}")
+
     def report(self) -> dict[str, object]:
         """The result, in numbers of users."""
         return {
@@ -163,27 +169,23 @@ def write_summaries(job: Job, settings: Mapping[str, Any], options: Mapping[str,
     personalizer = Personalizer.load(
         settings["model"], inference=settings["inference"], generation=None, inference_options=options
     )
-    inference = personalizer.inference
+    asyncio.run(_write(job, personalizer, settings, max_concurrency))
+
+
+async def _write(job: Job, personalizer: Personalizer, settings: Mapping[str, Any], max_concurrency: int) -> None:
+    inference, [ledger] = personalizer.inference, personalizer.ledgers
     assert inference is not None
-    if inference.kind != "summary":
-        raise ConfigError(f"the inference {settings['inference']!r} infers no summaries")
-    template_hash = None if inference.format is None else inference.format.template_hash
-    job.check({**settings, "template_hash": template_hash}, inference.name)
-    [ledger] = personalizer.ledgers
-    with accounted(ledger), progress("summaries", job.pending, "users") as shown:
-        asyncio.run(_write(job, personalizer, affordable(job.pending_users(), ledger), shown, max_concurrency))
-
-
-async def _write(
-    job: Job, personalizer: Personalizer, users: Iterator[UserSignals], shown: Progress, max_concurrency: int
-) -> None:
-    async with personalizer, held(personalizer.summarize(users, max_concurrency=max_concurrency)) as outcomes:
-        async for user, outcome in outcomes:
-            if isinstance(outcome, PreferenceSummary):
-                job.keep(user.user_id, outcome)
-            elif isinstance(outcome, Failure):
-                job.failed += 1
-                # The end of the budget is reported once, at the end.
-                if outcome.failure != "budget":
-                    shown.note(f"no summary of user {user.user_id!r}: {outcome.error}")
-            shown.advance()
+    async with personalizer:
+        if inference.kind != "summary":
+            raise ConfigError(f"the inference {settings['inference']!r} infers no summaries")
+        template_hash = None if inference.format is None else inference.format.template_hash
+        job.check({**settings, "template_hash": template_hash}, inference.name)
+        users = affordable(job.pending_users(), ledger)
+        with accounted(ledger), progress("summaries", job.pending, "users") as shown:
+            async with held(personalizer.summarize(users, max_concurrency=max_concurrency)) as outcomes:
+                async for user, outcome in outcomes:
+                    if isinstance(outcome, PreferenceSummary):
+                        job.keep(user.user_id, outcome)
+                    elif isinstance(outcome, Failure):
+                        job.fail(user.user_id, outcome, shown)
+                    shown.advance()
