@@ -79,6 +79,12 @@ class Phase(Section):
 class PretrainRecipe(Section):
     """Trains a mini model from scratch on the mini world.
 
+    Example:
+        >>> from pathlib import Path
+        >>> from popi.config import load
+        >>> load(Path("recipes/mini_base"), {"seed": 2}).cost()
+        {'steps': 2000, 'lessons': 77400}
+
     Attributes:
         task: ``pretrain``.
         name: Name of the model.
