@@ -7,9 +7,9 @@ from dataclasses import replace
 from itertools import groupby
 
 from popi.backends.base import ChatRequest, ChatResult, FinishReason
-from popi.backends.reasoning import MARKERS, ReasoningFilter, strip_reasoning
 from popi.backends.results import ORPHAN, complete
 from popi.engine.answer import Answer
+from popi.reasoning import MARKERS, ReasoningFilter, strip_reasoning
 
 Decode = Callable[[Sequence[int]], str]
 

@@ -24,7 +24,6 @@ from popi.backends.base import (
     ScoreResult,
     ignore_result,
 )
-from popi.backends.reasoning import opens_reasoning
 from popi.backends.responses import Response, after_prefix, keeping_markers
 from popi.backends.results import scored
 from popi.backends.streaming import Emit, streamed
@@ -38,6 +37,7 @@ from popi.engine.packing import Scored
 from popi.engine.service import ModelService, Within
 from popi.models import fingerprint
 from popi.provenance import fingerprint_weights
+from popi.reasoning import opens_reasoning
 
 log = logging.getLogger(__name__)
 

@@ -21,7 +21,6 @@ from popi.backends.base import (
     ScoreResult,
     ignore_result,
 )
-from popi.backends.reasoning import opens_reasoning
 from popi.backends.results import ORPHAN, Pieces, complete, scored
 from popi.backends.streaming import Emit, streamed
 from popi.backends.together import held, together
@@ -41,6 +40,7 @@ from popi.errors import BackendError, ConfigError, ModelError, did_you_mean
 from popi.models import find, fingerprint
 from popi.prompts import Message
 from popi.provenance import fingerprint_files
+from popi.reasoning import opens_reasoning
 
 Result = TypeVar("Result")
 

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from popi.backends.base import ChatRequest, ChatResult, OnComplete, ScoreRequest, ScoreResult
-from popi.backends.reasoning import opens_reasoning
 from popi.backends.remote.client import Client
 from popi.backends.remote.failures import Malformed, Rejected
 from popi.backends.remote.fields import Fields
@@ -20,6 +19,7 @@ from popi.backends.together import held
 from popi.errors import BackendError
 from popi.io import writable
 from popi.prompts import Message
+from popi.reasoning import opens_reasoning
 
 if TYPE_CHECKING:
     from popi.engine.chat_tokens import ChatTokens, Rendered

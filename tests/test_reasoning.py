@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from popi.backends.reasoning import MARKERS, ReasoningFilter, strip_reasoning
+from popi.reasoning import MARKERS, ReasoningFilter, strip_reasoning
 
 PARTS = st.lists(
     st.sampled_from([*MARKERS, *MARKERS.values(), "a", " ", "\n", "<", "<th", "think>", "|>", "[TH"]), max_size=12
