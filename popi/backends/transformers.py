@@ -24,7 +24,7 @@ from popi.backends.base import (
     ScoreResult,
     ignore_result,
 )
-from popi.backends.responses import Response, after_prefix, keeping_markers
+from popi.backends.responses import Response, after_prefix
 from popi.backends.results import scored
 from popi.backends.streaming import Emit, streamed
 from popi.backends.together import held
@@ -37,14 +37,10 @@ from popi.engine.packing import Scored
 from popi.engine.service import ModelService, Within
 from popi.models import fingerprint
 from popi.provenance import fingerprint_weights
-from popi.reasoning import opens_reasoning
 
 log = logging.getLogger(__name__)
 
 BATCH_TOKENS = 16384
-
-# The last tokens of a conversation, among which the opening marker of a reasoning block would be.
-TAIL = 16
 
 Result = TypeVar("Result")
 
@@ -140,8 +136,6 @@ class TransformersBackend(Backend):
         self.model, self._live, self._model, self._tokenizer = name, live, model, tokenizer
         self._identity: str | None = None
         self._tokens = ChatTokens(tokenizer, name)
-        special = {token: text.content for token, text in tokenizer.added_tokens_decoder.items() if text.special}
-        self._decode = keeping_markers(self._tokens.decode, special)
         self._end_tokens = end_tokens_of(model, self._tokens)
         layout = layout_of(model)
         if layout != "shared":
@@ -241,9 +235,8 @@ class TransformersBackend(Backend):
         return [self._read_one(request, prompt, prefix, emit) for request, prompt, prefix in parts]
 
     def _read_one(self, request: ChatRequest, prompt: Rendered, prefix: list[int], emit: Emit | None) -> _Chat:
-        opened = opens_reasoning(self._decode(prompt.tokens[-TAIL:]))
-        decode = after_prefix(self._decode, prefix)
-        response = Response(request, decode, self._end_tokens, opened=opened, emit=emit)
+        decode = after_prefix(self._tokens.decode, prefix)
+        response = Response(request, decode, self._end_tokens, opened=self._tokens.opens_reasoning, emit=emit)
         if prompt.error is not None:
             return _Chat(prompt, None, response)
         tokens, context = [*prompt.tokens, *prefix], self.capabilities.context_length
@@ -266,9 +259,8 @@ class TransformersBackend(Backend):
         return chat.response.result(outcome.token_ids, outcome.finish_reason, prompt_tokens=length, model=self.model)
 
     def _read_scored(self, requests: Sequence[ScoreRequest]) -> tuple[list[Rendered], list[list[int]]]:
-        texts = self._tokens.encode([request.response for request in requests])
-        responses = [[*tokens, *self._tokens.end_of_turn] for tokens in texts]
-        return self._admitted(requests, [len(response) for response in responses]), responses
+        responses = self._tokens.encode_responses([request.response for request in requests])
+        return self._admitted(requests, [len(response) for response in responses], answered=True), responses
 
     def _score_result(self, prompt: Rendered, response: Sequence[int], logprob: float) -> ScoreResult:
         length = len(prompt.tokens)
@@ -276,6 +268,8 @@ class TransformersBackend(Backend):
             return ScoreResult.failed(prompt.error, "request", model=self.model, prompt_tokens=length)
         return scored(logprob, len(response), model=self.model, prompt_tokens=length)
 
-    def _admitted(self, requests: Sequence[ChatRequest | ScoreRequest], needed: Sequence[int]) -> list[Rendered]:
+    def _admitted(
+        self, requests: Sequence[ChatRequest | ScoreRequest], needed: Sequence[int], *, answered: bool = False
+    ) -> list[Rendered]:
         conversations = [request.messages for request in requests]
-        return admitted(self._tokens, conversations, needed, self.capabilities.context_length)
+        return admitted(self._tokens, conversations, needed, self.capabilities.context_length, answered=answered)

@@ -38,9 +38,7 @@ from popi.engine.chat_tokens import ChatTokens, Rendered
 from popi.engine.loading import load_tokenizer
 from popi.errors import BackendError, ConfigError, ModelError, did_you_mean
 from popi.models import find, fingerprint
-from popi.prompts import Message
 from popi.provenance import fingerprint_files
-from popi.reasoning import opens_reasoning
 
 Result = TypeVar("Result")
 
@@ -88,8 +86,6 @@ class VLLMBackend(Backend):
             raise ConfigError(f"must be positive, got {cache_gib}", field="cache_gib")
         self.model = self._base = model
         self._tokens = ChatTokens(load_tokenizer(model), model)
-        [rendered] = self._tokens.render([[Message("user", "Hello")]])
-        self._opened = opens_reasoning(self._tokens.decode(rendered.tokens))
         self._adapter: LoRARequest | None = None
         self._adapters = {
             name: LoRARequest(name, number, str(Path(folder).resolve()))
@@ -225,9 +221,8 @@ class VLLMBackend(Backend):
             )
 
     async def _scores(self, requests: Sequence[ScoreRequest]) -> list[ScoreResult]:
-        texts = self._tokens.encode([request.response for request in requests])
-        responses = [[*tokens, *self._tokens.end_of_turn] for tokens in texts]
-        prompts = self._admitted(requests, [len(response) for response in responses])
+        responses = self._tokens.encode_responses([request.response for request in requests])
+        prompts = self._admitted(requests, [len(response) for response in responses], answered=True)
         work = zip(prompts, responses, strict=True)
         async with self._engine.working(), self._turn or nullcontext():
             if self._turn:
@@ -238,7 +233,7 @@ class VLLMBackend(Backend):
         prompt, tokens = [*rendered.tokens, *prefix], list[int]()
         if rendered.error is not None:
             return ChatResult.failed(rendered.error, "request", model=self.model, prompt_tokens=len(prompt))
-        pieces = Pieces(request, opened=self._opened)
+        pieces = Pieces(request, opened=self._tokens.opens_reasoning)
 
         def show(piece: str) -> None:
             if emit and piece:
@@ -269,7 +264,7 @@ class VLLMBackend(Backend):
             model=self.model,
             prompt_tokens=len(prompt),
             completion_tokens=len(tokens),
-            opened=self._opened,
+            opened=self._tokens.opens_reasoning,
         )
 
     def _decoder(self, prefix: list[int]) -> Callable[[Sequence[int]], str]:
@@ -319,9 +314,11 @@ class VLLMBackend(Backend):
             output_kind=RequestOutputKind.FINAL_ONLY if whole else RequestOutputKind.DELTA,
         )
 
-    def _admitted(self, requests: Sequence[ChatRequest | ScoreRequest], needed: Sequence[int]) -> list[Rendered]:
+    def _admitted(
+        self, requests: Sequence[ChatRequest | ScoreRequest], needed: Sequence[int], *, answered: bool = False
+    ) -> list[Rendered]:
         conversations = [request.messages for request in requests]
-        return admitted(self._tokens, conversations, needed, self.capabilities.context_length)
+        return admitted(self._tokens, conversations, needed, self.capabilities.context_length, answered=answered)
 
 
 def _ended(answer: Answer, tokens: list[int], more: Sequence[int]) -> bool:

@@ -146,12 +146,10 @@ class PairScorer:
 
     def _encode(self, items: Sequence[Judged], *, within: float) -> list[Scored]:
         """The chosen and the rejected answer of each item, one after the other."""
-        prompts = self._tokens.render([DEFAULT.answer_messages(item.pair.prompt, item.context) for item in items])
+        conversations = [DEFAULT.answer_messages(item.pair.prompt, item.context) for item in items]
+        prompts = self._tokens.render(conversations, answered=True)
         texts = list(dict.fromkeys(text for item in items for text in (item.pair.chosen, item.pair.rejected)))
-        responses = {
-            text: [*tokens, *self._tokens.end_of_turn]
-            for text, tokens in zip(texts, self._tokens.encode(texts), strict=True)
-        }
+        responses = dict(zip(texts, self._tokens.encode_responses(texts), strict=True))
         made = []
         for item, prompt in zip(items, prompts, strict=True):
             answers = responses[item.pair.chosen], responses[item.pair.rejected]
