@@ -13,7 +13,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from popi.engine.forking import ForkLock
-from popi.engine.turns import QUESTIONS, WORDS, read_turn, without_system
+from popi.engine.turns import QUESTIONS, WORDS, one_line, read_turn, without_system
 from popi.errors import ModelError
 from popi.io import writable
 from popi.prompts import Message
@@ -46,7 +46,7 @@ class Rendered:
 
 
 class ChatTokens:
-    """The tokenizer of a chat model, and how its chat template frames a response.
+    r"""The tokenizer of a chat model, and how its chat template frames a response.
 
     The template is checked with a round trip: a question with the generation prompt is compared with the same question
     and its response. A header that only finished turns have becomes part of the prompt, so that a response is generated
@@ -63,7 +63,7 @@ class ChatTokens:
         >>> [prompt] = tokens.render([[Message("user", "Hello")]])
         >>> [response] = tokens.encode_responses(["Good day"])
         >>> tokenizer.decode([*prompt.tokens, *response])
-        '<|begin|><|user|>Hello<|end|>\\n<|assistant|>Good day<|end|>'
+        '<|begin|><|user|>Hello<|end|>\n<|assistant|>Good day<|end|>'
 
     Args:
         tokenizer: A tokenizer with a chat template. Its end token and padding token are set if it has none.
@@ -122,7 +122,7 @@ class ChatTokens:
                 texts[conversation] = self._prompt(conversation, answered=answered)
             # A template is a program, and raises what it likes.
             except Exception as error:
-                refused[conversation] = Rendered([], f"the chat template rejects the conversation: {error}")
+                refused[conversation] = Rendered([], f"the chat template rejects the conversation: {one_line(error)}")
         # Without special tokens: the template has written the begin token.
         encoded = map(Rendered, self._encode(list(texts.values())))
         rendered = refused | dict(zip(texts, encoded, strict=True))
@@ -138,15 +138,14 @@ class ChatTokens:
         return [[*tokens, *self.end_of_turn] for tokens in encoded]
 
     def decode(self, tokens: Sequence[int]) -> str:
-        """The text of the tokens of a response, without control tokens.
+        """The text of the tokens of a response, without control tokens and the spaces that the template puts before it.
 
         Control tokens that are part of the markers of reasoning blocks (``<|channel|>`` and ``<|message|>`` of gpt-oss,
         ``[THINK]``) are kept, so that :mod:`popi.reasoning` can remove the reasoning from the text.
         """
-        if self._in_markers.keys().isdisjoint(tokens):
-            return self._decode(tokens)
-        runs = groupby(tokens, key=self._in_markers.get)
-        return "".join(marker * len(list(run)) if marker else self._decode(list(run)) for marker, run in runs)
+        runs = groupby(tokens, key=self._in_markers.get) if self._in_markers else [(None, tokens)]
+        text = "".join(marker * len(list(run)) if marker else self._decode(list(run)) for marker, run in runs)
+        return text.removeprefix(self._lead)
 
     def _decode(self, tokens: Sequence[int]) -> str:
         with self._lock:
@@ -196,14 +195,12 @@ class ChatTokens:
         if turn.words != WORDS[0]:
             self._log(f"changes the response {WORDS[0]!r} to {turn.words!r}; responses are scored without the change")
         if not turn.agrees:
-            self._log(
-                "renders a finished turn unlike the generation prompt; responses are scored after the generation prompt"
-            )
+            self._log("starts a finished turn unlike a generated one; responses are scored after the generation prompt")
         base = self._prompt(QUESTIONS[:1], answered=True)
         spaces = base[len(base.rstrip(" ")) :]
         [whole] = self._encode([base + turn.words + turn.after])
-        # A space at the end of a prompt may belong to the first token of the response.
-        for trims, lead in ((False, ""), (True, spaces), (True, "")):
+        # Spaces before a response may be part of its first token, and some tokenizers add one by themselves.
+        for trims, lead in ((True, spaces), (True, ""), (False, "")):
             frame, words = self._encode([base.rstrip(" ") if trims else base, lead + turn.words])
             if whole[: len(frame) + len(words)] == [*frame, *words]:
                 self._trims, self._lead = trims, lead
@@ -215,23 +212,22 @@ class ChatTokens:
         """Finds the end of a turn in the tokens after a response, and completes the tokenizer."""
         tokenizer = self._tokenizer
         place = next((place for place, token in enumerate(after) if token in self._control_ids), None)
-        end = None if place is None else after[place]
-        if end is not None and end == tokenizer.bos_token_id != tokenizer.eos_token_id:
-            self._log(f"puts the begin token {tokenizer.bos_token!r} after a response; it is not used as an end token")
-            end = None
-        if tokenizer.eos_token_id is None and end is not None:
-            tokenizer.eos_token = self._control_ids[end]
-            self._log(
-                f"ends a response with {tokenizer.eos_token!r}, which becomes the end token; the tokenizer has none"
-            )
-        if tokenizer.eos_token_id is None:
-            self._log("has no end token, nor has the tokenizer; responses end at their maximum number of tokens")
-            return ()
-        if tokenizer.pad_token_id is None:
+        end = None if place is None else self._control_ids[after[place]]
+        no_ends = {tokenizer.bos_token, tokenizer.unk_token} - {tokenizer.eos_token}
+        found = end is not None and end not in no_ends
+        if found and tokenizer.eos_token_id is None:
+            tokenizer.eos_token = end
+            self._log(f"ends a response with {end!r}, which is used as the end token; the tokenizer has none")
+        if tokenizer.pad_token_id is None and tokenizer.eos_token_id is not None:
             tokenizer.pad_token = tokenizer.eos_token
-        if end is None or place is None:
-            return (tokenizer.eos_token_id,)
-        return tuple(after[: place + 1])
+        if found and place is not None:
+            return tuple(after[: place + 1])
+        problem = f"puts {end!r} after a response" if end else "puts no control token after a response"
+        if tokenizer.eos_token_id is None:
+            self._log(f"{problem}, and the tokenizer has no end token; responses end at their maximum length")
+            return ()
+        self._log(f"{problem}; the end token {tokenizer.eos_token!r} is used to end it")
+        return (tokenizer.eos_token_id,)
 
     def _log(self, what: str) -> None:
         log.warning("the chat template of %s %s", self._name, what)
