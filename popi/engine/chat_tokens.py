@@ -13,8 +13,8 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from popi.engine.forking import ForkLock
-from popi.engine.turns import QUESTIONS, WORDS, one_line, read_turn, without_system
-from popi.errors import ModelError
+from popi.engine.turns import QUESTIONS, WORDS, read_turn, without_system
+from popi.errors import ModelError, one_line
 from popi.io import writable
 from popi.prompts import Message
 from popi.reasoning import MARKERS
@@ -122,7 +122,9 @@ class ChatTokens:
                 texts[conversation] = self._prompt(conversation, answered=answered)
             # A template is a program, and raises what it likes.
             except Exception as error:
-                refused[conversation] = Rendered([], f"the chat template rejects the conversation: {one_line(error)}")
+                refused[conversation] = Rendered(
+                    [], f"the chat template rejects the conversation: {one_line(str(error))}"
+                )
         # Without special tokens: the template has written the begin token.
         encoded = map(Rendered, self._encode(list(texts.values())))
         rendered = refused | dict(zip(texts, encoded, strict=True))

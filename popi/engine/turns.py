@@ -73,7 +73,7 @@ def read_turn(apply: Apply, name: str) -> Turn:
     # A template is a program, and raises what it likes.
     except Exception as error:
         raise ModelError(
-            f"the chat template of {name} cannot be used: {one_line(error)}", fix="correct its chat template"
+            f"the chat template of {name} cannot be used: {error}", fix="correct its chat template"
         ) from error
     if not shows_question:
         raise ModelError(f"the chat template of {name} leaves out the user's messages", fix="correct its chat template")
@@ -118,8 +118,3 @@ def without_system(conversation: Sequence[Message]) -> list[Message]:
     if rest and rest[0].role == "user":
         texts.append(rest.pop(0).content)
     return [Message("user", "\n\n".join(texts)), *rest]
-
-
-def one_line(error: Exception) -> str:
-    """The message of an exception without line breaks, or its type if it has none."""
-    return " ".join(str(error).split()) or type(error).__name__

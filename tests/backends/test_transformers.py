@@ -175,16 +175,16 @@ async def test_out_of_memory_is_an_exception_of_one_line(make, tiny) -> None:
 async def test_a_template_s_refusal_is_an_error_in_the_result(tiny) -> None:
     model, tokenizer = tiny
     tokenizer.chat_template = (
-        "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system turn') }}{% endif %}"
+        "{% if messages[0]['role'] == 'assistant' %}{{ raise_exception('no user turn') }}{% endif %}"
         + tokenizer.chat_template
     )
     backend = TransformersBackend.from_model(model, tokenizer, "tiny")
-    refused = [Message("system", "be kind"), Message("user", "hello")]
+    refused = [Message("assistant", "hello"), Message("user", "hello")]
     bad, good = await backend.chat([ChatRequest(refused), ChatRequest(conversation(0), max_tokens=4)])
-    assert bad.finish_reason == "error" and "no system turn" in (bad.error or "")
+    assert bad.finish_reason == "error" and "no user turn" in (bad.error or "")
     assert good.error is None
     (score,) = await backend.score([ScoreRequest(refused, "yes")])
-    assert math.isnan(score.logprob) and "no system turn" in (score.error or "")
+    assert math.isnan(score.logprob) and "no user turn" in (score.error or "")
 
 
 @pytest.fixture

@@ -27,10 +27,10 @@ def text_of(tokenizer, template: str) -> str:
     return tokenizer.decode(rendered.tokens)
 
 
-def turns(start: str, end: str, generation: str = "", *, assistant: str = "assistant", content: str = "m.content"):
+def turns(start: str, end: str, generation: str = "", *, content: str = "m.content") -> str:
     """A template with a header and an end for each turn."""
     return (
-        "{% for m in messages %}{% if m.role == 'assistant' %}" + start.replace("ROLE", assistant) + "{{ " + content
+        "{% for m in messages %}{% if m.role == 'assistant' %}" + start.replace("ROLE", "assistant") + "{{ " + content
         + " }}{% else %}" + start.replace("ROLE", "{{ m.role }}") + "{{ m.content }}{% endif %}" + f"{{{{ {end!r} }}}}"
         + "{% endfor %}{% if add_generation_prompt %}" + generation + "{% endif %}"
     )  # fmt: skip
@@ -49,13 +49,14 @@ TEMPLATES = {
     "no generation prompt": turns("<|ROLE|>", "<|end|>"),
     "header with a line break": turns("<|ROLE|>\n", "<|end|>\n", "<|assistant|>"),
     "thoughts turned off": turns("<|ROLE|>\n", "<|end|>", THINK + NO_THOUGHTS),
-    "thoughts in finished turns": turns("<|ROLE|>\n", "<|end|>", THINK, assistant="assistant|>\n<think>\n\n</think>\n\n{#"
-                                        ).replace("{#|>\n", ""),
+    "thoughts in finished turns": turns(
+        "<|ROLE|>\n", "<|end|>", THINK, content="'<think>\n\n</think>\n\n' + m.content"
+    ),
     "thoughts opened": turns("<|ROLE|>\n", "<|end|>", THINK),
     "text after the response": turns("<|ROLE|>", " (end)<|end|>", "<|assistant|>"),
     "text before the response": turns("<|ROLE|>", "<|end|>", "<|assistant|>", content="'Answer: ' + m.content"),
     "no end": turns("ROLE: ", "\n", "assistant:"),
-}  # fmt: skip
+}
 OPEN = {"thoughts in finished turns", "thoughts opened"}
 CLOSED_IN_PROMPT = {"thoughts turned off"}
 
