@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 
 from popi.backends.deadline import waiting
 from popi.backends.sharing import Waiter, renew_after_fork
+from popi.engine.forking import ForkLock
 from popi.errors import ConfigError
 
 MILLION = 1_000_000
@@ -91,13 +91,12 @@ class Ledger:
             raise ConfigError(f"a budget must be zero or positive, got {cap}", field="budget")
         self.cap, self.refused = cap, 0
         self._accounts: dict[tuple[str, str], Spent] = {}
-        self._total = Spent()
+        self._total, self._lock = Spent(), ForkLock()
         self.after_fork()
         renew_after_fork(self)
 
     def after_fork(self) -> None:
         """Drops the reservations: their requests run in the parent process."""
-        self._lock = threading.Lock()
         self._reserved, self._open = 0.0, 0
         self._waiting: list[Waiter] = []
 

@@ -1,19 +1,20 @@
 """What several event loops, threads and forked processes can use at once.
 
-An ``asyncio.Semaphore`` or future belongs to one event loop. A lock that another thread holds while the process forks
-stays locked in the child. The classes here have neither limit.
+An ``asyncio.Semaphore`` or future belongs to one event loop, and what a task holds while the process forks is never
+released in the child. The classes here have neither limit.
 """
 
 from __future__ import annotations
 
 import asyncio
 import os
-import threading
 from collections import deque
 from collections.abc import Callable, Generator
 from contextlib import suppress
 from typing import Any, Generic, Protocol, TypeVar
 from weakref import WeakKeyDictionary, WeakSet
+
+from popi.engine.forking import ForkLock
 
 Value = TypeVar("Value")
 
@@ -22,7 +23,7 @@ class Forkable(Protocol):
     """An object with state that must not be taken over by a forked child."""
 
     def after_fork(self) -> None:
-        """Replaces locks, connections and everything that waits. Runs in the child, before any other code."""
+        """Drops connections and everything that is held or waits. Runs in the child, before any other code."""
 
 
 _FORKABLE: WeakSet[Any] = WeakSet()
@@ -72,13 +73,13 @@ class Semaphore:
     """
 
     def __init__(self, places: int) -> None:
-        self._places = places
+        self._places, self._lock = places, ForkLock()
         self.after_fork()
         renew_after_fork(self)
 
     def after_fork(self) -> None:
         """Frees all places: the tasks that held them run in the parent process."""
-        self._lock, self._free, self._waiting = threading.Lock(), self._places, deque[Waiter]()
+        self._free, self._waiting = self._places, deque[Waiter]()
 
     async def acquire(self) -> None:
         """Takes a place, and waits until one is free."""
@@ -119,9 +120,9 @@ class PerLoop(Generic[Value]):
     """
 
     def __init__(self, make: Callable[[], Value]) -> None:
-        self._make = make
+        self._make, self._lock = make, ForkLock()
+        self._values: WeakKeyDictionary[asyncio.AbstractEventLoop, Value] = WeakKeyDictionary()
         self._inherited: list[object] = []
-        self._renew()
         renew_after_fork(self)
 
     def get(self) -> Value:
@@ -142,8 +143,4 @@ class PerLoop(Generic[Value]):
     def after_fork(self) -> None:
         """Forgets the values of the parent process, without running their finalizers: the parent still uses them."""
         self._inherited.append(self._values)
-        self._renew()
-
-    def _renew(self) -> None:
-        self._lock = threading.Lock()
-        self._values: WeakKeyDictionary[asyncio.AbstractEventLoop, Value] = WeakKeyDictionary()
+        self._values = WeakKeyDictionary()

@@ -6,7 +6,7 @@ import asyncio
 import copy
 import json
 import secrets
-from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
+from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
 from contextlib import aclosing, nullcontext
 from pathlib import Path
 from typing import Any, Self, TypeVar
@@ -16,12 +16,14 @@ from popi.backends.base import (
     Capabilities,
     ChatRequest,
     ChatResult,
+    FinishReason,
     OnComplete,
     ScoreRequest,
     ScoreResult,
     ignore_result,
 )
-from popi.backends.results import ORPHAN, Pieces, complete, scored
+from popi.backends.responses import Response, after_prefix
+from popi.backends.results import scored
 from popi.backends.streaming import Emit, streamed
 from popi.backends.together import held, together
 from popi.backends.vllm_engine import (
@@ -33,7 +35,6 @@ from popi.backends.vllm_engine import (
     VLLMClientError,
 )
 from popi.engine.admission import admitted
-from popi.engine.answer import Answer
 from popi.engine.chat_tokens import ChatTokens, Rendered
 from popi.engine.loading import load_tokenizer
 from popi.errors import BackendError, ConfigError, ModelError, did_you_mean
@@ -87,6 +88,7 @@ class VLLMBackend(Backend):
         self.model = self._base = model
         self._tokens = ChatTokens(load_tokenizer(model), model)
         self._adapter: LoRARequest | None = None
+        self._adapter_files: str | None = None
         self._adapters = {
             name: LoRARequest(name, number, str(Path(folder).resolve()))
             for number, (name, folder) in enumerate((adapters or {}).items(), start=1)
@@ -114,9 +116,9 @@ class VLLMBackend(Backend):
     @property
     def identity(self) -> str:
         """The weights, the adapter, the dtype and the engine options."""
-        adapter = None if self._adapter is None else fingerprint_files(Path(self._adapter.lora_path))
-        weights = self._engine.weights or fingerprint(self._base)
-        parts = ["vllm", self._base, weights, adapter, self._engine.dtype, self._settings]
+        # Reading all weights takes long.
+        self._engine.weights = self._engine.weights or fingerprint(self._base) or self._base
+        parts = ["vllm", self._base, self._engine.weights, self._adapter_files, self._engine.dtype, self._settings]
         return json.dumps(parts, sort_keys=True, default=str)
 
     def adapted(self, name: str) -> Self:
@@ -136,6 +138,7 @@ class VLLMBackend(Backend):
                 f"{self._base} has no adapter {name!r}", field="adapter", fix=did_you_mean(name, self._adapters)
             )
         self.model, self._adapter = f"{self._base}:{name}", self._adapters[name]
+        self._adapter_files = fingerprint_files(Path(self._adapter.lora_path))
 
     async def update_weights(self, folder: Path) -> None:
         """Loads other weights of the same model, as training saves them, after the running calls.
@@ -230,49 +233,27 @@ class VLLMBackend(Backend):
             return await together(self._score(prompt, response) for prompt, response in work)
 
     async def _chat(self, request: ChatRequest, rendered: Rendered, prefix: list[int], emit: Emit | None) -> ChatResult:
-        prompt, tokens = [*rendered.tokens, *prefix], list[int]()
+        prompt, tokens, stopped = [*rendered.tokens, *prefix], list[int](), False
         if rendered.error is not None:
             return ChatResult.failed(rendered.error, "request", model=self.model, prompt_tokens=len(prompt))
-        pieces = Pieces(request, opened=self._tokens.opens_reasoning)
-
-        def show(piece: str) -> None:
-            if emit and piece:
-                emit(piece)
-
-        answer = Answer(
-            self._decoder(prefix),
+        response = Response(
+            request,
+            after_prefix(self._tokens.decode, prefix),
             self._end_tokens,
-            request.stop,
-            (lambda piece: show(pieces.feed(piece))) if emit else None,
+            opened=self._tokens.opens_reasoning,
+            emit=emit,
         )
         try:
-            sampling = self._sampling(request, len(prompt), whole=not answer.watches)
+            sampling = self._sampling(request, len(prompt), whole=response.watch is None)
             async with aclosing(self._engine.generate(prompt, sampling, self._adapter)) as outputs:
                 async for output in outputs:
-                    if _ended(answer, tokens, output.outputs[0].token_ids):
+                    if stopped := _stopped(response, tokens, output.outputs[0].token_ids):
                         break
         except VLLMClientError as error:
             return ChatResult.failed(str(error), "request", model=self.model, prompt_tokens=len(prompt))
-        text, ended = answer.finish(tokens)
-        show(pieces.finish())
-        if pieces.orphan:
-            return ChatResult.failed(ORPHAN, "malformed", model=self.model, prompt_tokens=len(prompt))
-        return complete(
-            text,
-            "stop" if ended else "length",
-            request,
-            model=self.model,
-            prompt_tokens=len(prompt),
-            completion_tokens=len(tokens),
-            opened=self._tokens.opens_reasoning,
-        )
-
-    def _decoder(self, prefix: list[int]) -> Callable[[Sequence[int]], str]:
-        """Decodes tokens behind a prefix: some tokenizers drop the space in front of a first token."""
-        if not prefix:
-            return self._tokens.decode
-        length = len(self._tokens.decode(prefix))
-        return lambda tokens: self._tokens.decode([*prefix, *tokens])[length:]
+        ended = stopped or (bool(tokens) and tokens[-1] in self._end_tokens)
+        reason: FinishReason = "stop" if ended else "length"
+        return response.result(tokens, reason, prompt_tokens=len(prompt), model=self.model)
 
     async def _score(self, prompt: Rendered, response: list[int]) -> ScoreResult:
         length = len(prompt.tokens)
@@ -321,14 +302,14 @@ class VLLMBackend(Backend):
         return admitted(self._tokens, conversations, needed, self.capabilities.context_length, answered=answered)
 
 
-def _ended(answer: Answer, tokens: list[int], more: Sequence[int]) -> bool:
+def _stopped(response: Response, tokens: list[int], more: Sequence[int]) -> bool:
     """Adds tokens to a response, and returns whether a stop string ends it."""
-    if not answer.watches:
+    if response.watch is None:
         tokens.extend(more)
         return False
     for token in more:
         tokens.append(token)
-        if answer.watch(tokens):
+        if response.watch(tokens):
             return True
     return False
 

@@ -88,7 +88,7 @@ class Engine:
 
     Attributes:
         closing: Whether the engine is being shut down.
-        weights: Fingerprint of the weights that :meth:`reload` loaded; empty before.
+        weights: Fingerprint of the weights; empty until it is known.
 
     Raises:
         ModelError: If vLLM cannot run the model.

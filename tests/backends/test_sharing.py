@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
-import signal
 import threading
 import time
 from collections.abc import Callable, Coroutine
@@ -21,11 +19,18 @@ from popi.backends.sharing import PerLoop, Semaphore
 from popi.backends.wrappers import Breaker, Cache, Cost, Fallback, Limit, Retry, Route
 from popi.prompts import Message
 from tests.faults import Scripted, ScriptedServer, Serve, piece
+from tests.forks import needs_fork, succeeds_in_child
 from tests.servers import SERVED
 
 Result = TypeVar("Result")
 
 PRICE = Price(1.0, 1.0)
+
+
+def forking(test: Callable[..., None]) -> Callable[..., None]:
+    """Marks a test that forks."""
+    allowed = pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+    return needs_fork(allowed(test))
 
 
 def ask(text: str = "Why?") -> ChatRequest:
@@ -45,23 +50,8 @@ def in_threads(count: int, work: Callable[[int], Coroutine[Any, Any, Result]]) -
 
 
 def in_child(work: Callable[[], Coroutine[Any, Any, bool]]) -> bool:
-    """Runs work in a forked child, which is killed if it hangs."""
-    pid = os.fork()
-    if not pid:
-        good = False
-        try:
-            good = asyncio.run(asyncio.wait_for(work(), timeout=15))
-        finally:
-            os._exit(0 if good else 1)
-    deadline = time.monotonic() + 20
-    while time.monotonic() < deadline:
-        done, status = os.waitpid(pid, os.WNOHANG)
-        if done:
-            return status == 0
-        time.sleep(0.01)
-    os.kill(pid, signal.SIGKILL)
-    os.waitpid(pid, 0)
-    return False
+    """Runs work in a forked child."""
+    return succeeds_in_child(lambda: asyncio.run(asyncio.wait_for(work(), timeout=15)))
 
 
 def full(server: ScriptedServer, folder: Path, ledger: Ledger, **options: Any) -> Backend:
@@ -207,6 +197,7 @@ def test_accounts_add_up_over_threads() -> None:
     assert ledger.try_reserve(3.5)
 
 
+@forking
 def test_the_backend_can_be_used_after_a_fork(serve: Serve, tmp_path: Path) -> None:
     server, ledger = serve(slowly), Ledger(cap=1.0)
     backend = full(server, tmp_path, ledger)
@@ -224,6 +215,7 @@ def test_the_backend_can_be_used_after_a_fork(serve: Serve, tmp_path: Path) -> N
     assert len(server.bodies) == 3
 
 
+@forking
 def test_a_fork_in_the_middle_of_requests_leaves_nothing_locked(serve: Serve, tmp_path: Path) -> None:
     server, ledger = serve(slowly), Ledger(cap=1.0)
     backend = full(server, tmp_path, ledger)
@@ -251,6 +243,7 @@ def test_a_fork_in_the_middle_of_requests_leaves_nothing_locked(serve: Serve, tm
         busy.join()
 
 
+@forking
 def test_a_fork_forgets_what_the_parent_reserved_and_probes() -> None:
     ledger, breaker = Ledger(cap=1.0), Breaker(failures=1, cooldown=1e-9)
     assert ledger.try_reserve(1.0)
@@ -265,6 +258,7 @@ def test_a_fork_forgets_what_the_parent_reserved_and_probes() -> None:
     assert not ledger.try_reserve(1.0) and not breaker.admit(1).count
 
 
+@forking
 def test_a_fork_while_a_lock_is_held_does_not_block_the_child() -> None:
     ledger, places = Ledger(cap=1.0), Semaphore(1)
     limited = Limit(OpenAIBackend("m", base_url="http://127.0.0.1:9/v1", key=None), requests_per_minute=5)

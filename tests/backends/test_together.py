@@ -17,16 +17,21 @@ async def asked(*ways: str, max_concurrency: int | None = None) -> list[ChatResu
     async def one(way: str) -> ChatResult:
         under_way.add(way)
         try:
-            await asyncio.sleep(0.01 * (1 + ways.index(way)))
+            while ways[len(ended)] != way:
+                await asyncio.sleep(0)
+            # Time for an error of the one before to cancel this one.
+            for _ in range(10):
+                await asyncio.sleep(0)
         finally:
             under_way.discard(way)
+            ended.append(way)
         if way.startswith("raises "):
             raise BackendError(way, failure=None if way == "raises nothing" else way.split()[1])
         if way.startswith("fails"):
             return ChatResult.failed(way, "request", model="m")
         return ChatResult(way, "stop")
 
-    under_way: set[str] = set()
+    under_way, ended = set[str](), list[str]()
     try:
         return await each(ways, one, ChatResult, model="m", max_concurrency=max_concurrency)
     finally:

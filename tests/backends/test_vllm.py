@@ -22,6 +22,8 @@ from popi.backends.transformers import TransformersBackend
 from popi.errors import BackendError, ConfigError, ModelError
 from popi.models import find
 from popi.prompts import Message
+from popi.provenance import fingerprint_files
+from tests.forks import needs_fork, succeeds_in_child
 from tests.servers import SERVED, needs_vllm
 
 pytestmark = pytest.mark.slow
@@ -137,13 +139,19 @@ async def test_other_weights_show_at_once(tmp_path: Path, tied: bool) -> None:
     async with VLLMBackend(str(before), context_length=256, cache_gib=0.25) as backend:
         await assert_alike(backend, TransformersBackend(str(before)))
         # What is under way is finished under the old weights; what the cache holds of them is forgotten.
-        old = (await backend.chat([ask(max_tokens=100)]))[0].text
+        old, identity = (await backend.chat([ask(max_tokens=100)]))[0].text, backend.identity
         under_way = asyncio.create_task(backend.chat([ask(max_tokens=100)] * 4))
         await asyncio.sleep(0.05)
         await backend.update_weights(after)
         assert {result.text for result in await under_way} == {old}
         assert (await backend.chat([ask(max_tokens=100)]))[0].text != old
         await assert_alike(backend, TransformersBackend(str(after)))
+        # A cache must not answer with the responses of the weights before.
+        assert (
+            backend.identity
+            != identity
+            == backend.identity.replace(str(fingerprint_files(after)), str(fingerprint_files(before)))
+        )
         with pytest.raises(ModelError, match="there are no safetensors in"):
             await backend.update_weights(tmp_path)
 
@@ -279,6 +287,32 @@ def command_of(process: int) -> bytes:
     with suppress(OSError):
         return Path(f"/proc/{process}/cmdline").read_bytes()
     return b""
+
+
+async def test_seeded_requests_with_long_prompts_leave_the_engine_alive(with_adapters: Backend) -> None:
+    requests = [ask("what " * 200 + f"{n}?", temperature=1.0, seed=n) for n in range(8)]
+    together = await with_adapters.chat(requests)
+    assert [result.error for result in together] == [None] * 8
+    assert [(await with_adapters.chat([request]))[0] for request in requests] == together
+
+
+async def test_identities_differ_by_adapter(with_adapters: Backend) -> None:
+    identities = {with_adapters.identity, *(with_adapters.adapted(name).identity for name in ADAPTERS)}
+    assert len(identities) == 3 and with_adapters.adapted("small").identity in identities
+
+
+@needs_fork
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+async def test_a_forked_process_is_told_that_it_has_no_engine(with_adapters: Backend) -> None:
+    def child() -> bool:
+        with pytest.raises(BackendError, match="cannot be used in a forked process; open the model after the fork"):
+            asyncio.run(with_adapters.chat(REQUESTS))
+        # Ends nothing that belongs to the parent.
+        with_adapters._engine.shut_down()
+        return True
+
+    assert await asyncio.to_thread(succeeds_in_child, child)
+    assert (await with_adapters.chat(REQUESTS))[0].error is None
 
 
 async def test_a_thousand_at_once(with_adapters: Backend) -> None:

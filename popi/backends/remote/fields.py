@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import logging
 import re
-import threading
 from collections.abc import Mapping
 from typing import Any
 
 from popi.backends.remote.failures import Rejected
+from popi.engine.forking import ForkLock
 from popi.errors import ConfigError, did_you_mean
 
 log = logging.getLogger(__name__)
@@ -72,7 +72,7 @@ class Fields:
         self._model, self._extra = model, dict(extra)
         self._names: dict[str, str | None] = {"max_tokens": limit, **names}
         self._learnt: dict[str, str | None] = {}
-        self._lock = threading.Lock()
+        self._lock = ForkLock()
 
     def attempt(self, arguments: Mapping[str, Any]) -> Attempt:
         """Returns the first attempt to send these arguments."""
@@ -106,6 +106,7 @@ class Attempt:
 
     def __init__(self, fields: Fields, body: Mapping[str, Any]) -> None:
         self._fields, self._body = fields, body
+        self._sent: dict[str, Any] = {}
         self._changes: dict[str, str | None] = {}
         self._reasons: dict[str, str] = {}
         self._first: Rejected | None = None
@@ -113,7 +114,9 @@ class Attempt:
     @property
     def body(self) -> dict[str, Any]:
         """The body to send."""
-        return self._fields.adapted(self._body, self._changes)
+        # Kept, since other requests may change what is known before this one is rejected.
+        self._sent = self._fields.adapted(self._body, self._changes)
+        return self._sent
 
     def rejected(self, error: Rejected) -> None:
         """Changes the body after a rejection.
@@ -123,7 +126,7 @@ class Attempt:
         """
         if self._first is not None and any(_names(error, name) for name in self._touched()):
             raise self._first
-        field = _field_to_change(error, self.body) if error.status in (400, 422) else None
+        field = _field_to_change(error, self._sent) if error.status in (400, 422) else None
         if field is None:
             if self._changes:
                 self.accepted()

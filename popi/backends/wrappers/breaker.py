@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from popi.backends.sharing import renew_after_fork
+from popi.engine.forking import ForkLock
 from popi.errors import ConfigError
 
 
@@ -55,13 +55,13 @@ class Breaker:
             if not value > 0:
                 raise ConfigError(f"must be positive, got {value}", field=name)
         self._limit, self._cooldown, self._clock = failures, cooldown, clock
-        self._failed, self._served, self._until = 0, 0, 0.0
+        self._failed, self._served, self._until, self._lock = 0, 0, 0.0, ForkLock()
         self.after_fork()
         renew_after_fork(self)
 
     def after_fork(self) -> None:
         """Forgets a probe that runs in the parent process."""
-        self._lock, self._probing = threading.Lock(), False
+        self._probing = False
 
     @property
     def closed(self) -> bool:

@@ -16,6 +16,7 @@ from popi.backends.base import Backend, ChatRequest, ChatResult, OnComplete, Sco
 from popi.backends.sharing import renew_after_fork
 from popi.backends.together import held
 from popi.backends.wrappers.base import Request, Result, Wrapper
+from popi.engine.forking import ForkLock
 from popi.errors import BackendError, InputError
 
 log = logging.getLogger(__name__)
@@ -47,9 +48,9 @@ class Cache(Wrapper):
     def __init__(self, inner: Backend, file: Path) -> None:
         super().__init__(inner)
         self.hits = self.misses = 0
-        self._file, self._writes, self._closed = file, True, False
+        self._file, self._writes, self._closed, self._lock = file, True, False, ForkLock()
+        self._local, self._connections = threading.local(), list[sqlite3.Connection]()
         self._inherited: list[object] = []
-        self._renew()
         renew_after_fork(self)
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
@@ -60,11 +61,7 @@ class Cache(Wrapper):
     def after_fork(self) -> None:
         """Forgets the connections of the parent process: SQLite allows neither to use nor to close them here."""
         self._inherited.append((self._local, self._connections))
-        self._renew()
-
-    def _renew(self) -> None:
-        self._lock, self._local = threading.Lock(), threading.local()
-        self._connections: list[sqlite3.Connection] = []
+        self._local, self._connections = threading.local(), []
 
     async def chat(self, requests: Sequence[ChatRequest]) -> list[ChatResult]:
         """Continues each conversation.
@@ -88,7 +85,7 @@ class Cache(Wrapper):
         Raises:
             BackendError: If the request fails or the stream breaks.
         """
-        key = self._key(request)
+        [key] = self._keys([request])
         known = None if key is None else self._read(key, ChatResult)
         self._count(hits=int(known is not None), misses=int(known is None))
         if known is not None:
@@ -119,7 +116,7 @@ class Cache(Wrapper):
         ask: Callable[[Sequence[Request]], Awaitable[list[Result]]],
         kind: type[Result],
     ) -> list[Result]:
-        keys = [self._key(request) for request in requests]
+        keys = self._keys(requests)
         known = {
             key: result
             for key in dict.fromkeys(keys)
@@ -141,13 +138,10 @@ class Cache(Wrapper):
         with self._lock:
             self.hits, self.misses = self.hits + hits, self.misses + misses
 
-    def _key(self, request: ChatRequest | ScoreRequest) -> str | None:
-        """The key of a request; ``None`` if it does not determine its result."""
-        if isinstance(request, ChatRequest) and request.temperature > 0 and request.seed is None:
-            return None
-        # The user on whose account it is booked does not change the result.
-        parts = [type(request).__name__, self.identity, asdict(replace(request, user=""))]
-        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+    def _keys(self, requests: Sequence[ChatRequest | ScoreRequest]) -> list[str | None]:
+        """The keys of requests; ``None`` for those that do not determine their results."""
+        identity = self.identity  # of a live model it is a hash of all weights
+        return [_key(request, identity) for request in requests]
 
     def _connection(self) -> sqlite3.Connection:
         """The connection of this thread."""
@@ -187,3 +181,11 @@ class Cache(Wrapper):
             if self._writes:
                 log.warning("%s: results are no longer kept: %s", self._file, error)
             self._writes = False
+
+
+def _key(request: ChatRequest | ScoreRequest, identity: str) -> str | None:
+    if isinstance(request, ChatRequest) and request.temperature > 0 and request.seed is None:
+        return None
+    # The user on whose account it is booked does not change the result.
+    parts = [type(request).__name__, identity, asdict(replace(request, user=""))]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

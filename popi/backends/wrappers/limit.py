@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, nullcontext
 
 from popi.backends.base import Backend, ChatRequest, OnComplete, ScoreRequest, ignore_result
 from popi.backends.deadline import turn, waiting
-from popi.backends.sharing import Semaphore, renew_after_fork
+from popi.backends.sharing import Semaphore
 from popi.backends.together import held
 from popi.backends.wrappers.base import OneByOne, Request, Result
+from popi.engine.forking import ForkLock
 from popi.errors import BackendError, ConfigError
 
 MINUTE = 60.0
@@ -113,12 +113,7 @@ class _Allowance:
 
     def __init__(self, per_minute: int) -> None:
         self._size, self._taken, self._at = per_minute, 0.0, time.monotonic()
-        self.after_fork()
-        renew_after_fork(self)
-
-    def after_fork(self) -> None:
-        """Replaces the lock, which a thread of the parent process may hold."""
-        self._lock = threading.Lock()
+        self._lock = ForkLock()
 
     async def take(self, amount: float) -> None:
         """Takes an amount, and waits until it has come back, after those who took before."""
