@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import logging
 import math
 import secrets
 from collections.abc import AsyncIterator, Sequence
@@ -29,16 +28,14 @@ from popi.backends.results import scored
 from popi.backends.streaming import Emit, streamed
 from popi.backends.together import held
 from popi.engine.admission import admitted
-from popi.engine.cache import layout_of
 from popi.engine.chat_tokens import ChatTokens, Rendered
-from popi.engine.decoding import Draft, Outcome, end_tokens_of
+from popi.engine.checks import verify
+from popi.engine.decoding import Draft, Outcome
 from popi.engine.loading import load
 from popi.engine.packing import Scored
 from popi.engine.service import ModelService, Within
 from popi.models import fingerprint
 from popi.provenance import fingerprint_weights
-
-log = logging.getLogger(__name__)
 
 BATCH_TOKENS = 16384
 
@@ -136,14 +133,12 @@ class TransformersBackend(Backend):
         self.model, self._live, self._model, self._tokenizer = name, live, model, tokenizer
         self._identity: str | None = None
         self._tokens = ChatTokens(tokenizer, name)
-        self._end_tokens = end_tokens_of(model, self._tokens)
-        layout = layout_of(model)
-        if layout != "shared":
-            log.warning("%s: prompts share no prefixes, because the cache does not allow it (%s layout)", name, layout)
+        abilities = verify(model, self._tokens, name)
+        self._end_tokens = abilities.end_tokens
         self._service = ModelService(
             model,
             name,
-            layout=layout,
+            layout=abilities.layout,
             end_tokens=self._end_tokens,
             batch_tokens=batch_tokens,
             within=within,

@@ -74,6 +74,8 @@ class ChatTokens:
             first control token; the end token of the tokenizer if the template has no control token there. May be
             empty.
         end_tokens: The tokens at which a response ends.
+        added_tokens: The tokens that are not part of plain text: control tokens, and others that were added to the
+            vocabulary.
         opens_reasoning: Whether the generation prompt ends inside a reasoning block, so that a response starts with
             reasoning.
 
@@ -97,6 +99,7 @@ class ChatTokens:
         spelled = [re.escape(token) for token in sorted(special, reverse=True) if len(token) > 1]
         self._control = re.compile("|".join(spelled) or "(?!)")
         markers = [*MARKERS, *MARKERS.values()]
+        self.added_tokens = frozenset([*self._control_ids, *tokenizer.added_tokens_decoder])
         self._in_markers = {
             number: token for number, token in self._control_ids.items() if any(token in marker for marker in markers)
         }

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from popi.data.example import HeldOutPair, PersonalizationExample
-from popi.engine.cache import layout_of
 from popi.engine.chat_tokens import ChatTokens
+from popi.engine.checks import verify
 from popi.engine.packing import Row, Scored, pack, tokens_of
 from popi.errors import InputError
 from popi.io import read_json, write_text
@@ -68,7 +68,7 @@ class PairScorer:
     ) -> None:
         self._model, self._tokens = model, tokens
         self._batch_tokens = batch_tokens
-        self._layout = layout_of(model)
+        self._layout = verify(model, tokens, str(model.config.name_or_path)).layout
         self._context: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         self.over, self.tokens = over, 0
 
