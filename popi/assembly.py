@@ -118,22 +118,22 @@ class _Opening:
         """One of several models."""
         at = f"routes.{name}."
         price = self.price(config, at)
-        breaker = self.made(Breaker, config.breaker, f"{at}breaker")
+        breaker = self.part(Breaker, config.breaker, f"{at}breaker")
         return Route(name, self.model(config, price, at), price, breaker)
 
     def price(self, config: ModelConfig, at: str = "") -> Price | None:
         """The price of a model; ``None`` if the file does not say."""
-        return self.made(Price, config.price, f"{at}price") if config.price else None
+        return self.part(Price, config.price, f"{at}price") if config.price else None
 
     def model(self, config: ModelConfig, price: Price | None, at: str = "") -> Backend:
         """A model in its wrappers."""
-        kind = self.made(registry.backend, {}, f"{at}backend", config.backend)
-        backend: Backend = self.made(kind, config.options, f"{at}options", config.model)
+        kind = self.part(registry.backend, {}, f"{at}backend", config.backend)
+        backend: Backend = self.part(kind, config.options, f"{at}options", config.model)
         self._models.append(backend)
         backend = Cost(backend, price=price or FREE, ledger=self._ledger, role=self._role)
         if config.limit is not None:
-            backend = self.made(Limit, config.limit, f"{at}limit", backend)
-        return backend if config.retry is None else self.made(Retry, config.retry, f"{at}retry", backend)
+            backend = self.part(Limit, config.limit, f"{at}limit", backend)
+        return backend if config.retry is None else self.part(Retry, config.retry, f"{at}retry", backend)
 
     def close(self) -> None:
         """Closes the models that were opened before a part failed."""
@@ -146,7 +146,7 @@ class _Opening:
         with ThreadPoolExecutor(1) as elsewhere:
             elsewhere.submit(asyncio.run, close()).result()
 
-    def made(self, make: Callable[..., Part], given: Mapping[str, Any], at: str, *first: object) -> Part:
+    def part(self, make: Callable[..., Part], given: Mapping[str, Any], at: str, *first: object) -> Part:
         """Makes a part from keyword arguments."""
         try:
             return make(*first, **_checked(make, given, skip=len(first)))

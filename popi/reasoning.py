@@ -80,7 +80,7 @@ class ReasoningFilter:
         return ""
 
     def _take(self, length: int) -> str:
-        """Takes so many characters off the held text, and returns what of them is visible."""
+        """Removes characters from the start of the held text, and returns those that are visible."""
         text, self._held = self._held[:length], self._held[length:]
         if self.inside:
             return ""

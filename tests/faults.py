@@ -296,6 +296,9 @@ class _Threads(ThreadingHTTPServer):
     request_queue_size = 512
     daemon_threads = True
 
+    def handle_error(self, *request: Any) -> None:
+        """Stays silent about clients that leave."""
+
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"

@@ -25,6 +25,11 @@ PARTS = st.lists(
         ("<think>so I will", None),
         ("<think>so</think>Yes <thinking>but", None),
         ("a <b> c", "a <b> c"),
+        ("  Yes. ", "  Yes. "),
+        (" \n<think>so</think> Yes.", "Yes."),
+        ("</think>Yes.", "Yes."),
+        (" \n</think>\nYes.", "Yes."),
+        ("Yes <think>so</think> and no.", "Yes  and no."),
         ("<think>a</thinking>b</think>c", "c"),
         ("", ""),
     ],
@@ -40,13 +45,27 @@ def test_the_visible_text_does_not_depend_on_the_split(parts: list[str], opened:
     pieces = [split.feed(character) for character in "".join(parts)]
     assert "".join(pieces) + split.finish() == text
     assert (split.inside, split.orphan) == (whole.inside, whole.orphan)
-    assert not any(marker in text for marker in MARKERS)
+
+
+@given(st.lists(st.sampled_from(["so ", "a\nb", " "]), max_size=4), st.sampled_from(sorted(MARKERS.items())), PARTS)
+def test_no_word_of_a_block_is_visible(words: list[str], markers: tuple[str, str], parts: list[str]) -> None:
+    block = f"{markers[0]}SECRET {''.join(words)}{markers[1]}"
+    reasoning = ReasoningFilter()
+    text = reasoning.feed("Well, " + block + "".join(parts)) + reasoning.finish()
+    assert text.startswith("Well, ") and "SECRET" not in text
 
 
 def test_a_closing_marker_without_an_opening_one_is_noticed() -> None:
     reasoning = ReasoningFilter()
     assert reasoning.feed("so</think>Yes") + reasoning.finish() == "so</think>Yes"
     assert reasoning.orphan
+
+
+@pytest.mark.parametrize("start", ["", " \n"])
+def test_a_closing_marker_before_all_text_ends_a_block_of_the_template(start: str) -> None:
+    reasoning = ReasoningFilter()
+    assert [reasoning.feed(start), reasoning.feed("</think>"), reasoning.feed("\nYes")] == ["", "", "Yes"]
+    assert not reasoning.orphan and not reasoning.inside
 
 
 def test_text_is_shown_as_soon_as_it_cannot_begin_a_marker() -> None:

@@ -1,24 +1,24 @@
-"""One model behind three backends, and what our layer adds to a request: transformers, vLLM in process, vLLM served.
+"""One model behind three backends, and the overhead of popi's layer: transformers, vLLM in process, vLLM served.
 
     python benchmarks/speed/backends.py
 
-The same requests go to each: summaries are written, greedily, of the signals of mini-world users, and both responses of
-their test pairs are scored under the true summaries, all at once. The server is reached by token ids, as the others
-are, and "tokens/s" counts those read and those written. All run on the CPU (vLLM's build for it), in float32, one after
-the other, and vLLM with the options by which popi runs it there, in the server too.
+Each backend gets the same requests: greedy summaries of the signals of mini-world users, and scores of both responses
+of their test pairs under the true summaries, all at the same time. The server is used by token ids, like the other
+backends, and "tokens/s" counts prompt tokens and new tokens. All backends run on the CPU (with vLLM's build for it), in
+float32, one after the other. vLLM has the options that popi uses on a CPU, in the server too.
 
-Every round has users of its own, so that no prefix is kept from the one before; what requests of a round have in common
-each backend may compute once. The first round warms up, and the best of the others counts, of each side by itself.
-"alike" says how many texts of these rounds are those of transformers, "difference" how far a score is from its own, in
-nats a token, at most.
+Each round has its own users, so that no prefix is cached from the round before; a backend may compute a common prefix
+of the requests of a round once. The first round is a warm-up. The best of the other rounds counts, for each backend by
+itself. "same" is the number of texts that equal those of transformers in these rounds, and "difference" the maximum
+difference of a score, in nats a token.
 
-Models have as many threads as torch has here (``OMP_NUM_THREADS``). In the executor that popi takes, "uni", vLLM's
-worker reads that variable and binds its threads to no cores: ``VLLM_CPU_OMP_THREADS_BIND`` is not looked at. vLLM also
-has threads that do not compute, here and in the server's process: pin the script to as many cores as there are threads
-(``taskset``), or they use others.
+Models use as many threads as torch does here (``OMP_NUM_THREADS``). With the executor "uni", which popi chooses, vLLM's
+worker reads that variable and does not bind its threads to cores: ``VLLM_CPU_OMP_THREADS_BIND`` has no effect. vLLM has
+further threads that do not compute, here and in the server's process: pin the script to as many cores as there are
+threads (``taskset``), or they use others.
 
-Last, a request for one token goes to the server by messages, through our backend and through the ``openai`` client
-alone, in turn, and each first every other time; the same JSON is sent.
+The last part sends requests for one token to the server by messages, alternately with our backend and with the
+``openai`` client alone; each goes first every other time, and both send the same JSON.
 """
 
 from __future__ import annotations
@@ -56,11 +56,11 @@ Result = TypeVar("Result", ChatResult, ScoreResult)
 
 @dataclass(frozen=True)
 class Round:
-    """Requests for users of their own.
+    """The requests of a round.
 
     Attributes:
-        chats: For a summary of each user.
-        scores: For both responses of each pair.
+        chats: A summary of each user.
+        scores: Both responses of each pair.
     """
 
     chats: list[ChatRequest]
@@ -69,28 +69,33 @@ class Round:
 
 @dataclass(frozen=True)
 class Measured:
-    """What a backend did in the rounds that count: seconds and results of each."""
+    """Seconds and results of each round of a backend, without the warm-up."""
 
     chats: list[tuple[float, list[ChatResult]]]
     scores: list[tuple[float, list[ScoreResult]]]
 
 
 def main() -> None:
-    """Prints a line for each backend, and what the layer adds."""
+    """Prints a line for each backend, and the overhead of the layer."""
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--model", default=MODEL)
-    options.add_argument("--users", type=int, default=64, help="whose summaries are written in a round")
-    options.add_argument("--pairs", type=int, default=512, help="that are scored in a round")
-    options.add_argument("--requests", type=int, default=300, help="through our backend, and as many without it")
+    options.add_argument("--users", type=int, default=64, help="number of summaries in a round")
+    options.add_argument("--pairs", type=int, default=512, help="number of scored pairs in a round")
+    options.add_argument(
+        "--requests", type=int, default=300, help="number of requests through our backend, and without it"
+    )
     options.add_argument("--repeats", type=int, default=3)
     given = options.parse_args()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the server ends too
     os.environ["OMP_NUM_THREADS"] = str(torch.get_num_threads())
     tokens = ChatTokens(load_tokenizer(given.model), given.model)
-    rounds = [made(tokens, given.users, given.pairs, seed) for seed in range(given.repeats + 1)]
+    rounds = [make_round(tokens, given.users, given.pairs, seed) for seed in range(given.repeats + 1)]
     print(f"{given.model}, {torch.get_num_threads()} threads, the best of {given.repeats}")
     print(f"                  {f'{given.users} summaries':56s}{given.pairs} pairs")
-    print("                    read  written  seconds  tokens/s  ratio  alike      seconds  pairs/s  ratio  difference")
+    print(
+        f"{'':16s}  {'prompt':>6s}   {'new':>6s}  {'seconds':>7s}  {'tokens/s':>8s}  {'ratio':>5s}  {'same':9s}"
+        f"  {'seconds':>7s}  {'pairs/s':>7s}  {'ratio':>5s}  difference"
+    )
     first = asyncio.run(measure(TransformersBackend(given.model, device="cpu"), rounds))
     show("transformers", first, first)
     show("vLLM in process", asyncio.run(measure(VLLMBackend(given.model, cache_gib=CACHE_GIB), rounds)), first)
@@ -101,8 +106,8 @@ def main() -> None:
         show_layer(*asyncio.run(layer(given.model, server.url, given.requests)))
 
 
-def made(tokens: ChatTokens, users: int, pairs: int, seed: int) -> Round:
-    """The requests of a round."""
+def make_round(tokens: ChatTokens, users: int, pairs: int, seed: int) -> Round:
+    """Makes the requests of a round."""
 
     def count(text: str) -> int:
         return len(tokens.encode([text])[0])
@@ -119,7 +124,7 @@ def made(tokens: ChatTokens, users: int, pairs: int, seed: int) -> Round:
 
 
 async def measure(backend: Backend, rounds: Sequence[Round]) -> Measured:
-    """Has a backend do all rounds, and closes it."""
+    """Runs all rounds on a backend, and closes it."""
     async with backend:
         chats = await timed(backend.chat, [each.chats for each in rounds])
         return Measured(chats, await timed(backend.score, [each.scores for each in rounds]))
@@ -128,7 +133,7 @@ async def measure(backend: Backend, rounds: Sequence[Round]) -> Measured:
 async def timed(
     ask: Callable[[Sequence[Request]], Awaitable[list[Result]]], rounds: Sequence[Sequence[Request]]
 ) -> list[tuple[float, list[Result]]]:
-    """Seconds and results of each round but the first."""
+    """Returns seconds and results of each round except the first."""
     done = []
     for requests in rounds:
         began = time.perf_counter()
@@ -139,25 +144,25 @@ async def timed(
 
 
 def show(name: str, side: Measured, first: Measured) -> None:
-    """Prints the line of a backend beside the one that comes first."""
+    """Prints the line of a backend, compared with the first backend."""
     seconds, read, written = fastest(side)
     speed, reference = ((each[1] + each[2]) / each[0] for each in (fastest(side), fastest(first)))
     texts = list(zip(results(side.chats), results(first.chats), strict=True))
-    alike = sum(mine.text == other.text for mine, other in texts)
+    same = sum(mine.text == other.text for mine, other in texts)
     scored, slower = (min(seconds for seconds, _ in each.scores) for each in (side, first))
     pairs = len(side.scores[0][1]) // 2
     both = zip(results(side.scores), results(first.scores), strict=True)
     difference = max(abs(mine.logprob - other.logprob) / other.tokens for mine, other in both)
     print(
         f"{name:16s}  {read:6d}   {written:6d}  {seconds:7.2f}  {speed:8.0f}  {speed / reference:5.2f}"
-        f"  {f'{alike}/{len(texts)}':9s}  {scored:7.2f}  {pairs / scored:7.1f}  {slower / scored:5.2f}"
+        f"  {f'{same}/{len(texts)}':9s}  {scored:7.2f}  {pairs / scored:7.1f}  {slower / scored:5.2f}"
         f"  {difference:10.1e}",
         flush=True,
     )
 
 
 def fastest(side: Measured) -> tuple[float, int, int]:
-    """Seconds, tokens read and tokens written of the round with the most tokens a second."""
+    """Returns seconds, prompt tokens and completion tokens of the round with the most tokens a second."""
     lines = [
         (seconds, sum(each.prompt_tokens for each in texts), sum(each.completion_tokens for each in texts))
         for seconds, texts in side.chats
@@ -166,12 +171,12 @@ def fastest(side: Measured) -> tuple[float, int, int]:
 
 
 def results(rounds: Sequence[tuple[float, Sequence[Result]]]) -> list[Result]:
-    """Those of all rounds."""
+    """Returns the results of all rounds."""
     return [result for _, each in rounds for result in each]
 
 
 async def layer(model: str, url: str, requests: int) -> tuple[list[float], list[float]]:
-    """Seconds of each request through our backend, and of each by the client alone."""
+    """Returns the seconds of each request through our backend, and of each by the client alone."""
     example = next(iter(generate(split=SPLIT, users=1, seed=0)))
     messages = DEFAULT.answer_messages(example.tests[0].prompt, example.oracles["truth"])
     request = ChatRequest(messages, max_tokens=1)
@@ -184,9 +189,7 @@ async def layer(model: str, url: str, requests: int) -> tuple[list[float], list[
         return result.completion_tokens, result.text
 
     async def bare() -> tuple[int, str]:
-        answer = await client.chat.completions.create(
-            model=model, messages=written, max_tokens=1, temperature=0.0, top_p=1.0
-        )
+        answer = await client.chat.completions.create(model=model, messages=written, max_tokens=1, temperature=0.0)
         return answer.usage.completion_tokens if answer.usage else 0, answer.choices[0].message.content or ""
 
     seconds: dict[Callable[[], Awaitable[tuple[int, str]]], list[float]] = {ours: [], bare: []}
@@ -197,12 +200,12 @@ async def layer(model: str, url: str, requests: int) -> tuple[list[float], list[
                 began = time.perf_counter()
                 answers.append(await ask())
                 seconds[ask].append(time.perf_counter() - began)
-            assert answers[0] == answers[1] and answers[0][0] == 1, "both are answered alike, by a token"
+            assert answers[0] == answers[1] and answers[0][0] == 1, "both responses are the same token"
     return seconds[ours][WARM_UP:], seconds[bare][WARM_UP:]
 
 
 def show_layer(ours: list[float], bare: list[float]) -> None:
-    """Prints milliseconds of a request through our backend, of one without it, and how much more that is."""
+    """Prints milliseconds of a request through our backend and without it, and the difference."""
     print(f"\n{len(ours)} requests for a token, ms    ours     bare  more, ms  more, %")
     for name, of in (("median", statistics.median), ("95th of 100", lambda each: statistics.quantiles(each, n=20)[18])):
         mine, theirs = 1000 * of(ours), 1000 * of(bare)

@@ -8,6 +8,7 @@ from dataclasses import replace
 from popi.backends.base import ChatRequest, ChatResult, FinishReason
 from popi.backends.results import ORPHAN, complete
 from popi.engine.answer import Answer
+from popi.io import writable
 from popi.reasoning import ReasoningFilter, strip_reasoning
 
 Decode = Callable[[Sequence[int]], str]
@@ -42,7 +43,8 @@ class Response:
         self._request, self._end_tokens, self._emit = request, end_tokens, emit
         self._reasoning = ReasoningFilter(opened=opened)
         self._reasoning.feed(request.response_prefix)
-        self._opened, self._unsent = self._reasoning.inside, request.response_prefix
+        self._prefix = self._unsent = writable(request.response_prefix)
+        self._opened = self._reasoning.inside
         self._answer = Answer(decode, end_tokens, request.stop, self._send if emit else None, self._visible)
         self.watch = self._watch if self._answer.watches else None
 
@@ -71,7 +73,7 @@ class Response:
             completion_tokens=len(tokens),
             reasoned=thinking,
         )
-        return result if result.error else replace(result, text=self._request.response_prefix + result.text)
+        return result if result.error else replace(result, text=self._prefix + result.text)
 
     def _watch(self, tokens: Sequence[int]) -> bool:
         self._send("")

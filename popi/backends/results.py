@@ -44,10 +44,11 @@ def complete(
         The result. It is a failure of kind ``empty`` if no text is left, unless the model refused or a filter removed
         the text.
     """
-    shown = strip_reasoning(writable(text), opened=_opens(request.response_prefix, opened))
+    prefix = writable(request.response_prefix)
+    shown = strip_reasoning(writable(text), opened=_opens(prefix, opened))
     result = ChatResult("", reason, prompt_tokens, completion_tokens, model)
     if shown is not None and shown.strip():
-        return replace(result, text=request.response_prefix + shown)
+        return replace(result, text=prefix + shown)
     if reason in ("refused", "filtered"):
         return result
     used = completion_tokens or request.max_tokens
@@ -84,7 +85,7 @@ class Pieces:
 
     def __init__(self, request: ChatRequest, *, opened: bool = False) -> None:
         self._reasoning = ReasoningFilter(opened=_opens(request.response_prefix, opened))
-        self._prefix, self._half = request.response_prefix, ""
+        self._prefix, self._half = writable(request.response_prefix), ""
 
     @property
     def orphan(self) -> bool:

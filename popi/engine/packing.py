@@ -146,10 +146,10 @@ def _blocks(items: Sequence[Scored], units: Sequence[list[int]], prefix_lengths:
         return prefix_lengths[unit[0]], prompt(unit)[: prefix_lengths[unit[0]]]
 
     in_order = sorted(units, key=lambda unit: (*beginning(unit), prompt(unit)))
-    for (length, _), alike in groupby(in_order, key=beginning):
+    for (length, _), group in groupby(in_order, key=beginning):
         most = min(max(length, ROW_OWN_TOKENS[0]), ROW_OWN_TOKENS[1])
         parts: list[tuple[int, list[int]]] = []
-        for _, same in groupby(alike, key=prompt):
+        for _, same in groupby(group, key=prompt):
             apart = [(_size(items, unit, length), unit) for unit in same]
             whole = [index for _, unit in apart for index in unit]
             size = _size(items, whole, length)

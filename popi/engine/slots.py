@@ -33,6 +33,10 @@ MAX_CELLS = 2
 COLUMNS = 64
 
 
+# A row has at least so much room for its drafts, if they may need it.
+ROOM = 512
+
+
 @dataclass(eq=False, slots=True)
 class _Row:
     """A prompt in the buffer.
@@ -48,6 +52,11 @@ class _Row:
     reserved: int
     used: int = 0
     branches: int = 0
+
+    @property
+    def needed(self) -> int:
+        """Number of columns that it should have now: few drafts come near a high limit."""
+        return min(self.reserved, 2 * max(self.used, len(self.prompt)) + ROOM)
 
 
 @dataclass(eq=False, slots=True)
@@ -188,6 +197,9 @@ class SharedSlots:
     def step(self, last_N: Tensor) -> Tensor:
         """Reads the last token of each draft, and gives the logits of the next one, ``[N, V]``."""
         at = self._cursor
+        if max(row.used + row.branches for row in self._rows) > at.capacity[1]:
+            self._reserve(0)
+            self._place()
         self._tokens_R_C[at.rows_N, at.columns_N] = last_N
         self._mask_S_C_L[at.rows_N, at.columns_N, at.writes_N] = 0
         for row in self._rows:
@@ -245,7 +257,7 @@ class SharedSlots:
 
     def _reserve(self, waiting: int) -> None:
         """Makes the buffer large enough for its rows, and if possible for those that wait: a copy of it is slow."""
-        at, rows, width = self._cursor, len(self._rows), max(row.reserved for row in self._rows)
+        at, rows, width = self._cursor, len(self._rows), max(row.needed for row in self._rows)
         if rows <= at.capacity[0] and width <= at.capacity[1]:
             return
         columns = max(width, min(self._columns_for(width), self._batch_tokens // rows))

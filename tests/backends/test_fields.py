@@ -64,7 +64,7 @@ async def test_openais_own_server_has_another_name_for_the_limit(monkeypatch: py
     monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
     for url in (None, "https://api.openai.com/v1/"):
         served = OpenAIBackend("m", base_url=url, key="KEY")
-        assert "max_completion_tokens" in served._endpoint._fields.attempt({"max_tokens": 9}).body
+        assert "max_completion_tokens" in served._endpoint._fields.attempt({"max_tokens": 9}).body()
 
 
 @pytest.mark.parametrize(

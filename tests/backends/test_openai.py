@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import time
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager, suppress
 from email.utils import formatdate
 
 import pytest
@@ -113,12 +114,19 @@ async def test_one_backend_serves_one_event_loop_after_the_other(vllm_url: str) 
     await known.close()
 
 
-Reply = Callable[[asyncio.StreamWriter], None]
+Handler = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
+
+
+@asynccontextmanager
+async def serving(handler: Handler) -> AsyncIterator[str]:
+    """A server on loopback."""
+    async with await asyncio.start_server(handler, "127.0.0.1", 0) as server:
+        yield f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/v1"
 
 
 @asynccontextmanager
 async def answering(reply: bytes | None) -> AsyncIterator[str]:
-    """A server that says the same to everybody and hangs up; with ``None`` it says nothing and waits."""
+    """A server that sends the same to every client and closes the connection; with ``None`` it sends nothing."""
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.readuntil(b"\r\n\r\n")
@@ -128,9 +136,8 @@ async def answering(reply: bytes | None) -> AsyncIterator[str]:
             writer.write(reply)
         writer.close()
 
-    server = await asyncio.start_server(serve, "127.0.0.1", 0)
-    async with server:
-        yield f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/v1"
+    async with serving(serve) as url:
+        yield url
 
 
 def http(status: str, body: str = "", **headers: str) -> bytes:
@@ -243,6 +250,42 @@ def streamed(*deltas: str, end: str = "stop", **more: str) -> bytes:
 
 
 @pytest.mark.usefixtures("key")
+async def test_a_stream_ends_with_its_last_event_although_the_connection_stays() -> None:
+    async def serve_on(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        body = streamed("Ri", "ce")
+        head, _, events = body.partition(b"\r\n\r\n")
+        writer.write(re.sub(rb"\r\nContent-Length: \d+", b"", head) + b"\r\n\r\n" + events)
+        await reader.read()
+        writer.close()
+
+    async with serving(serve_on) as url, backend(url, timeout=30) as box:
+        async with asyncio.timeout(5):
+            assert [piece async for piece in box.stream(ask())] == ["Ri", "ce"]
+            assert (await box.chat([ask()]))[0].text == "Rice"
+
+
+@pytest.mark.usefixtures("key")
+async def test_connections_are_used_again(serve: Serve) -> None:
+    ports = set[int]()
+
+    async def serve_again(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        ports.add(writer.get_extra_info("peername")[1])
+        with suppress(asyncio.IncompleteReadError):
+            while head := await reader.readuntil(b"\r\n\r\n"):
+                length = re.search(rb"content-length: (\d+)", head.lower())
+                body = await reader.readexactly(int(length[1])) if length else b""
+                writer.write(streamed("Rice") if b'"stream": true' in body else http("200 OK", completion()))
+        writer.close()
+
+    async with serving(serve_again) as url, backend(url) as box:
+        for _ in range(3):
+            assert (await box.chat([ask()]))[0].text == "Rice."
+            assert [piece async for piece in box.stream(ask())] == ["Rice"]
+    assert len(ports) == 1
+
+
+@pytest.mark.usefixtures("key")
 @pytest.mark.parametrize(
     ("reply", "says", "kind"),
     [
@@ -276,13 +319,11 @@ async def test_each_piece_of_a_stream_has_its_own_time(serve: Serve) -> None:
         await reader.read()
         writer.close()
 
-    async with await asyncio.start_server(serve_slowly, "127.0.0.1", 0) as server:
-        url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/v1"
-        async with backend(url, timeout=0.4) as box:
-            stream = box.stream(ask())
-            assert await anext(stream) == "Rice."
-            with pytest.raises(BackendError, match=r"no response within 0\.4 s"):
-                await anext(stream)
+    async with serving(serve_slowly) as url, backend(url, timeout=0.4) as box:
+        stream = box.stream(ask())
+        assert await anext(stream) == "Rice."
+        with pytest.raises(BackendError, match=r"no response within 0\.4 s"):
+            await anext(stream)
 
 
 @pytest.mark.usefixtures("key")

@@ -91,6 +91,36 @@ def test_a_draft_that_ends_makes_room_for_the_next_before_the_last_prompt_is_rea
         assert order.index(0) > 3
 
 
+@settings(max_examples=15)
+@given(st.lists(lengths, min_size=1, max_size=20), st.integers(60, 400))
+def test_a_padded_batch_is_never_larger_than_it_may_be(drawn: list[tuple[int, int, int]], batch_tokens: int) -> None:
+    model, _ = tiny_model()
+    drafts = [Draft([7 + kind] * (length + 1), limit=limit) for kind, length, limit in drawn]
+    sizes: list[tuple[int, int]] = []
+    model.register_forward_pre_hook(
+        lambda module, args, options: sizes.append(tuple(options["attention_mask"].shape)), with_kwargs=True
+    )
+    decode(model, drafts, end_tokens=NO_END, batch_tokens=batch_tokens, layout="padded")
+    assert all(rows == 1 or rows * columns <= batch_tokens for rows, columns in sizes)
+
+
+def test_a_buffer_grows_with_what_is_written(monkeypatch) -> None:
+    monkeypatch.setattr(slots, "ROOM", 4)
+    model, _ = tiny_model()
+    drafts = [Draft([5, 6, 7 + place % 3], limit=60, temperature=1.0, seed=place) for place in range(6)]
+    options = {"end_tokens": NO_END, "batch_tokens": 10_000}
+    columns: list[int] = []
+    resize = SlotLayer.resize
+
+    def watched(layer: SlotLayer) -> None:
+        columns.append(layer._cursor.capacity[1])
+        resize(layer)
+
+    monkeypatch.setattr(SlotLayer, "resize", watched)
+    assert decode(model, drafts, layout="shared", **options) == decode(model, drafts, layout="padded", **options)
+    assert min(columns) < 32 and max(columns) < 150
+
+
 def test_identical_prompts_are_read_once_and_long_common_starts_are_copied() -> None:
     model, _ = tiny_model()
     start = [*range(20, 80)]

@@ -1,1 +1,1 @@
-"""Servers: what is said to them, and what their failures mean."""
+"""Servers that speak OpenAI's protocol: requests, responses, and what their failures mean."""

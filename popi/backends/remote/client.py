@@ -8,6 +8,7 @@ import os
 import re
 import ssl
 from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import suppress
 from functools import cache
 from typing import Any, Final
 
@@ -27,6 +28,9 @@ EVENT = re.compile(rb"(data|event|id|retry)?:")
 
 ENOUGH = len("event:")
 """Number of bytes that tell such a stream from a JSON."""
+
+DRAIN = 0.2
+"""Seconds to wait for the end of a response behind the end of its stream."""
 
 LINE_END = re.compile(rb"\r\n|\n|\r(?=[^\n])")
 
@@ -130,22 +134,36 @@ class Client:
 
 
 async def _bodies(head: bytes, rest: AsyncIterator[bytes]) -> AsyncIterator[Any]:
-    """The data of each event of a stream, or all of a response that is none.
+    """The data of each event of a stream, or the whole body of another response.
 
-    The bytes decide which it is: servers ignore what a request asks for, and send either under either content type.
+    The first bytes decide which it is: servers ignore the ``stream`` of a request, and label either kind as the other.
     """
     if not EVENT.match(head.removeprefix(BOM).lstrip()):
         yield b"".join([head, *[piece async for piece in rest]])
         yield DONE
         return
-    events = EventReader()
-    for data in events.feed(head):
-        yield DONE if data.strip() == b"[DONE]" else data
+    async with held(_events(head, rest)) as events:
+        async for data in events:
+            if data.strip() == b"[DONE]":
+                yield DONE
+                # A connection can be used again only if its response was read to the end, which may never come.
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(DRAIN):
+                        async for _ in rest:
+                            pass
+                return
+            yield data
+
+
+async def _events(head: bytes, rest: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    reader = EventReader()
+    for data in reader.feed(head):
+        yield data
     async for piece in rest:
-        for data in events.feed(piece):
-            yield DONE if data.strip() == b"[DONE]" else data
-    for data in events.finish():
-        yield DONE if data.strip() == b"[DONE]" else data
+        for data in reader.feed(piece):
+            yield data
+    for data in reader.finish():
+        yield data
 
 
 def _error_of(body: Any) -> Any:

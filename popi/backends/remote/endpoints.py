@@ -100,7 +100,7 @@ class Endpoint(ABC):
         attempt, begun = self._fields.attempt(arguments), False
         while not begun:
             try:
-                async with held(client.bodies(self.path, attempt.body)) as bodies:
+                async with held(client.bodies(self.path, attempt.body())) as bodies:
                     async for body in bodies:
                         attempt.accepted()
                         begun = True
@@ -178,7 +178,7 @@ class ByTokenIds(Endpoint):
         }
         async with held(self._bodies(client, arguments)) as bodies:
             chunk = read(Chunk, await anext(bodies))
-        echoed = chunk.choices[0].logprobs if chunk.choices else None
+        echoed = chunk.first.logprobs if chunk.first else None
         if echoed is None or not echoed.token_logprobs:
             raise BackendError(
                 f"{self._model}: the server does not echo log-probabilities of a prompt; set the option scores: false",

@@ -101,7 +101,7 @@ def rejection(
     """
     error = body.get("error") if isinstance(body, Mapping) else None
     detail = error if isinstance(error, Mapping) else body if isinstance(body, Mapping) else {}
-    message = _message(body)
+    message = _message(body) or (f"no message, only {dict(error)}" if isinstance(error, Mapping) and error else None)
     if message is None and status < 300:
         return None
     codes = tuple(str(detail[name]) for name in ("code", "type") if detail.get(name))
@@ -131,9 +131,7 @@ def _message(body: Any) -> str | None:
         place = ".".join(str(part) for part in body.get("loc") or () if part != "body")
         return f"{place}: {body['msg']}" if place else str(body["msg"])
     names = ("error", "detail", "errors", "message") if "choices" not in body else ("error",)
-    return next(filter(None, (_message(body.get(name)) for name in names)), None) or (
-        f"no message, only {dict(body)}" if body.get("code") or body.get("type") else None
-    )
+    return next(filter(None, (_message(body.get(name)) for name in names)), None)
 
 
 def _fields(error: Mapping[str, Any]) -> Iterator[str]:

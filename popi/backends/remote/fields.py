@@ -105,16 +105,13 @@ class Attempt:
     """
 
     def __init__(self, fields: Fields, body: Mapping[str, Any]) -> None:
-        self._fields, self._body = fields, body
-        self._sent: dict[str, Any] = {}
+        self._fields, self._body, self._sent = fields, body, dict[str, Any]()
         self._changes: dict[str, str | None] = {}
         self._reasons: dict[str, str] = {}
         self._first: Rejected | None = None
 
-    @property
     def body(self) -> dict[str, Any]:
-        """The body to send."""
-        # Kept, since other requests may change what is known before this one is rejected.
+        """Returns the body to send."""
         self._sent = self._fields.adapted(self._body, self._changes)
         return self._sent
 
@@ -124,6 +121,8 @@ class Attempt:
         Raises:
             Rejected: If no other body is worth an attempt.
         """
+        if self._fields.adapted(self._body, self._changes) != self._sent:
+            return  # another request has learnt what this body needs
         if self._first is not None and any(_names(error, name) for name in self._touched()):
             raise self._first
         field = _field_to_change(error, self._sent) if error.status in (400, 422) else None

@@ -56,7 +56,7 @@ class Reply:
             self._reasoned |= bool(details and details.reasoning_tokens)
         # A report of the usage alone comes behind the last piece.
         self._whole = not chunk.choices and chunk.usage is not None and self._responds
-        return self._take(chunk.choices[0]) if chunk.choices else ""
+        return self._take(chunk.first) if chunk.first else ""
 
     def finish(self) -> str:
         """Returns the rest of the text that can be shown.

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, NonNegativeInt, ValidationError, field_validator
 
 from popi.backends.remote.failures import Malformed
 
@@ -56,6 +56,7 @@ class Logprobs(_Wire):
 class Choice(_Wire):
     """A response, or a piece of one: a message, a piece of a message, or a text."""
 
+    index: int | None = None
     finish_reason: str | None = None
     message: Message | None = None
     delta: Message | None = None
@@ -104,8 +105,13 @@ class Choice(_Wire):
 class Chunk(_Wire):
     """A whole response, or a piece of a stream. A piece that only reports usage has no choices."""
 
-    choices: list[Choice] = Field(default=...)
+    choices: list[Choice] = []
     usage: Usage | None = None
+
+    @property
+    def first(self) -> Choice | None:
+        """The first of several responses: servers may send more than a request asks for."""
+        return next((choice for choice in self.choices if not choice.index), None)
 
     @field_validator("choices", mode="before")
     @classmethod

@@ -158,6 +158,24 @@ async def test_an_end_of_turn_is_part_of_every_score(backend: Backend) -> None:
     assert one.tokens == empty.tokens + backend.count_tokens("a")
 
 
+async def test_a_log_probability_that_is_not_finite_is_a_failed_item(case) -> None:
+    async with case.make(512) as backend:
+        case.poison(backend)
+        for result in await backend.score([rate("hello", "yes"), rate("hello", "no, never")]):
+            assert (math.isnan(result.logprob), result.failure) == (True, "malformed")
+            assert result.error and "\n" not in result.error
+
+
+async def test_an_identity_tells_what_responds(case) -> None:
+    async with case.make(512) as one, case.make(512) as same, case.other(512) as other:
+        assert one.identity == same.identity != other.identity
+        assert one.identity and "\n" not in one.identity
+
+
+async def test_every_backend_takes_summaries(backend: Backend) -> None:
+    assert "summary" in backend.capabilities.interfaces <= {"summary", "embedding"}
+
+
 async def test_a_dead_backend_is_an_exception_of_one_line(case) -> None:
     async with case.make(512) as backend:
         case.kill(backend)
@@ -218,7 +236,22 @@ async def test_closing_twice_is_harmless(case) -> None:
     await backend.close()
 
 
-async def test_text_that_utf8_cannot_write_does_not_stop_the_others(backend: Backend) -> None:
-    odd, fine = await backend.chat([ask("half \ud83d of a pair\x00"), ask("hello")])
-    assert fine.error is None
-    assert odd.error is None or "\n" not in odd.error
+async def test_a_bad_request_does_not_stop_the_others(backend: Backend) -> None:
+    half, control = ask("half \ud83d of a pair"), ask("a bell \x07 and \x00\x1b[2J")
+    bad = [half, control, ask("too long " * 600), ask("nothing", max_tokens=0), ask("half", response_prefix="\ud83d")]
+    results = await backend.chat([ask("hello"), *bad, ask("hello")])
+    assert results[0].error is None and results[-1] == results[0]
+    for result in results:
+        assert result.error is None or "\n" not in result.error
+        assert result.text.encode() or result.failure
+    good, *_, last = await backend.score([rate("hello", "yes"), rate("\ud83d", "\ud83d\x00"), rate("hello", "yes")])
+    assert good.error is None and last == good
+
+
+async def test_a_response_can_always_be_written(backend: Backend) -> None:
+    """Half a character in the conversation may come back."""
+    for text in ("half \ud83d of a pair", "\udc00"):
+        [result] = await backend.chat([ask(text, max_tokens=40)])
+        assert result.failure == "empty" or result.text.encode()
+        pieces = await streamed(backend, ask(text, max_tokens=40)) if result.error is None else []
+        assert "".join(pieces) == result.text
