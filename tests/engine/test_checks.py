@@ -73,7 +73,7 @@ def test_rounding_in_half_precision_is_not_taken_for_an_error(family, layout, dt
 def test_a_tokenizer_of_another_model_is_refused() -> None:
     model, tokens = loaded()
     model.resize_token_embeddings(100)
-    with pytest.raises(ModelError, match="has the token .*, and the model has only 100 embeddings; use the tokenizer"):
+    with pytest.raises(ModelError, match=r"has the token .*, and the model has only 100 embeddings; use the tokenizer"):
         verify(model, tokens, "m")
 
 
