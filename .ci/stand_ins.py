@@ -1,12 +1,12 @@
-"""Writes projects that stand in for what vLLM's CPU build asks for and must not get.
+"""Writes empty packages that replace unwanted dependencies of vLLM's CPU build.
 
 ::
 
     python .ci/stand_ins.py FOLDER
 
-The builds of torchvision, torchaudio and torchcodec on PyPI are for CUDA and break ``import transformers`` beside a
-torch for CPUs; nothing here needs them, nor triton, which saves a gigabyte. The command ``vllm`` asks for the metadata
-of a distribution of that name, which the CPU build does not bring.
+The builds of torchvision, torchaudio and torchcodec on PyPI are for CUDA and break ``import transformers`` with a CPU
+build of torch. popi needs neither them nor triton, which takes a gigabyte. The command ``vllm`` needs the metadata of a
+distribution named ``vllm``, which the CPU build lacks.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ bypass-selection = true
 
 
 def write(folder: Path) -> None:
-    """Writes one project a folder; they hold no module."""
+    """Writes one project without modules into each subfolder."""
     for name, version in VERSIONS.items():
         project = folder / name
         project.mkdir(parents=True, exist_ok=True)

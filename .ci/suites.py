@@ -1,6 +1,6 @@
-"""Says which tests ran and which did not, and why: the end of the last line of ``make test``.
+"""Prints which tests ran, which did not, and why: the end of the last line of ``make test``.
 
-Reads pytest's JUnit reports, one a suite, each named after its suite::
+Reads the JUnit reports of pytest, one for each suite and named after it::
 
     python .ci/suites.py .reports/fast.xml .reports/slow.xml
     312 fast tests, 14 slow tests; did not run: 6 (no CUDA device)
@@ -19,7 +19,7 @@ def outcome(report: Path) -> tuple[int, Counter[str]]:
     """Counts the tests of one report.
 
     Returns:
-        The number that ran, and for each reason the number that were skipped for it.
+        The number of tests that ran, and the number of skipped tests for each reason.
     """
     ran, skipped = 0, Counter[str]()
     for case in ElementTree.parse(report).iter("testcase"):
@@ -32,7 +32,7 @@ def outcome(report: Path) -> tuple[int, Counter[str]]:
 
 
 def describe(reports: Sequence[Path]) -> str:
-    """Tells all reports in one line."""
+    """Describes all reports in one line."""
     ran, skipped = [], Counter[str]()
     for report in reports:
         count, reasons = outcome(report)

@@ -1,4 +1,4 @@
-"""An environment that holds the wheel and its base dependencies, and nothing else."""
+"""An environment with the wheel and its base dependencies only."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PIP = (sys.executable, "-m", "pip", "--disable-pip-version-check")
 
 
 def run(*command: str | Path, cwd: Path) -> str:
-    """Runs a command outside the checkout, which would otherwise be importable; returns what it printed."""
+    """Runs a command outside the checkout, which would otherwise be importable, and returns its output."""
     done = subprocess.run(command, cwd=cwd, capture_output=True, text=True)
     assert done.returncode == 0, f"{command} ended with {done.returncode}:\n{done.stdout}{done.stderr}"
     return done.stdout
@@ -31,7 +31,7 @@ def build_wheel(folder: Path) -> Path:
 
 
 def install(wheel: Path, folder: Path) -> Path:
-    """Makes the environment and gives its interpreter."""
+    """Creates the environment and returns its interpreter."""
     run(sys.executable, "-m", "venv", "--without-pip", folder, cwd=folder)
     python = folder / "bin" / "python"
     run(*PIP, "--python", python, "install", "--no-deps", "--no-index", wheel, cwd=folder)
@@ -41,7 +41,7 @@ def install(wheel: Path, folder: Path) -> Path:
 
 
 def base_requirements(wheel: Path) -> Iterator[Requirement]:
-    """What the wheel needs when no extra is asked for."""
+    """The requirements of the wheel without extras."""
     with zipfile.ZipFile(wheel) as archive:
         (name,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
         declared = email.message_from_bytes(archive.read(name)).get_all("Requires-Dist", [])
@@ -56,7 +56,7 @@ def applicable(declared: Iterable[str], extras: set[str]) -> Iterator[Requiremen
 
 
 def link_distributions(requirements: Iterable[Requirement], site: Path) -> None:
-    """Links the installed distributions that meet the requirements, and what these need, into a folder."""
+    """Links the installed distributions that meet the requirements, and their own requirements, into a folder."""
     pending, seen = list(requirements), set[str]()
     while pending:
         requirement = pending.pop()

@@ -16,11 +16,11 @@ KEY = "POPI_TEST_KEY"
 """The environment variable that holds the key of every server here."""
 
 SERVED, CONTEXT = "popi-mini-base", 512
-"""The model of the vLLM server, and the most tokens of a request to it."""
+"""The model of the vLLM server, and the maximum number of tokens of a request to it."""
 
 
 def needs_vllm() -> None:
-    """Skips a test where vLLM is not installed; in continuous integration that is a failure."""
+    """Skips a test if vLLM is not installed. In continuous integration the test fails instead."""
     if importlib.util.find_spec("vllm") is None:
         if "CI" in os.environ:
             pytest.fail("vLLM is not installed")
@@ -28,7 +28,7 @@ def needs_vllm() -> None:
 
 
 def mini_server(log: Path, *, port: int | None = None) -> AbstractContextManager[VLLMServer]:
-    """A server of :data:`SERVED`, with a small cache, which wants the key of :data:`KEY`."""
+    """A server of :data:`SERVED` with a small cache, which requires the key in :data:`KEY`."""
     return vllm_server(
         find(SERVED),
         name=SERVED,

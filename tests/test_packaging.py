@@ -1,11 +1,13 @@
-"""The distribution: what the wheel holds, and that it works where only its own dependencies are installed."""
+"""The distribution: the content of the wheel, its dependencies and extras, and the layers of its modules."""
 
 from __future__ import annotations
 
+import re
 import sys
 import tomllib
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -13,11 +15,12 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 import popi
+from popi.registry import EXTRAS
 from tests.clean import run
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("popi", "popi_inference", "popi_generators")
-# Importing popi costs none of these; the first two are installed wherever the tests run.
+# `import popi` loads none of these. openai and torch are installed wherever the tests run.
 HEAVY = ("openai", "torch", "transformers", "trl", "vllm")
 
 
@@ -69,16 +72,21 @@ def test_importing_popi_loads_nothing_heavy() -> None:
     assert run(sys.executable, "-c", loaded, cwd=ROOT).strip() == "[]"
 
 
-def test_constraints_pin_versions_within_the_declared_bounds() -> None:
+@pytest.fixture(scope="module")
+def pyproject() -> dict[str, Any]:
+    return tomllib.loads((ROOT / "pyproject.toml").read_text())
+
+
+def test_constraints_pin_versions_within_the_declared_bounds(pyproject: dict[str, Any]) -> None:
     lines = [line.split("#")[0].strip() for line in (ROOT / "constraints.txt").read_text().splitlines()]
     pins = [Requirement(line) for line in lines if line]
     versions = {}
     for pin in pins:
         (specifier,) = pin.specifier
-        assert specifier.operator == "==", f"{pin} is no pin"
+        assert specifier.operator == "==", f"{pin} is not a pin"
         versions[canonicalize_name(pin.name)] = specifier.version
 
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    project = pyproject["project"]
     extras = project["optional-dependencies"]
     installed_by_make = [*project["dependencies"], *extras["local"], *extras["bench"], *extras["dev"]]
     for requirement in map(Requirement, installed_by_make):
@@ -88,3 +96,28 @@ def test_constraints_pin_versions_within_the_declared_bounds() -> None:
 
 def test_citation_names_this_version() -> None:
     assert yaml.safe_load((ROOT / "CITATION.cff").read_text())["version"] == popi.__version__
+
+
+def test_the_registry_names_extras_that_exist(pyproject: dict[str, Any]) -> None:
+    extras = pyproject["project"]["optional-dependencies"]
+    assert set(EXTRAS.values()) <= set(extras)
+    for module, extra in EXTRAS.items():
+        if module != "safetensors":  # installed with transformers
+            assert module in {Requirement(line).name for line in extras[extra]}, module
+
+
+def test_the_guide_lists_the_extras_and_the_layers(pyproject: dict[str, Any]) -> None:
+    guide = (ROOT / "CONTRIBUTING.md").read_text()
+    dependencies = guide.partition("## Dependencies")[2].partition("##")[0]
+    extras = set(pyproject["project"]["optional-dependencies"])
+    assert set(re.findall(r"`([a-z-]+)`", dependencies)) >= extras
+    listed = re.findall(r"^    ([a-z_, ]+)$", guide.partition("Imports run downward")[2], re.M)
+    contract = pyproject["tool"]["importlinter"]["contracts"][0]
+    declared = [re.findall(r"\w+", layer) for layer in contract["layers"] if layer != "(__main__)"]
+    assert [sorted(layer.split(", ")) for layer in listed] == [sorted(layer) for layer in declared]
+
+
+def test_the_guide_names_the_contract_suites() -> None:
+    guide = (ROOT / "CONTRIBUTING.md").read_text()
+    suites = {path.parent.name for path in (ROOT / "tests" / "contract").glob("*/test_*.py")}
+    assert suites == set(re.findall(r"`tests/contract/(\w+)`", guide))

@@ -1,4 +1,4 @@
-"""Every command block of the README runs as it stands there."""
+"""Every block of commands in the README runs, and its list of files is complete."""
 
 import os
 import re
@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-BLOCKS = re.findall(r"^```(sh|python)\n(.*?)^```", (ROOT / "README.md").read_text(encoding="utf-8"), re.M | re.S)
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"^```(sh|python)\n(.*?)^```", README, re.M | re.S)
 
 
 def commands(kind):
@@ -19,7 +20,7 @@ def commands(kind):
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """An empty folder with the recipes in it, and the environment in which popi is a command there."""
+    """An empty folder with the recipes, and an environment in which popi is a command."""
     folder = tmp_path_factory.mktemp("readme")
     (folder / "recipes").symlink_to(ROOT / "recipes")
     paths = os.pathsep.join(str(ROOT / part) for part in (".", "inference", "generators"))
@@ -60,3 +61,30 @@ def test_the_python_blocks_run(place, code):
     )
     assert done.returncode == 0, done.stderr
     assert len(done.stdout.strip().splitlines()) >= 2
+
+
+def listed_files():
+    """The paths in the section on files."""
+    folder = ""
+    for line in README.partition("## Files")[2].splitlines():
+        name = line.split()[0] if line.strip() else ""
+        if line.startswith("      "):
+            yield folder + name
+        elif line.startswith("    "):
+            folder = name
+            yield name
+
+
+def test_every_listed_file_exists():
+    paths = list(listed_files())
+    assert len(paths) > 20
+    assert [path for path in paths if not (ROOT / path).exists()] == []
+
+
+def test_every_module_is_listed():
+    modules = {
+        f"popi/{path.name}{'/' if path.is_dir() else ''}"
+        for path in (ROOT / "popi").iterdir()
+        if not path.name.startswith("_") and (path.suffix == ".py" or (path / "__init__.py").exists())
+    }
+    assert modules - set(listed_files()) == set()

@@ -1,9 +1,10 @@
-"""The controls of every table: interfaces that no model has written."""
+"""Baselines: interfaces that no model wrote. They are the controls of every table."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from popi.backends.base import Backend
 from popi.claims import parse_claims
@@ -15,20 +16,29 @@ from popi.signals import UserSignals
 from popi.summary import NO_EVIDENCE, Author, PreferenceSummary, Provenance
 
 ANSWER_TOKENS = 256
-"""Room for a written answer."""
+"""Number of tokens that are left for the response."""
 
 
 class RawSignals(PreferenceInference):
-    """The signals themselves in the place of a summary.
+    """Uses the rendered signals in place of a summary.
+
+    Example:
+        >>> import asyncio
+        >>> from popi import Statement
+        >>> from popi.testing import ScriptedBackend
+        >>> user = UserSignals(user_id="ann", signals=(Statement(text="I like short answers."),))
+        >>> [summary] = asyncio.run(RawSignals(ScriptedBackend()).infer([user]))
+        >>> summary.text
+        '[1] said: I like short answers.'
 
     Args:
-        backend: The model that will answer under them; its tokenizer counts.
-        budget: The most tokens of rendered signals; ``None`` takes what the model's context has room for.
-        answer_tokens: Room that is left for the prompt and its answer.
+        backend: The model that responds under the signals. Tokens are counted with its tokenizer.
+        budget: Maximum number of tokens of the rendered signals; ``None`` uses the context of the model.
+        answer_tokens: Number of tokens that are left for the prompt and its response.
 
     Raises:
-        ConfigError: If the budget does not fit the model.
-        ModelError: If the model's context has no room for any signal.
+        ConfigError: If the budget does not fit into the context of the model.
+        ModelError: If no signal fits into the context of the model.
     """
 
     name = "raw signals"
@@ -52,7 +62,14 @@ class RawSignals(PreferenceInference):
 
 
 class Empty(PreferenceInference):
-    """A summary without a word: what the frame alone does to a generator."""
+    """Gives every user an empty summary, to measure the effect of the frame of the prompt.
+
+    Example:
+        >>> import asyncio
+        >>> [summary] = asyncio.run(Empty().infer([UserSignals(user_id="ann")]))
+        >>> summary.text
+        ''
+    """
 
     name = "empty summary"
 
@@ -70,14 +87,21 @@ class Empty(PreferenceInference):
 
 
 class AnotherUsers(PreferenceInference):
-    """The summary of another user: what any summary does, whoever it speaks of.
+    """Gives every user the summary of another user, to measure the effect of a summary that does not fit.
 
-    The users are put in a ring by chance and each gets the summary of the next, so nobody gets their own and
-    every summary is used once.
+    The users are arranged in a random ring, and each gets the summary of the next one. So every summary is used once,
+    and no user gets their own.
+
+    Example:
+        >>> import asyncio
+        >>> users = [UserSignals(user_id="ann"), UserSignals(user_id="ben")]
+        >>> others = AnotherUsers(Oracle({"ann": "- likes tea", "ben": "- likes coffee"}))
+        >>> [summary.text for summary in asyncio.run(others.infer(users))]
+        ['- likes coffee', '- likes tea']
 
     Args:
         inner: Writes the summaries.
-        seed: Decides who gets whose; the order in which users are given does not.
+        seed: Seed of the ring. The ring does not depend on the order of the users.
     """
 
     def __init__(self, inner: PreferenceInference, *, seed: int = 0) -> None:
@@ -86,48 +110,59 @@ class AnotherUsers(PreferenceInference):
         self._seed = seed
 
     async def infer(self, users: Sequence[UserSignals]) -> list[PreferenceSummary]:
-        """See :meth:`PreferenceInference.infer`; the digest in the provenance is that of the signals read.
+        """See :meth:`PreferenceInference.infer`. The signals digest in the provenance is that of the other user.
 
         Raises:
             InputError: If there is only one user.
         """
         summaries = await self._inner.infer(users)
-        return [self._hand_over(summaries[donor], user.user_id) for donor, user in self._donors(users)]
+        return [self._assign(summaries[donor], user.user_id) for donor, user in self._donors(users)]
 
     async def try_infer(self, users: Sequence[UserSignals]) -> list[PreferenceSummary | Failure]:
-        """See :meth:`PreferenceInference.try_infer`; a failed summary is missing for the user who would get it."""
+        """See :meth:`PreferenceInference.try_infer`. A summary that failed is a failure for the user who would get it.
+
+        Raises:
+            InputError: If there is only one user.
+        """
         outcomes = await self._inner.try_infer(users)
-        handed: list[PreferenceSummary | Failure] = []
-        for donor, user in self._donors(users):
-            found = outcomes[donor]
-            if isinstance(found, Failure):
-                handed.append(Failure(user.user_id, found.error, found.failure))
-            else:
-                handed.append(self._hand_over(found, user.user_id))
-        return handed
+        return [
+            replace(outcome, user_id=user.user_id)
+            if isinstance(outcome := outcomes[donor], Failure)
+            else self._assign(outcome, user.user_id)
+            for donor, user in self._donors(users)
+        ]
 
     def _donors(self, users: Sequence[UserSignals]) -> list[tuple[int, UserSignals]]:
-        """The users, each with the place of the one whose summary they get."""
+        """Each user with the index of the user whose summary they get."""
         if len(users) == 1:
-            raise InputError("there is no other user whose summary could be taken", fix="give two or more users")
-        ring = sorted(range(len(users)), key=lambda place: self._rank(users[place].user_id))
+            raise InputError(
+                "there is only one user, and this baseline needs the summary of another", fix="give two or more users"
+            )
+        ring = sorted(range(len(users)), key=lambda index: self._rank(users[index].user_id))
         donors = dict(zip(ring, ring[1:] + ring[:1], strict=True))
-        return [(donors[place], user) for place, user in enumerate(users)]
+        return [(donors[index], user) for index, user in enumerate(users)]
 
     def _rank(self, user_id: str) -> bytes:
         return hashlib.sha256(f"{self._seed}:{user_id}".encode()).digest()
 
-    def _hand_over(self, summary: PreferenceSummary, user_id: str) -> PreferenceSummary:
+    def _assign(self, summary: PreferenceSummary, user_id: str) -> PreferenceSummary:
         provenance = summary.provenance.model_copy(update={"author": Author.BASELINE, "model": self.name})
         return summary.model_copy(update={"user_id": user_id, "provenance": provenance})
 
 
 class Oracle(PreferenceInference):
-    """Summaries that are known beforehand, by user.
+    """Gives every user a known summary.
+
+    Example:
+        >>> import asyncio
+        >>> oracle = Oracle({"ann": "- likes tea"})
+        >>> [summary] = asyncio.run(oracle.infer([UserSignals(user_id="ann")]))
+        >>> [claim.text for claim in summary.claims]
+        ['likes tea']
 
     Args:
-        texts: The summary of each user id.
-        name: Which oracle this is.
+        texts: Summaries by user id.
+        name: Name of the oracle.
     """
 
     def __init__(self, texts: Mapping[str, str], *, name: str = "oracle") -> None:
@@ -138,7 +173,7 @@ class Oracle(PreferenceInference):
         """See :meth:`PreferenceInference.infer`.
 
         Raises:
-            InputError: If the oracle does not know a user.
+            InputError: If there is no summary for a user.
         """
         return [self._look_up(user) for user in users]
 

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Callable, Sequence, Set
 from dataclasses import replace
-from itertools import groupby
-from typing import TYPE_CHECKING
 
 from popi.backends.base import ChatRequest, ChatResult, FinishReason
-from popi.backends.reasoning import MARKERS, ReasoningFilter, strip_reasoning
 from popi.backends.results import ORPHAN, complete
 from popi.engine.answer import Answer
 from popi.io import writable
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+from popi.reasoning import ReasoningFilter, strip_reasoning
 
 Decode = Callable[[Sequence[int]], str]
 
@@ -26,7 +21,7 @@ class Response:
 
     Args:
         request: The request.
-        decode: Decodes the new tokens; see :func:`after_prefix` and :func:`keeping_markers`.
+        decode: Decodes the new tokens, and keeps the markers of reasoning blocks; see :func:`after_prefix`.
         end_tokens: Token ids that end a response.
         opened: Whether the rendered conversation ends inside a reasoning block.
         emit: Called with each piece of the text as soon as it is final, first with the prefix.
@@ -95,30 +90,6 @@ class Response:
         """The text without reasoning."""
         self._reasoning = ReasoningFilter(opened=self._opened)
         return self._reasoning.feed(text) + (self._reasoning.finish() if final else "")
-
-
-def control_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
-    """The text of each control token of a tokenizer."""
-    return {token: text.content for token, text in tokenizer.added_tokens_decoder.items() if text.special}
-
-
-def keeping_markers(decode: Decode, special: Mapping[int, str]) -> Decode:
-    """Makes a decoder keep the control tokens that are part of the markers of reasoning blocks.
-
-    Some families spell these markers with control tokens, which are otherwise not part of a text.
-
-    Args:
-        decode: Decodes token ids to text without control tokens.
-        special: Text of each control token.
-    """
-    markers = [*MARKERS, *MARKERS.values()]
-    kept = {token: text for token, text in special.items() if any(text in marker for marker in markers)}
-
-    def decode_with_markers(tokens: Sequence[int]) -> str:
-        runs = groupby(tokens, key=lambda token: token in kept)
-        return "".join("".join(kept[token] for token in run) if marks else decode(list(run)) for marks, run in runs)
-
-    return decode_with_markers if kept else decode
 
 
 def after_prefix(decode: Decode, prefix: Sequence[int]) -> Decode:

@@ -6,8 +6,8 @@ import math
 from dataclasses import replace
 
 from popi.backends.base import ChatRequest, ChatResult, FinishReason, ScoreResult
-from popi.backends.reasoning import ReasoningFilter, strip_reasoning
 from popi.io import writable
+from popi.reasoning import ReasoningFilter, strip_reasoning
 
 ORPHAN = (
     "malformed response: a reasoning block ended after its text was already shown; "

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import logging
 import math
 import secrets
 from collections.abc import AsyncIterator, Sequence
@@ -24,27 +23,21 @@ from popi.backends.base import (
     ScoreResult,
     ignore_result,
 )
-from popi.backends.reasoning import opens_reasoning
-from popi.backends.responses import Response, after_prefix, control_tokens, keeping_markers
+from popi.backends.responses import Response, after_prefix
 from popi.backends.results import scored
 from popi.backends.streaming import Emit, streamed
 from popi.backends.together import held
 from popi.engine.admission import admitted
-from popi.engine.cache import layout_of
 from popi.engine.chat_tokens import ChatTokens, Rendered
-from popi.engine.decoding import Draft, Outcome, end_tokens_of
+from popi.engine.checks import verify
+from popi.engine.decoding import Draft, Outcome
 from popi.engine.loading import load
 from popi.engine.packing import Scored
 from popi.engine.service import ModelService, Within
 from popi.models import fingerprint
 from popi.provenance import fingerprint_weights
 
-log = logging.getLogger(__name__)
-
 BATCH_TOKENS = 16384
-
-# The last tokens of a conversation, among which the opening marker of a reasoning block would be.
-TAIL = 16
 
 Result = TypeVar("Result")
 
@@ -140,15 +133,12 @@ class TransformersBackend(Backend):
         self.model, self._live, self._model, self._tokenizer = name, live, model, tokenizer
         self._identity: str | None = None
         self._tokens = ChatTokens(tokenizer, name)
-        self._decode = keeping_markers(self._tokens.decode, control_tokens(tokenizer))
-        self._end_tokens = end_tokens_of(model, self._tokens)
-        layout = layout_of(model)
-        if layout != "shared":
-            log.warning("%s: prompts share no prefixes, because the cache does not allow it (%s layout)", name, layout)
+        abilities = verify(model, self._tokens, name)
+        self._end_tokens = abilities.end_tokens
         self._service = ModelService(
             model,
             name,
-            layout=layout,
+            layout=abilities.layout,
             end_tokens=self._end_tokens,
             batch_tokens=batch_tokens,
             within=within,
@@ -240,9 +230,8 @@ class TransformersBackend(Backend):
         return [self._read_one(request, prompt, prefix, emit) for request, prompt, prefix in parts]
 
     def _read_one(self, request: ChatRequest, prompt: Rendered, prefix: list[int], emit: Emit | None) -> _Chat:
-        opened = opens_reasoning(self._decode(prompt.tokens[-TAIL:]))
-        decode = after_prefix(self._decode, prefix)
-        response = Response(request, decode, self._end_tokens, opened=opened, emit=emit)
+        decode = after_prefix(self._tokens.decode, prefix)
+        response = Response(request, decode, self._end_tokens, opened=self._tokens.opens_reasoning, emit=emit)
         if prompt.error is not None:
             return _Chat(prompt, None, response)
         tokens, context = [*prompt.tokens, *prefix], self.capabilities.context_length
@@ -265,9 +254,8 @@ class TransformersBackend(Backend):
         return chat.response.result(outcome.token_ids, outcome.finish_reason, prompt_tokens=length, model=self.model)
 
     def _read_scored(self, requests: Sequence[ScoreRequest]) -> tuple[list[Rendered], list[list[int]]]:
-        texts = self._tokens.encode([request.response for request in requests])
-        responses = [[*tokens, *self._tokens.end_of_turn] for tokens in texts]
-        return self._admitted(requests, [len(response) for response in responses]), responses
+        responses = self._tokens.encode_responses([request.response for request in requests])
+        return self._admitted(requests, [len(response) for response in responses], answered=True), responses
 
     def _score_result(self, prompt: Rendered, response: Sequence[int], logprob: float) -> ScoreResult:
         length = len(prompt.tokens)
@@ -275,6 +263,8 @@ class TransformersBackend(Backend):
             return ScoreResult.failed(prompt.error, "request", model=self.model, prompt_tokens=length)
         return scored(logprob, len(response), model=self.model, prompt_tokens=length)
 
-    def _admitted(self, requests: Sequence[ChatRequest | ScoreRequest], needed: Sequence[int]) -> list[Rendered]:
+    def _admitted(
+        self, requests: Sequence[ChatRequest | ScoreRequest], needed: Sequence[int], *, answered: bool = False
+    ) -> list[Rendered]:
         conversations = [request.messages for request in requests]
-        return admitted(self._tokens, conversations, needed, self.capabilities.context_length)
+        return admitted(self._tokens, conversations, needed, self.capabilities.context_length, answered=answered)

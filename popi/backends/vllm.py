@@ -22,8 +22,7 @@ from popi.backends.base import (
     ScoreResult,
     ignore_result,
 )
-from popi.backends.reasoning import opens_reasoning
-from popi.backends.responses import Response, after_prefix, control_tokens, keeping_markers
+from popi.backends.responses import Response, after_prefix
 from popi.backends.results import scored
 from popi.backends.streaming import Emit, streamed
 from popi.backends.together import held, together
@@ -40,7 +39,6 @@ from popi.engine.chat_tokens import ChatTokens, Rendered
 from popi.engine.loading import load_tokenizer
 from popi.errors import BackendError, ConfigError, ModelError, did_you_mean
 from popi.models import find, fingerprint
-from popi.prompts import Message
 from popi.provenance import fingerprint_files
 
 Result = TypeVar("Result")
@@ -88,11 +86,7 @@ class VLLMBackend(Backend):
         if cache_gib is not None and cache_gib <= 0:
             raise ConfigError(f"must be positive, got {cache_gib}", field="cache_gib")
         self.model = self._base = model
-        tokenizer = load_tokenizer(model)
-        self._tokens = ChatTokens(tokenizer, model)
-        self._decode = keeping_markers(self._tokens.decode, control_tokens(tokenizer))
-        [rendered] = self._tokens.render([[Message("user", "Hello")]])
-        self._opened = opens_reasoning(self._decode(rendered.tokens))
+        self._tokens = ChatTokens(load_tokenizer(model), model)
         self._adapter: LoRARequest | None = None
         self._adapter_files: str | None = None
         self._adapters = {
@@ -230,9 +224,8 @@ class VLLMBackend(Backend):
             )
 
     async def _scores(self, requests: Sequence[ScoreRequest]) -> list[ScoreResult]:
-        texts = self._tokens.encode([request.response for request in requests])
-        responses = [[*tokens, *self._tokens.end_of_turn] for tokens in texts]
-        prompts = self._admitted(requests, [len(response) for response in responses])
+        responses = self._tokens.encode_responses([request.response for request in requests])
+        prompts = self._admitted(requests, [len(response) for response in responses], answered=True)
         work = zip(prompts, responses, strict=True)
         async with self._engine.working(), self._turn or nullcontext():
             if self._turn:
@@ -244,7 +237,11 @@ class VLLMBackend(Backend):
         if rendered.error is not None:
             return ChatResult.failed(rendered.error, "request", model=self.model, prompt_tokens=len(prompt))
         response = Response(
-            request, after_prefix(self._decode, prefix), self._end_tokens, opened=self._opened, emit=emit
+            request,
+            after_prefix(self._tokens.decode, prefix),
+            self._end_tokens,
+            opened=self._tokens.opens_reasoning,
+            emit=emit,
         )
         try:
             sampling = self._sampling(request, len(prompt), whole=response.watch is None)
@@ -298,9 +295,11 @@ class VLLMBackend(Backend):
             output_kind=RequestOutputKind.FINAL_ONLY if whole else RequestOutputKind.DELTA,
         )
 
-    def _admitted(self, requests: Sequence[ChatRequest | ScoreRequest], needed: Sequence[int]) -> list[Rendered]:
+    def _admitted(
+        self, requests: Sequence[ChatRequest | ScoreRequest], needed: Sequence[int], *, answered: bool = False
+    ) -> list[Rendered]:
         conversations = [request.messages for request in requests]
-        return admitted(self._tokens, conversations, needed, self.capabilities.context_length)
+        return admitted(self._tokens, conversations, needed, self.capabilities.context_length, answered=answered)
 
 
 def _stopped(response: Response, tokens: list[int], more: Sequence[int]) -> bool:

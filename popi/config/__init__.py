@@ -1,4 +1,4 @@
-"""Recipes and backends as files describe them: typed, frozen, and strict about what they do not know."""
+"""The schema of recipes and backend files."""
 
 from __future__ import annotations
 
@@ -39,12 +39,16 @@ _RECIPES: dict[str, type[Recipe]] = {"pretrain": PretrainRecipe, "joint": JointR
 def load(path: Path, overrides: dict[str, Any] | None = None) -> Recipe:
     """Reads a recipe.
 
+    Example:
+        >>> load(Path("recipes/mini_base"), {"phases.0.steps": 2}).phases[0].steps
+        2
+
     Args:
-        path: A YAML file, or a folder with a ``config.yaml``.
-        overrides: Values that replace those of the file, by dotted name: ``{"phases.0.steps": 2}``.
+        path: A YAML file, or a folder that contains a ``config.yaml``.
+        overrides: Values that replace those of the file, by dotted name of the field.
 
     Raises:
-        InputError: If the file cannot be read or does not fit; the field is named.
+        InputError: If the file cannot be read, or a field is unknown, missing or invalid.
     """
     file = path / "config.yaml" if path.is_dir() else path
     tree = _read(file)
@@ -53,15 +57,15 @@ def load(path: Path, overrides: dict[str, Any] | None = None) -> Recipe:
     task = tree.get("task") if isinstance(tree, dict) else None
     if isinstance(tree, dict) and str(task) not in _RECIPES:
         fix = did_you_mean(str(task), _RECIPES)
-        raise ConfigError(f"unknown task {task!r}" if task else "names no task", file=file, field="task", fix=fix)
+        raise ConfigError(f"unknown task {task!r}" if task else "field required", file=file, field="task", fix=fix)
     return validate(_RECIPES.get(str(task), PretrainRecipe), tree, file=file)
 
 
 def load_backend(file: Path) -> BackendConfig:
-    """Reads the description of a backend.
+    """Reads a backend file.
 
     Raises:
-        InputError: If the file cannot be read or does not fit; the field is named.
+        InputError: If the file cannot be read, or a field is unknown, missing or invalid.
     """
     tree = _read(file)
     several = isinstance(tree, dict) and "routes" in tree
@@ -73,10 +77,10 @@ def _read(file: Path) -> Any:
         return yaml.safe_load(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"cannot be read ({error.strerror})", file=file, fix="give a YAML file") from error
-    # A date that is none, or bytes that are no UTF-8, are a ValueError.
-    except (yaml.YAMLError, ValueError) as error:
+    # Invalid dates and bytes that are not UTF-8 are a ValueError.
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         line = error.problem_mark.line + 1 if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark else None
-        raise ConfigError("is not YAML in UTF-8", file=file, line=line, fix="mend the syntax") from error
+        raise ConfigError("is not YAML in UTF-8", file=file, line=line, fix="fix the syntax") from error
 
 
 def _replace(tree: Any, name: str, value: Any, file: Path) -> None:
@@ -89,22 +93,26 @@ def _replace(tree: Any, name: str, value: Any, file: Path) -> None:
         else:
             tree[last] = value
     except (KeyError, IndexError, ValueError, TypeError) as error:
-        raise ConfigError("there is no such place to override", file=file, field=name) from error
+        raise ConfigError("cannot be overridden: there is no such field", file=file, field=name) from error
 
 
 def parse_overrides(words: Sequence[str]) -> dict[str, Any]:
-    """Reads ``field=value`` words; values are YAML.
+    """Parses ``field=value`` words. Values are YAML.
+
+    Example:
+        >>> parse_overrides(["seed=3", "phases.0.signals=[1, 2]"])
+        {'seed': 3, 'phases.0.signals': [1, 2]}
 
     Raises:
-        ConfigError: If a word has no ``=`` or its value is not YAML.
+        ConfigError: If a word has no field or no ``=``, or its value is not YAML.
     """
     parsed = {}
     for word in words:
         name, equals, value = word.partition("=")
         try:
-            if not equals:
+            if not name or not equals:
                 raise ValueError
             parsed[name] = yaml.safe_load(value)
-        except (ValueError, yaml.YAMLError) as error:
-            raise ConfigError(f"{word!r} is not an override", fix="write it as phases.0.steps=2") from error
+        except (ValueError, yaml.YAMLError, RecursionError) as error:
+            raise ConfigError(f"invalid override {word!r}", fix="write FIELD=VALUE, as in phases.0.steps=2") from error
     return parsed

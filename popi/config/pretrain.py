@@ -1,4 +1,4 @@
-"""The recipe of a mini model that is trained from nothing."""
+"""The recipe of a mini model that is trained from scratch."""
 
 from __future__ import annotations
 
@@ -8,13 +8,16 @@ from pydantic import Field, NonNegativeFloat, PositiveInt, field_validator
 
 from popi.config.section import Name, Section
 
+MAX_LESSONS = 4096
+"""Maximum number of lessons of a step."""
+
 
 class Tokenizer(Section):
     """The tokenizer that is trained for a mini model.
 
     Attributes:
         kind: ``byte-level`` or ``metaspace``.
-        vocab_size: The number of tokens.
+        vocab_size: Number of tokens.
     """
 
     kind: Literal["byte-level", "metaspace"]
@@ -22,16 +25,16 @@ class Tokenizer(Section):
 
 
 Dimension = Literal["opening", "emoji", "format", "stance", "tone", "level", "units", "length", "examples", "closing"]
-"""Of the mini world, see :data:`popi.data.miniworld.tastes.SIDES`."""
+"""A dimension of the mini world, see :data:`popi.data.miniworld.tastes.SIDES`."""
 
 
 class Dilution(Section):
-    """How the writer falls short; see :class:`popi.data.miniworld.curriculum.Dilution`.
+    """The errors of a mediocre writer; see :class:`popi.data.miniworld.curriculum.Dilution`.
 
     Attributes:
-        blurred: Dimensions of which it does not say the side.
+        blurred: Dimensions that it names without saying which side the user likes.
         overlooked: Dimensions that it leaves out.
-        slip: The chance that it does otherwise with a claim.
+        slip: Probability that a claim deviates from these habits.
     """
 
     blurred: tuple[Dimension, ...]
@@ -40,15 +43,15 @@ class Dilution(Section):
 
 
 class Phase(Section):
-    """A stretch of training with one mixture of lessons.
+    """A part of the training with one mixture of lessons.
 
     Attributes:
-        name: The model at its end is saved under this name.
-        steps: How many.
-        lessons: Lessons of each task in one step.
-        signals: The fewest and the most signals of a user.
-        learning_rate: At its first and at its last step, linear between.
-        dilution: Teach the writer to fall short of the evidence.
+        name: Name of the phase and of the folder of the model at its end.
+        steps: Number of steps.
+        lessons: Number of lessons of each task in a step.
+        signals: Minimum and maximum number of signals of a user.
+        learning_rate: Learning rate of the first and of the last step, linear between them.
+        dilution: Errors in the summaries that the model learns to write; ``None`` for none.
     """
 
     name: Name
@@ -60,25 +63,38 @@ class Phase(Section):
 
     @field_validator("signals")
     @classmethod
-    def _fewest_first(cls, signals: tuple[int, int]) -> tuple[int, int]:
+    def _ordered(cls, signals: tuple[int, int]) -> tuple[int, int]:
         if signals[0] > signals[1]:
-            raise ValueError("the fewest signals come first, then the most")
+            raise ValueError(f"the minimum {signals[0]} is greater than the maximum {signals[1]}")
         return signals
+
+    @field_validator("lessons")
+    @classmethod
+    def _bounded(cls, lessons: dict[str, int]) -> dict[str, int]:
+        if sum(lessons.values()) > MAX_LESSONS:
+            raise ValueError(f"a step has at most {MAX_LESSONS} lessons, got {sum(lessons.values())}")
+        return lessons
 
 
 class PretrainRecipe(Section):
-    """Trains a mini model from nothing on the mini world.
+    """Trains a mini model from scratch on the mini world.
+
+    Example:
+        >>> from pathlib import Path
+        >>> from popi.config import load
+        >>> load(Path("recipes/mini_base"), {"seed": 2}).cost()
+        {'steps': 2000, 'lessons': 77400}
 
     Attributes:
-        task: Tells recipes apart.
-        name: What the model is called.
-        seed: Decides the weights at the start and all lessons.
-        architecture: Arguments of the transformers config, ``model_type`` among them.
-        tokenizer: How text becomes tokens.
-        phases: One after the other.
-        batch_tokens: The most tokens of one forward pass, padding included.
-        evaluate_every: Steps between two looks at held-out users.
-        checkpoint_every: Steps between two checkpoints.
+        task: ``pretrain``.
+        name: Name of the model.
+        seed: Seed of the initial weights and of all lessons.
+        architecture: Arguments of the transformers config, including ``model_type``.
+        tokenizer: The tokenizer.
+        phases: The phases, in order.
+        batch_tokens: Maximum number of tokens of a forward pass, including padding.
+        evaluate_every: Number of steps between two evaluations on held-out users.
+        checkpoint_every: Number of steps between two checkpoints.
     """
 
     RUN: ClassVar = "popi.pretraining.pretrain:run"
@@ -95,18 +111,20 @@ class PretrainRecipe(Section):
 
     @field_validator("phases")
     @classmethod
-    def _names_apart(cls, phases: tuple[Phase, ...]) -> tuple[Phase, ...]:
+    def _distinct_names(cls, phases: tuple[Phase, ...]) -> tuple[Phase, ...]:
         names = [phase.name for phase in phases]
         for name in names:
-            if names.count(name) > 1 or name == "tokenizer":
-                raise ValueError(f"each phase leaves a folder, and another one is called {name!r}")
+            if name == "tokenizer":
+                raise ValueError("a phase cannot be named 'tokenizer': the tokenizer is saved in a folder of this name")
+            if names.count(name) > 1:
+                raise ValueError(f"two phases are named {name!r}; each needs a folder of its own")
         return phases
 
     def cost(self) -> dict[str, int]:
-        """How many steps and lessons it takes."""
+        """The number of steps and of lessons."""
         lessons = sum(phase.steps * sum(phase.lessons.values()) for phase in self.phases)
         return {"steps": sum(phase.steps for phase in self.phases), "lessons": lessons}
 
     def results(self) -> tuple[str, ...]:
-        """The models in its run folder."""
+        """Names of the trained models in the run folder."""
         return (self.phases[-1].name,)

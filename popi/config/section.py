@@ -1,4 +1,4 @@
-"""What all sections of recipes have in common: they are frozen, and strict about what they do not know."""
+"""The base class of all sections of recipes and backend files."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from pydantic import BaseModel, ConfigDict, Field
 
 
 class Section(BaseModel):
-    """A part of a recipe."""
+    """A section: frozen, without unknown fields, NaN or infinity."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 Name = Annotated[str, Field(pattern=r"^\w[\w.-]*$")]
-"""What can be the name of a folder."""
+"""A name that can also be the name of a folder."""

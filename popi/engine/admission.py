@@ -1,4 +1,4 @@
-"""Which conversations a model can be given."""
+"""Which conversations fit the context of a model."""
 
 from __future__ import annotations
 
@@ -9,20 +9,26 @@ from popi.prompts import Message
 
 
 def admitted(
-    tokens: ChatTokens, conversations: Sequence[Sequence[Message]], needed: Sequence[int], context: int | None
+    tokens: ChatTokens,
+    conversations: Sequence[Sequence[Message]],
+    needed: Sequence[int],
+    context: int | None,
+    *,
+    answered: bool = False,
 ) -> list[Rendered]:
-    """Renders conversations, and refuses those behind which there is too little room.
+    """Renders conversations, and rejects those that leave too little room in the context.
 
     Args:
         tokens: The model's tokenizer.
-        conversations: What it is to read.
-        needed: The fewest tokens that must have room behind each.
-        context: The most tokens that the model holds, if that is known.
+        conversations: Conversations that end with a message of the user.
+        needed: Minimum number of tokens that must fit after each conversation.
+        context: Maximum number of tokens of a sequence; ``None`` if unknown.
+        answered: Whether given responses follow, see :meth:`popi.engine.chat_tokens.ChatTokens.render`.
 
     Returns:
-        The conversations in their order, a refused one with its error.
+        The conversations in order; a rejected one has an error.
     """
-    rendered = tokens.render(conversations)
+    rendered = tokens.render(conversations, answered=answered)
     return [_admit(prompt, more, context) for prompt, more in zip(rendered, needed, strict=True)]
 
 
@@ -31,10 +37,8 @@ def _admit(prompt: Rendered, needed: int, context: int | None) -> Rendered:
     if prompt.error is not None:
         return prompt
     if needed < 1:
-        return Rendered(prompt.tokens, "not a single token is asked for")
+        return Rendered(prompt.tokens, "max_tokens must be positive")
     if context is not None and length + needed > context:
-        return Rendered(
-            prompt.tokens,
-            f"too long: {length} tokens and {needed} behind them, and the model's context holds {context}",
-        )
+        why = f"too long: the prompt has {length} tokens, {needed} more are needed, and the context holds {context}"
+        return Rendered(prompt.tokens, why)
     return prompt

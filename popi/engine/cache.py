@@ -13,14 +13,15 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
-Layout = Literal["shared", "padded", "single"]
+Layout = Literal["shared", "padded", "single", "plain"]
 """How the sequences of a batch are laid out.
 
 - ``shared``: sequences that start with the same tokens share their keys and values, and a mask separates the rest.
   Needs a cache with one key and one value for each token, and attention that follows any mask.
 - ``padded``: each sequence has a row, padded on the left, with a padding mask. For sliding windows, chunked attention
   and recurrent states that leave out padding.
-- ``single``: one sequence at a time.
+- ``single``: one sequence at a time, with a cache.
+- ``plain``: one sequence at a time, without a cache: each step reads the whole sequence. Any causal model can do it.
 """
 
 MASKED_ATTENTION = ("sdpa", "eager")

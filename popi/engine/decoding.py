@@ -12,7 +12,6 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from popi.engine.cache import Layout, fixed_length
-from popi.engine.chat_tokens import ChatTokens
 from popi.engine.padded import PaddedSlots, SingleSlot
 from popi.engine.sampling import Sampler
 from popi.engine.slots import SharedSlots
@@ -122,7 +121,7 @@ class Decoder:
     ) -> None:
         self._layout, self._fixed = layout, fixed_length(model)
         # Those that the layout does not suit run one at a time.
-        slots = [_slots(model, layout, batch_tokens), SingleSlot(model)]
+        slots = [_slots(model, layout, batch_tokens), SingleSlot(model, cached=layout != "plain")]
         self._lanes = [_Lane(model, each, end_tokens, logprobs) for each in slots]
 
     def add(self, jobs: Sequence[Job]) -> None:
@@ -293,15 +292,7 @@ def in_order(drafts: Sequence[Draft]) -> list[int]:
     return sorted(range(len(drafts)), key=ranks.__getitem__)
 
 
-def end_tokens_of(model: PreTrainedModel, tokens: ChatTokens) -> frozenset[int]:
-    """The tokens that end a model's response: those of its chat template, and those of its generation config."""
-    ends = getattr(model.generation_config, "eos_token_id", None)
-    if ends is None:
-        return tokens.end_tokens
-    return tokens.end_tokens | ({ends} if isinstance(ends, int) else set(ends))
-
-
 def _slots(model: PreTrainedModel, layout: Layout, batch_tokens: int) -> Slots:
     if layout == "shared":
         return SharedSlots(model, batch_tokens)
-    return PaddedSlots(model, batch_tokens) if layout == "padded" else SingleSlot(model)
+    return PaddedSlots(model, batch_tokens) if layout == "padded" else SingleSlot(model, cached=layout != "plain")

@@ -1,9 +1,9 @@
-"""Loads a causal language model and its tokenizer, or says in one line why not."""
+"""Loads a causal language model and its tokenizer; what prevents that becomes an error of one line."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -15,32 +15,35 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from transformers.utils import logging as transformers_logging
 
 from popi.engine.attention import group_heads
+from popi.engine.model_files import diagnose
 from popi.errors import ConfigError, ModelError
-from popi.models import find
+from popi.models import find, folder_of
+
+log = logging.getLogger(__name__)
 
 Read = TypeVar("Read")
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 HUB_TIMEOUT = 10.0
-"""Seconds that the hub has to answer."""
+"""Seconds to wait for the hub."""
 
 
 def load(name_or_path: str, device: str | None, dtype: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Loads a model in evaluation mode and its tokenizer. No code that comes with a model is run.
+    """Loads a model in evaluation mode and its tokenizer. Code that comes with a model is not executed.
 
     Args:
-        name_or_path: A shipped model's name, a folder, or a hub id.
-        device: Where to put it; ``None`` is the first GPU if there is one, else the CPU.
+        name_or_path: Name of a shipped model, a folder, or a hub id.
+        device: Device of the model; ``None`` is the first GPU if there is one, else the CPU.
         dtype: One of :data:`DTYPES`; ``auto`` is float32 on a CPU, else bfloat16.
 
     Raises:
-        ModelError: If there is no such model, it is broken, or the device cannot hold it.
+        ModelError: If the model is not found, it is broken, or the device is out of memory.
         ConfigError: If there is no such device or dtype.
     """
     place = _device(device)
     if dtype not in DTYPES:
-        raise ConfigError(f"no dtype {dtype!r}", fix=f"one of {', '.join(DTYPES)}")
+        raise ConfigError(f"unknown dtype {dtype!r}", fix=f"use one of {', '.join(DTYPES)}")
     if dtype == "auto":
         dtype = default_dtype(place)
     where = find(name_or_path)
@@ -48,56 +51,61 @@ def load(name_or_path: str, device: str | None, dtype: str) -> tuple[PreTrainedM
     def read(local_files_only: bool) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         return _from_pretrained(where, getattr(torch, dtype), local_files_only=local_files_only)
 
-    with _told(f"the model {name_or_path!r}"), quiet():
+    with _explained(f"the model {name_or_path!r}", where), quiet():
         model, tokenizer = _here_or_from_hub(where, read)
         group_heads(model)
         return model.train(False).to(place), tokenizer
 
 
 def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
-    """Loads a model's tokenizer alone.
+    """Loads only the tokenizer of a model.
 
     Args:
-        name_or_path: A shipped model's name, a folder, or a hub id.
+        name_or_path: Name of a shipped model, a folder, or a hub id.
 
     Raises:
-        ModelError: If there is none, or it is broken.
+        ModelError: If the model or its tokenizer is not found, or broken.
     """
     where = find(name_or_path)
-    with _told(f"the tokenizer of {name_or_path!r}"), quiet():
+    with _explained(f"the tokenizer of {name_or_path!r}", where, tokenizer_only=True), quiet():
         return _here_or_from_hub(where, partial(_tokenizer, where))
 
 
 @contextmanager
-def _told(what: str) -> Iterator[None]:
-    """Turns what goes wrong within it into an error of one line."""
+def _explained(what: str, where: str, *, tokenizer_only: bool = False) -> Iterator[None]:
+    """Turns an exception inside the block into an error of one line."""
     try:
         yield
     except ModelError:
         raise
     except torch.OutOfMemoryError as error:
-        raise ModelError(f"{what} has no room in memory", fix="free the device, or take a smaller model") from error
-    # Configurations, weights and tokenizers are read by many libraries, each with errors of its own.
-    except Exception as error:
         raise ModelError(
-            f"{what} cannot be loaded: {_first_line(error)}", fix="check the name, or fetch the model again"
+            f"out of memory while loading {what}", fix="free the device, or use a smaller model"
         ) from error
+    # Many libraries read configurations, weights and tokenizers, each with exceptions of its own.
+    except Exception as error:
+        folder = folder_of(where)
+        problem = None if folder is None else diagnose(folder, tokenizer_only=tokenizer_only)
+        if problem is not None:
+            raise problem from error
+        fix = None if isinstance(error, ImportError) else "check the name, or download the model again"
+        raise ModelError(f"{what} cannot be loaded: {_first_line(error)}", fix=fix) from error
 
 
 def _here_or_from_hub(where: str, read: Callable[[bool], Read]) -> Read:
-    """Reads from files that are here, else from the hub; ``read`` is told whether it may not ask that."""
+    """Reads local files, or else those of the hub; the argument of ``read`` is ``local_files_only``."""
     try:
         return read(True)
     except OSError:
         if Path(where).exists():
             raise
     try:
-        # One short question: a download retries for most of a minute when nobody answers.
+        # One short request: a download retries for most of a minute if there is no response.
         HfApi().model_info(where, timeout=HUB_TIMEOUT)
     except Exception as error:
         raise ModelError(
-            f"no model {where!r} here, and none from the Hugging Face hub: {_first_line(error)}",
-            fix="check the name, the network, and whether the model asks for a login (hf auth login)",
+            f"the model {where!r} is neither in the cache nor on the Hugging Face hub: {_first_line(error)}",
+            fix="check the name, the network, and whether the model requires a login (hf auth login)",
         ) from error
     return read(False)
 
@@ -119,7 +127,7 @@ def _from_pretrained(
         local_files_only=local_files_only,
         trust_remote_code=False,
         output_loading_info=True,
-        # Reported below, with a name; weights that are missing or misshapen would be random ones.
+        # Reported below with a name: weights that are missing or have another shape would be random.
         ignore_mismatched_sizes=True,
     )
     model, report = loaded
@@ -127,14 +135,15 @@ def _from_pretrained(
     wrong = sorted({*report["missing_keys"], *mismatched})
     if wrong:
         raise ModelError(
-            f"the weights of {where} do not fit its configuration: {wrong[0]} and {len(wrong) - 1} more",
-            fix="fetch the model again",
+            f"the weights of {where} do not fit its config.json: {_some(wrong)}", fix="download the model again"
         )
+    if unused := sorted(report["unexpected_keys"]):
+        log.warning("%s: config.json leaves weights unused: %s", where, _some(unused))
     return model, tokenizer
 
 
 def default_dtype(place: torch.device | None = None) -> str:
-    """What ``auto`` is on a device, by default the first GPU or the CPU."""
+    """The dtype that ``auto`` selects on a device, by default the first GPU or the CPU."""
     return "float32" if (place or _device(None)).type == "cpu" else "bfloat16"
 
 
@@ -143,19 +152,25 @@ def _device(name: str | None) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         return torch.empty(0, device=name).device
-    # What an absent device raises depends on its kind.
+    # The exception for a missing device depends on its kind.
     except Exception as error:
-        raise ConfigError(f"no device {name!r}: {_first_line(error)}", fix="cpu, or cuda where there is one") from error
+        raise ConfigError(f"device {name!r} is not available: {_first_line(error)}", fix="use cpu or cuda") from error
 
 
 def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    # Some messages have the reason on the next line.
+    message = " ".join(lines[: 2 if lines and lines[0].endswith(":") else 1])
+    return f"{type(error).__name__}: {message}" if message else type(error).__name__
+
+
+def _some(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keeps progress bars and reports of a load or a save off the terminal: what matters of them becomes an error."""
+    """Hides the progress bars and reports of loading and saving inside the block; problems are raised as errors."""
     level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity(logging.CRITICAL)
     transformers_logging.disable_progress_bar()

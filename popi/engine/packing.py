@@ -73,8 +73,8 @@ def pack(
         model: The model that will score.
         items: Prompts and responses.
         batch_tokens: Maximum number of tokens in the rows of a pass.
-        layout: Layout of the batch. Rows are padded on the right, which needs no mask: only ``shared`` makes a
-            difference.
+        layout: Layout of the batch. Rows are padded on the right, which needs no mask, so ``padded`` and ``single``
+            make no difference. In ``plain`` each unit has a pass of its own.
         together: Number of neighbours that have equal prompts and have to be in one pass.
     """
     units = [list(range(start, start + together)) for start in range(0, len(items), together)]
@@ -83,6 +83,9 @@ def pack(
         long = [unit for unit in units if max(_length(items[index]) for index in unit) > fixed]
         yield from ([Row.whole(items, index) for index in unit] for unit in long)
         units = [unit for unit in units if max(_length(items[index]) for index in unit) <= fixed]
+    if layout == "plain":
+        yield from ([Row.of(items, [index], 0) for index in unit] for unit in units)
+        return
     if layout == "shared":
         blocks = list(_blocks(items, units, shared_prefixes([item.prompt for item in items])))
     else:

@@ -37,14 +37,15 @@ class _Runner:
 
     Args:
         model: Any causal language model.
+        cached: Whether to use a cache, if the model has one.
 
     Attributes:
-        caches: Whether the model has a cache.
+        caches: Whether a cache is used.
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, *, cached: bool = True) -> None:
         self._model, self._parameters = model, parameters_of(model)
-        self._name = next((name for name in CACHE_NAMES if name in self._parameters), "")
+        self._name = next((name for name in CACHE_NAMES if name in self._parameters), "") if cached else ""
         self.caches = bool(self._name)
 
     def __call__(self, tokens_N_T: Tensor, mask_N_L: Tensor, cache: Cache) -> Tensor:
@@ -56,7 +57,7 @@ class _Runner:
             cache: The cache; these tokens are added to it.
         """
         new = tokens_N_T.shape[1]
-        options: dict[str, Any] = {self._name: cache, "use_cache": True} if self.caches else {}
+        options: dict[str, Any] = {self._name: cache, "use_cache": True} if self.caches else {"use_cache": False}
         if "attention_mask" in self._parameters:
             # A state has taken in what came before: models that have nothing else mask the new tokens only.
             options["attention_mask"] = mask_N_L[:, -new:] if self._name == STATES else mask_N_L
@@ -172,10 +173,11 @@ class SingleSlot:
 
     Args:
         model: Any causal language model.
+        cached: Whether to use a cache, if the model has one.
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
-        self._model, self._run = model, _Runner(model)
+    def __init__(self, model: PreTrainedModel, *, cached: bool = True) -> None:
+        self._model, self._run = model, _Runner(model, cached=cached)
         self._tokens: list[int] = []
         self._cache, self._cached = DynamicCache(config=model.config), 0
 

@@ -56,7 +56,7 @@ class TokenTree:
         return any(end < len(self.tokens) for end in self.ends)
 
 
-def common_prefix(first: Sequence[int], second: Sequence[int]) -> int:
+def common_prefix(first: Sequence[object], second: Sequence[object]) -> int:
     """Length of the common prefix of two sequences."""
     # Slices are compared in C, so a binary search is faster than a loop.
     return bisect_left(range(1, min(len(first), len(second)) + 1), True, key=lambda end: first[:end] != second[:end])

@@ -1,6 +1,6 @@
-"""The models that ship with popi, and where a model's name leads.
+"""The models that ship with popi, and how models are found by name.
 
-Each folder beside this file that holds a ``config.json`` is a model, with its card in ``README.md``.
+Each folder next to this file that contains a ``config.json`` is a model, with its card in ``README.md``.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from popi import provenance
 from popi.errors import ModelError, did_you_mean
 
 FOLDER = Path(__file__).parent
+WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx")
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
@@ -21,30 +22,33 @@ def shipped() -> list[str]:
 
 
 def find(name_or_path: str) -> str:
-    """Where a model is: the folder of a shipped one, a path that exists, or a Hugging Face hub id as it stands.
+    """Finds a model: the folder of a shipped one, an existing folder, or a Hugging Face hub id, unchanged.
 
     Raises:
-        ModelError: If it is none of these. Whether the hub has such an id is seen when the model is loaded.
+        ModelError: If it is none of these. Whether a hub id exists is checked when the model is loaded.
     """
     if name_or_path in shipped():
         return str(FOLDER / name_or_path)
     path = Path(name_or_path).expanduser()
     if name_or_path and path.is_file():
-        raise ModelError(f"{name_or_path} is a file, not the folder of a model", fix=_fix_of_file(path))
+        kind = "weights file" if path.suffix.lower() in WEIGHTS else "file"
+        raise ModelError(f"{name_or_path} is a {kind}, not the folder of a model", fix=_fix_of_file(path))
     if name_or_path and path.exists():
         return str(path)
     if HUB_ID.fullmatch(name_or_path):
         return name_or_path
     raise ModelError(
-        f"no model {name_or_path!r}: neither shipped with popi nor a path here nor a hub id (org/name)",
+        f"model {name_or_path!r} not found: it is not shipped with popi, not a folder, and not a hub id (org/name)",
         fix=did_you_mean(name_or_path, shipped()),
     )
 
 
 def _fix_of_file(path: Path) -> str:
     if path.suffix.lower() == ".gguf":
-        return "GGUF is not supported; give a folder with config.json and safetensors weights"
-    return "give the folder that contains config.json, the tokenizer and the weights"
+        return (
+            "GGUF is not supported yet; give a folder with config.json, the tokenizer and safetensors or .bin weights"
+        )
+    return "give the folder that contains it and its config.json"
 
 
 def folder_of(name_or_path: str) -> Path | None:

@@ -1,4 +1,4 @@
-"""Attention in single precision under autocast."""
+"""Attention in float32 under autocast."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ NAME = "sdpa_float32"
 def attend(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
 ) -> tuple[Tensor, None]:
-    """Scaled dot-product attention in float32: (B, heads, T, d) each to (B, T, heads, d)."""
+    """Scaled dot-product attention in float32, from (B, heads, T, d) to (B, T, heads, d)."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     with torch.autocast(query.device.type, enabled=False):
@@ -25,10 +25,10 @@ def attend(
 
 
 def use_float32_attention(model: PreTrainedModel) -> None:
-    """Lets a model attend in float32 whatever autocast says.
+    """Makes a model compute attention in float32, also under autocast.
 
-    On a CPU the backward pass of attention is one and a half to four times slower in bfloat16 than in float32, while
-    matrix products are twice as fast.
+    On a CPU the backward pass of attention is 1.5 to 4 times slower in bfloat16 than in float32, while matrix products
+    are twice as fast.
     """
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask

@@ -1,12 +1,13 @@
-"""The card of a mini model: what made it, and what it could do at the end."""
+"""The model card of a mini model: how it was trained, and its results at the end."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from popi.config import Dilution, PretrainRecipe
+from popi.errors import InputError
+from popi.io import read_json_lines
 
 _CARD = """\
 ---
@@ -15,8 +16,8 @@ library_name: transformers
 ---
 # {name}
 
-A causal language model of {parameters:,} parameters, trained from nothing on popi's mini world. It is a **miniature**:
-it exists so that every part of popi runs for real on a laptop, and knows nothing beyond that world.
+A causal language model with {parameters:,} parameters, trained from scratch on popi's mini world. It is a
+**miniature**: it lets every part of popi run for real on a laptop, and it knows nothing beyond that world.
 
 | | |
 |---|---|
@@ -30,7 +31,8 @@ it exists so that every part of popi runs for real on a laptop, and knows nothin
 | versions | {versions} |
 | prompt templates | `{template_hash}` |
 
-Of pairs that differ in one dimension, on which a summary of true tastes takes a side, it prefers the right answer in:
+Share of pairs in which it prefers the correct answer, where the two answers differ in one dimension and the summary
+states a preference in it:
 {following}.
 {writing}"""
 
@@ -39,15 +41,14 @@ As a writer, on held-out users of the validation split:
 
 | | |
 |---|---|
-| test pairs that a perfect reader of its summaries gets right | {accuracy:.3f} |
-| the same, of the evidence oracle's summaries | {accuracy_evidence:.3f} |
-| claims: precision and recall against the evidence | {precision:.3f} and {recall:.3f} |
+| accuracy of a perfect reader on test pairs, under its summaries | {accuracy:.3f} |
+| the same, under summaries of the evidence oracle | {accuracy_evidence:.3f} |
+| precision and recall of its claims against the evidence | {precision:.3f} and {recall:.3f} |
 """
 
 _DILUTED = """
-Its mediocrity as a writer is a design choice: in the last phase it was taught to be vague about {blurred}, to
-overlook {overlooked}, and to slip with {slip:.0%} of its claims, as an untrained language model does, so that
-training has something to gain.
+It is a mediocre writer by design, so that training has something to improve: in the last phase it learned to write
+vague claims about {blurred}, to leave out {overlooked}, and to deviate from these habits in {slip:.0%} of its claims.
 """
 
 
@@ -55,33 +56,40 @@ def model_card(recipe: PretrainRecipe, phase: str, config: dict[str, Any], metri
     """Writes the card of the model at the end of a phase.
 
     Args:
-        recipe: What was run.
-        phase: The phase that has just ended.
-        config: Of the run folder: versions, machine, template hash.
-        metrics: The metrics file; its last line was measured at the end of the phase.
-        facts: ``recipe`` (its path as it was given), ``parameters``, ``threads`` and ``finished``.
+        recipe: The recipe of the run.
+        phase: The phase that has ended.
+        config: Configuration of the run folder: versions, machine, template hash.
+        metrics: The metrics file. Its last line contains the results at the end of the phase.
+        facts: ``recipe`` (its path as given), ``parameters``, ``threads`` and ``finished``.
+
+    Raises:
+        InputError: If the metrics are damaged.
     """
-    lines = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+    lines = [line for _, line in read_json_lines(metrics)]
+    if not lines:
+        raise InputError("has no metrics", file=metrics, fix="restore it, or remove the run folder to start again")
+    last = lines[-1]
     names = [part.name for part in recipe.phases]
     current = recipe.phases[names.index(phase)]
-    following = ", ".join(f"{name} {share:.0%}" for name, share in lines[-1]["following"].items())
+    following = ", ".join(f"{name} {share:.0%}" for name, share in last["following"].items())
     return _CARD.format(
         name=recipe.name,
         phase=phase,
         phases=", ".join(f"`{name}`" for name in names[: names.index(phase) + 1]),
         seed=recipe.seed,
-        steps=lines[-1]["step"],
+        steps=last["step"],
         tokens=sum(line["tokens"] for line in lines),
         minutes=sum(line["seconds"] for line in lines) / 60,
         machine=config["machine"],
         versions=", ".join(f"{name} {version}" for name, version in config["versions"].items()),
         template_hash=config["template_hash"],
         following=following,
-        writing=(_WRITING.format(**lines[-1]["writing"]) if "write" in current.lessons else "")
+        writing=(_WRITING.format(**last["writing"]) if "write" in current.lessons else "")
         + (_diluted(current.dilution) if current.dilution else ""),
         **facts,
     )
 
 
-def _diluted(how: Dilution) -> str:
-    return _DILUTED.format(blurred=", ".join(how.blurred), overlooked=", ".join(how.overlooked), slip=how.slip)
+def _diluted(dilution: Dilution) -> str:
+    blurred, overlooked = ", ".join(dilution.blurred), ", ".join(dilution.overlooked)
+    return _DILUTED.format(blurred=blurred, overlooked=overlooked, slip=dilution.slip)

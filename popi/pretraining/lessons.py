@@ -1,4 +1,7 @@
-"""Lessons as tensors, and the losses of one step over them."""
+"""Lessons as tensors, and the losses over them.
+
+Shapes: B lessons, T tokens, R response tokens, S signals, A answers inside signals, D dimensions of the mini world.
+"""
 
 from __future__ import annotations
 
@@ -24,22 +27,22 @@ class Encoded:
     """One lesson in tokens.
 
     Attributes:
-        ids: The conversation, the response and the end of its turn.
-        prompt: How many of them the model is given.
-        marks: The last token of each signal.
-        answer_marks: The last token of each answer inside a signal.
-        lesson: Where it came from.
+        ids: Tokens of the conversation, the response and its end of turn.
+        prompt: Number of tokens of the conversation.
+        signal_ends: Index of the last token of each signal.
+        answer_ends: Index of the last token of each answer inside a signal.
+        lesson: The lesson.
     """
 
     ids: list[int]
     prompt: int
-    marks: list[int]
-    answer_marks: list[int]
+    signal_ends: list[int]
+    answer_ends: list[int]
     lesson: Lesson
 
 
 def encode(tokenizer: PreTrainedTokenizerFast, lessons: Sequence[Lesson]) -> list[Encoded]:
-    """Renders lessons by the chat template and finds where each signal ends."""
+    """Renders lessons with the chat template and locates the ends of signals and answers."""
     prompts = [
         str(
             tokenizer.apply_chat_template(
@@ -50,55 +53,50 @@ def encode(tokenizer: PreTrainedTokenizerFast, lessons: Sequence[Lesson]) -> lis
         )
         for lesson in lessons
     ]
-    answers = [lesson.response + str(tokenizer.eos_token) for lesson in lessons]
-    given = tokenizer(prompts, add_special_tokens=False)
-    said = tokenizer(answers, add_special_tokens=False)
+    responses = [lesson.response + str(tokenizer.eos_token) for lesson in lessons]
+    prompt_ids = tokenizer(prompts, add_special_tokens=False)
+    response_ids = tokenizer(responses, add_special_tokens=False)
     encoded = []
-    for place, lesson in enumerate(lessons):
-        start = prompts[place].index(lesson.messages[-1].content)
-        marks, answer_marks = (
-            [given.char_to_token(place, start + end) for end in ends] for ends in (lesson.ends, lesson.answer_ends)
+    for row, lesson in enumerate(lessons):
+        start = prompts[row].index(lesson.messages[-1].content)
+        signal_ends, answer_ends = (
+            [prompt_ids.char_to_token(row, start + end) for end in ends] for ends in (lesson.ends, lesson.answer_ends)
         )
-        prompt = given["input_ids"][place]
-        encoded.append(Encoded(prompt + said["input_ids"][place], len(prompt), marks, answer_marks, lesson))
+        prompt = prompt_ids["input_ids"][row]
+        encoded.append(Encoded(prompt + response_ids["input_ids"][row], len(prompt), signal_ends, answer_ends, lesson))
     return encoded
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Lessons of similar length, padded on the right.
-
-    B lessons, T tokens, R response tokens, S signals and A answers inside signals in all.
+    """Lessons of similar length, padded on the right. Positions are indices into the flattened ``ids``.
 
     Attributes:
-        ids: (B, T).
-        at: Flat places in (B, T) of the tokens that predict a response token: (R,).
-        targets: The tokens they predict: (R,).
-        owner: Which lesson each belongs to: (R,).
-        marks: Flat places of the last token of each signal: (S,).
-        shown: What each signal shows by itself, as a class in {0, 1, 2}: first side, second side, nothing: (S, D).
-        beliefs: The posterior after it: (S, D, 3).
-        answer_marks: Flat places of the last token of each answer: (A,).
-        styles: Whether the answer takes the first side: (A, D), as floats.
+        ids: Tokens: (B, T).
+        at: Positions of the tokens that predict a response token: (R,).
+        targets: The response tokens: (R,).
+        signal_ends: Positions of the last token of each signal: (S,).
+        shown: What each signal shows by itself, as a class: 0 first side, 1 second side, 2 nothing: (S, D).
+        beliefs: The posterior after each signal: (S, D, 3).
+        answer_ends: Positions of the last token of each answer: (A,).
+        styles: Whether each answer takes the first side, as floats: (A, D).
     """
 
     ids: Tensor
     at: Tensor
     targets: Tensor
-    owner: Tensor
-    marks: Tensor
+    signal_ends: Tensor
     shown: Tensor
     beliefs: Tensor
-    answer_marks: Tensor
+    answer_ends: Tensor
     styles: Tensor
 
 
 def collate(items: Sequence[Encoded], pad: int) -> Batch:
-    """Pads lessons on the right; no mask is needed where only places inside a lesson are read."""
+    """Pads lessons on the right. No mask is needed, because only positions inside a lesson are read."""
     width = max(len(item.ids) for item in items)
     ids = torch.tensor([item.ids + [pad] * (width - len(item.ids)) for item in items])
-    rows = [torch.arange(item.prompt, len(item.ids)) + row * width for row, item in enumerate(items)]
-    at = torch.cat(rows) - 1
+    at = torch.cat([torch.arange(item.prompt, len(item.ids)) + row * width for row, item in enumerate(items)]) - 1
     shown = _stack([item.lesson.shown for item in items], np.zeros((0, len(DIMENSIONS)), np.int8))
     beliefs = _stack([item.lesson.beliefs for item in items], np.zeros((0, len(DIMENSIONS), 3), np.float32))
     styles = _stack([item.lesson.styles for item in items], np.zeros((0, len(DIMENSIONS)), np.int8))
@@ -106,11 +104,10 @@ def collate(items: Sequence[Encoded], pad: int) -> Batch:
         ids=ids,
         at=at,
         targets=ids.flatten()[at + 1],
-        owner=torch.repeat_interleave(torch.arange(len(items)), torch.tensor([len(row) for row in rows])),
-        marks=_flat([item.marks for item in items], width),
+        signal_ends=_flat([item.signal_ends for item in items], width),
         shown=torch.from_numpy(np.array([2, 0, 1])[shown]),
         beliefs=torch.from_numpy(beliefs),
-        answer_marks=_flat([item.answer_marks for item in items], width),
+        answer_ends=_flat([item.answer_ends for item in items], width),
         styles=torch.from_numpy((styles > 0).astype(np.float32)),
     )
 
@@ -119,15 +116,18 @@ def _stack(parts: Sequence[NDArray[Any] | None], empty: NDArray[Any]) -> NDArray
     return np.concatenate([empty, *(part for part in parts if part is not None)])
 
 
-def _flat(places: Sequence[Sequence[int]], width: int) -> Tensor:
-    return torch.tensor([row * width + place for row, part in enumerate(places) for place in part], dtype=torch.long)
+def _flat(ends: Sequence[Sequence[int]], width: int) -> Tensor:
+    return torch.tensor([row * width + end for row, part in enumerate(ends) for end in part], dtype=torch.long)
 
 
-def batches(items: Sequence[Encoded], pad: int, tokens: int) -> Iterator[Batch]:
-    """Packs lessons by length into batches of at most ``tokens`` tokens, padding included."""
+def batches(items: Sequence[Encoded], pad: int, batch_tokens: int) -> Iterator[Batch]:
+    """Packs lessons by length into batches of at most ``batch_tokens`` tokens, including padding.
+
+    A longer lesson has a batch to itself.
+    """
     chosen: list[Encoded] = []
     for item in sorted(items, key=lambda item: len(item.ids)):
-        if chosen and len(item.ids) * (len(chosen) + 1) > tokens:
+        if chosen and len(item.ids) * (len(chosen) + 1) > batch_tokens:
             yield collate(chosen, pad)
             chosen = []
         chosen.append(item)
@@ -136,10 +136,11 @@ def batches(items: Sequence[Encoded], pad: int, tokens: int) -> Iterator[Batch]:
 
 
 class SignalHeads(nn.Module):
-    """Linear readers of hidden states, used in training and then thrown away.
+    """Linear auxiliary heads on hidden states, used in training only.
 
-    One reads, at a third of the height, the style of an answer; one, at two thirds, what a signal shows; one, below the
-    top layer, the posterior after it. Each is what the next one is made of, and later tokens can attend to all three.
+    ``styles`` predicts the style of an answer at a third of the layers, ``shown`` what a signal shows at two thirds,
+    and ``beliefs`` the posterior after the signal below the top layer. Each prediction builds on the one before, and
+    later tokens can attend to all three.
 
     Args:
         width: Size of the hidden states.
@@ -148,43 +149,43 @@ class SignalHeads(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
         self.styles = nn.Linear(width, len(DIMENSIONS))
-        self.shows = nn.Linear(width, len(DIMENSIONS) * 3)
-        self.believes = nn.Linear(width, len(DIMENSIONS) * 3)
+        self.shown = nn.Linear(width, len(DIMENSIONS) * 3)
+        self.beliefs = nn.Linear(width, len(DIMENSIONS) * 3)
 
 
 @dataclass(frozen=True, slots=True)
 class Losses:
-    """Of one batch, in nats; those of the heads are summed over dimensions.
+    """Losses of one batch in nats. Those of the heads are summed over the dimensions.
 
     Attributes:
-        response: Of each response token: (R,).
+        response: Cross-entropy of each response token: (R,).
         styles: Cross-entropy of the style of each answer: (A,).
-        shows: Cross-entropy of what each signal shows: (S,).
-        believes: Kullback-Leibler divergence from the exact posterior: (S,).
-        reading: Whether each cell of ``shown`` that is not "nothing" was read right: (cells,).
+        shown: Cross-entropy of what each signal shows: (S,).
+        beliefs: Kullback-Leibler divergence from the exact posterior: (S,).
+        correct: Whether the head predicts each side that a signal shows: (labels,).
     """
 
     response: Tensor
     styles: Tensor
-    shows: Tensor
-    believes: Tensor
-    reading: Tensor
+    shown: Tensor
+    beliefs: Tensor
+    correct: Tensor
 
 
 def losses(model: PreTrainedModel, heads: SignalHeads, batch: Batch) -> Losses:
-    """Runs a batch once. Logits are computed only where a response token is predicted."""
+    """Runs a batch in one forward pass. Logits are computed only where they predict a response token."""
     low, middle, high, top = _states(model, batch.ids)
     logits = model.get_output_embeddings()(top[batch.at]).float()
-    styles = heads.styles(low[batch.answer_marks]).float()
-    shows = heads.shows(middle[batch.marks]).float().view(-1, len(DIMENSIONS), 3)
-    believes = heads.believes(high[batch.marks]).float().view(-1, len(DIMENSIONS), 3).log_softmax(-1)
-    said = batch.shown != 2
+    styles = heads.styles(low[batch.answer_ends]).float()
+    shown = heads.shown(middle[batch.signal_ends]).float().view(-1, len(DIMENSIONS), 3)
+    beliefs = heads.beliefs(high[batch.signal_ends]).float().view(-1, len(DIMENSIONS), 3).log_softmax(-1)
+    labelled = batch.shown != 2
     return Losses(
         response=F.cross_entropy(logits, batch.targets, reduction="none"),
         styles=F.binary_cross_entropy_with_logits(styles, batch.styles, reduction="none").sum(-1),
-        shows=F.cross_entropy(shows.flatten(0, 1), batch.shown.flatten(), reduction="none").view_as(said).sum(-1),
-        believes=F.kl_div(believes, batch.beliefs, reduction="none").sum((-1, -2)),
-        reading=(shows.argmax(-1) == batch.shown)[said],
+        shown=F.cross_entropy(shown.flatten(0, 1), batch.shown.flatten(), reduction="none").view_as(labelled).sum(-1),
+        beliefs=F.kl_div(beliefs, batch.beliefs, reduction="none").sum((-1, -2)),
+        correct=(shown.argmax(-1) == batch.shown)[labelled],
     )
 
 
@@ -196,8 +197,8 @@ def _states(model: PreTrainedModel, ids: Tensor) -> list[Tensor]:
     def keep(_module: nn.Module, _inputs: object, output: Tensor | tuple[Tensor, ...]) -> None:
         states.append(output if isinstance(output, Tensor) else output[0])
 
-    places = (len(layers) // 3 - 1, 2 * len(layers) // 3 - 1, len(layers) - 2)
-    hooks = [layers[place].register_forward_hook(keep) for place in places]
+    indices = (len(layers) // 3 - 1, 2 * len(layers) // 3 - 1, len(layers) - 2)
+    hooks = [layers[index].register_forward_hook(keep) for index in indices]
     try:
         states.append(model.base_model(ids, use_cache=False).last_hidden_state)
     finally:

@@ -1,4 +1,4 @@
-"""Muon, the optimizer of the matrices inside a model's layers, in the precision of the weights."""
+"""Muon, an optimizer for the matrices inside a model's layers, computed in the precision of the weights."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ import torch
 from torch import Tensor
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
-"""Of the quintic iteration: https://kellerjordan.github.io/posts/muon/."""
+"""Coefficients of the quintic Newton-Schulz iteration, from https://kellerjordan.github.io/posts/muon/."""
 
 ITERATIONS = 5
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum whose steps are made orthogonal, with the size of AdamW's steps (Moonlight, arXiv 2502.16982).
+    """Momentum with orthogonalized updates, scaled to the size of AdamW's (Moonlight, arXiv 2502.16982).
 
-    The same as ``torch.optim.Muon(..., adjust_lr_fn="match_rms_adamw")``, which iterates in bfloat16: a processor that
-    has to emulate it spends more time there than on the forward and the backward pass together.
+    Equal to ``torch.optim.Muon(..., adjust_lr_fn="match_rms_adamw")`` up to rounding. That implementation iterates in
+    bfloat16: a processor that has to emulate it takes longer for the update than for the forward and backward pass.
 
     Args:
-        params: Matrices.
+        params: The matrices.
         lr: Learning rate.
-        weight_decay: Decoupled, times the learning rate.
-        momentum: Of Nesterov's kind.
+        weight_decay: Decoupled weight decay, multiplied by the learning rate.
+        momentum: Nesterov momentum.
     """
 
     def __init__(
@@ -36,15 +36,15 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        """Moves every matrix that has a gradient; those of one shape together."""
+        """Updates every matrix that has a gradient; matrices of the same shape are updated together."""
         if closure is not None:
-            raise NotImplementedError("the losses of a step are given by backward(), not by a closure")
+            raise NotImplementedError("a closure is not supported; call backward() before step()")
         for group in self.param_groups:
-            moved = [p for p in group["params"] if p.grad is not None]
-            for _, same in groupby(sorted(moved, key=lambda p: tuple(p.shape)), key=lambda p: tuple(p.shape)):
-                self._move(list(same), group)
+            params = [p for p in group["params"] if p.grad is not None]
+            for _, same in groupby(sorted(params, key=lambda p: tuple(p.shape)), key=lambda p: tuple(p.shape)):
+                self._update(list(same), group)
 
-    def _move(self, params: list[Tensor], group: dict[str, Any]) -> None:
+    def _update(self, params: list[Tensor], group: dict[str, Any]) -> None:
         directions = orthogonal(torch.stack([self._direction(p, group["momentum"]) for p in params]))
         rate = 0.2 * math.sqrt(max(params[0].shape)) * group["lr"]
         for p, direction in zip(params, directions, strict=True):
@@ -61,13 +61,13 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonal(matrices_N_A_B: Tensor) -> Tensor:
-    """Moves the singular values of matrices near one, by the Newton-Schulz iteration.
+    """Orthogonalizes matrices with the Newton-Schulz iteration.
 
     Args:
-        matrices_N_A_B: (N, A, B).
+        matrices_N_A_B: The matrices: (N, A, B).
 
     Returns:
-        (N, A, B), singular values between about 0.7 and 1.2.
+        Matrices with the same singular vectors and singular values between about 0.7 and 1.2: (N, A, B).
     """
     a, b, c = COEFFICIENTS
     wide = matrices_N_A_B.shape[1] <= matrices_N_A_B.shape[2]

@@ -1,4 +1,4 @@
-"""Byte-pair tokenizers with a chat template, trained on the texts of a mini model."""
+"""Byte-pair tokenizers with a chat template, trained on the texts of the mini world."""
 
 from __future__ import annotations
 
@@ -21,24 +21,24 @@ Kind = Literal["byte-level", "metaspace"]
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, kind: Kind) -> PreTrainedTokenizerFast:
-    """Trains a tokenizer that can write any text.
+    """Trains a tokenizer that can encode any text.
 
     Args:
-        texts: What it will mostly read.
-        vocab_size: The number of tokens, the four marks included.
-        kind: ``byte-level`` works on bytes; ``metaspace`` on characters, with bytes for those it has not seen.
+        texts: The training texts.
+        vocab_size: Number of tokens, including the special tokens.
+        kind: ``byte-level`` works on bytes; ``metaspace`` works on characters, with bytes for unseen ones.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
-    marks = [PAD, END, USER, ASSISTANT, "<|system|>"]
+    special = [PAD, END, USER, ASSISTANT, "<|system|>"]
     if kind == "byte-level":
         tokenizer = Tokenizer(models.BPE())
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         tokenizer.decoder = decoders.ByteLevel()
         trainer = trainers.BpeTrainer(
             vocab_size=vocab_size,
-            special_tokens=marks,
+            special_tokens=special,
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
             show_progress=False,
         )
@@ -56,7 +56,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, kind: Kind) -> PreTra
             [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]
         )
         trainer = trainers.BpeTrainer(
-            vocab_size=vocab_size, special_tokens=marks + bytes_, show_progress=False, max_token_length=16
+            vocab_size=vocab_size, special_tokens=special + bytes_, show_progress=False, max_token_length=16
         )
     tokenizer.train_from_iterator(texts, trainer)
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END, pad_token=PAD, padding_side="left")

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from popi.data.example import HeldOutPair, PersonalizationExample
-from popi.engine.cache import layout_of
 from popi.engine.chat_tokens import ChatTokens
+from popi.engine.checks import verify
 from popi.engine.packing import Row, Scored, pack, tokens_of
 from popi.errors import InputError
 from popi.io import read_json, write_text
@@ -68,7 +68,7 @@ class PairScorer:
     ) -> None:
         self._model, self._tokens = model, tokens
         self._batch_tokens = batch_tokens
-        self._layout = layout_of(model)
+        self._layout = verify(model, tokens, str(model.config.name_or_path)).layout
         self._context: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         self.over, self.tokens = over, 0
 
@@ -146,12 +146,10 @@ class PairScorer:
 
     def _encode(self, items: Sequence[Judged], *, within: float) -> list[Scored]:
         """The chosen and the rejected answer of each item, one after the other."""
-        prompts = self._tokens.render([DEFAULT.answer_messages(item.pair.prompt, item.context) for item in items])
+        conversations = [DEFAULT.answer_messages(item.pair.prompt, item.context) for item in items]
+        prompts = self._tokens.render(conversations, answered=True)
         texts = list(dict.fromkeys(text for item in items for text in (item.pair.chosen, item.pair.rejected)))
-        responses = {
-            text: [*tokens, *self._tokens.end_of_turn]
-            for text, tokens in zip(texts, self._tokens.encode(texts), strict=True)
-        }
+        responses = dict(zip(texts, self._tokens.encode_responses(texts), strict=True))
         made = []
         for item, prompt in zip(items, prompts, strict=True):
             answers = responses[item.pair.chosen], responses[item.pair.rejected]

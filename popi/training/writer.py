@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from popi.claims import finished_part
-from popi.engine.cache import layout_of
 from popi.engine.chat_tokens import ChatTokens
-from popi.engine.decoding import Draft, decode, end_tokens_of
+from popi.engine.checks import verify
+from popi.engine.decoding import Draft, decode
 from popi.engine.packing import Scored
 from popi.errors import InputError
 from popi.prompts import Message
@@ -77,9 +77,8 @@ class WriterTrainer(Saves, GRPOTrainer):
 
         self._first = first
         self._chat = ChatTokens(tokenizer, str(model.config.name_or_path))
-        self._layout = layout_of(model)
         self._batch_tokens = batch_tokens
-        self._ends = end_tokens_of(model, self._chat)
+        self._abilities = verify(model, self._chat, str(model.config.name_or_path))
         self._earn = earn
         assert args.max_completion_length is not None and args.num_generations is not None, "TRL's defaults are numbers"
         self._max_tokens, self._samples = args.max_completion_length, args.num_generations
@@ -141,9 +140,9 @@ class WriterTrainer(Saves, GRPOTrainer):
                 completions = decode(
                     model,
                     drafts,
-                    end_tokens=self._ends,
+                    end_tokens=self._abilities.end_tokens,
                     batch_tokens=max(self._batch_tokens, group),
-                    layout=self._layout,
+                    layout=self._abilities.layout,
                 )
         except ArithmeticError as error:
             raise diverged("a logit of the writer", math.nan, self._steps_done) from error
@@ -167,7 +166,7 @@ class WriterTrainer(Saves, GRPOTrainer):
 
     def read(self, completion: Sequence[int]) -> PreferenceSummary:
         """The summary that was sampled; without its end, without what was unfinished."""
-        ended = bool(completion) and completion[-1] in self._ends
+        ended = bool(completion) and completion[-1] in self._abilities.end_tokens
         text = self._chat.decode(completion[:-1] if ended else completion)
         return read_reply("", text if ended else finished_part(text) or text, (), TRAINED)
 
@@ -200,7 +199,7 @@ class WriterTrainer(Saves, GRPOTrainer):
             self.accelerator.unwrap_model(model),
             items,
             batch_tokens=self._batch_tokens,
-            layout=self._layout,
+            layout=self._abilities.layout,
             temperature=self.temperature,
         )
         if torch.is_grad_enabled():

@@ -7,7 +7,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from popi.backends.base import ChatRequest, ChatResult
-from popi.backends.responses import Response, after_prefix, keeping_markers
+from popi.backends.responses import Response, after_prefix
 from popi.prompts import Message
 
 END = 256
@@ -92,13 +92,6 @@ def test_the_pieces_of_a_stream_are_the_text(text: str, stop: list[str], opened:
         assert "".join(pieces) == result.text
         assert result == follow(text, **options)[0]
         assert not prefix or pieces[0] == prefix
-
-
-def test_markers_that_are_control_tokens_are_kept() -> None:
-    special = {300: "[THINK]", 301: "[/THINK]", 302: "<|end|>"}
-    assert keeping_markers(decode, {302: "<|end|>"}) is decode
-    marked = keeping_markers(decode, special)
-    assert marked([300, *b"hm", 301, *b"Yes", 302]) == "[THINK]hm[/THINK]Yes"
 
 
 def test_the_space_after_a_prefix_is_kept() -> None:

@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from popi.backends.base import ChatRequest, FinishReason
-from popi.backends.reasoning import MARKERS
 from popi.backends.results import Pieces, complete, scored
 from popi.prompts import Message
+from popi.reasoning import MARKERS
 
 TEXTS = st.lists(
     st.sampled_from([*MARKERS, *MARKERS.values(), "a", " ", "\n", "<", "think>", "\ud83d", "\ude00", "é", "\x00"]),

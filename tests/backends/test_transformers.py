@@ -6,6 +6,7 @@ import asyncio
 import math
 import time
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -14,6 +15,7 @@ import torch
 from popi.backends import transformers
 from popi.backends.base import ChatRequest, ScoreRequest
 from popi.backends.transformers import TransformersBackend
+from popi.engine.checks import verify
 from popi.errors import BackendError
 from popi.prompts import Message
 from tests.forks import needs_fork, succeeds_in_child
@@ -54,7 +56,7 @@ async def test_scores_are_those_of_a_plain_loop(make, tiny) -> None:
 @pytest.mark.parametrize("layout", ["shared", "padded"])
 async def test_neither_chunks_nor_the_layout_change_anything(monkeypatch, make, batch_tokens: int, layout: str) -> None:
     usual = make()
-    monkeypatch.setattr(transformers, "layout_of", lambda model: layout)
+    monkeypatch.setattr(transformers, "verify", lambda *args: replace(verify(*args), layout=layout))
     other = make(batch_tokens=batch_tokens)
     requests = chats()[:8] + chats(temperature=0.9, top_p=0.9, seed=7)[8:16]
     assert await other.chat(requests) == await usual.chat(requests)
@@ -96,32 +98,35 @@ async def test_the_model_s_end_token_ends_an_answer(make, tiny) -> None:
 
 
 async def test_identical_prompts_are_computed_once(make, tiny) -> None:
+    backend = make()
     seen = count_inputs(tiny[0])
     request = ChatRequest([Message("user", "answer " * 50)], max_tokens=5, temperature=1.0)
-    results = await make().chat([request] * 8)
+    results = await backend.chat([request] * 8)
     prompt = results[0].prompt_tokens
     # The last token of the prompt runs with the answers, once for each; then four tokens each, at most.
     assert prompt - 1 < sum(seen) <= prompt - 1 + 8 * 5
 
 
 async def test_a_common_context_is_scored_once(make, tiny) -> None:
+    backend = make()
     seen = count_inputs(tiny[0])
     requests = [
         ScoreRequest([Message("user", "the user prefers " * 40 + question)], response)
         for question in ("what?", "how?", "which?")
         for response in ("yes", "no answer")
     ]
-    results = await make().score(requests)
+    results = await backend.score(requests)
     apart = sum(result.prompt_tokens + result.tokens for result in results)
     assert sum(seen) < apart / 3
 
 
 async def test_logits_are_computed_where_a_response_token_is_scored(make, tiny) -> None:
+    backend = make()
     rows: list[int] = []
     tiny[0].get_output_embeddings().register_forward_hook(
         lambda module, args, logits: rows.append(logits.shape[:-1].numel())
     )
-    results = await make().score(ratings())
+    results = await backend.score(ratings())
     assert sum(rows) == sum(result.tokens for result in results)
 
 
@@ -154,10 +159,12 @@ async def test_results_that_are_not_finite_are_failed_items(make, tiny) -> None:
 
 async def test_a_live_model_computes_within_what_its_owner_says(tiny) -> None:
     model, tokenizer = tiny
+    contexts = nullcontext, partial(torch.autocast, "cpu", torch.bfloat16)
+    backends = [TransformersBackend.from_model(model, tokenizer, "tiny", within=within) for within in contexts]
     seen = []
     model.lm_head.register_forward_hook(lambda module, args, logits: seen.append(logits.dtype))
-    for within in (nullcontext, partial(torch.autocast, "cpu", torch.bfloat16)):
-        await TransformersBackend.from_model(model, tokenizer, "tiny", within=within).score(ratings()[:1])
+    for backend in backends:
+        await backend.score(ratings()[:1])
     assert seen == [torch.float32, torch.bfloat16]
 
 
@@ -165,8 +172,9 @@ async def test_out_of_memory_is_an_exception_of_one_line(make, tiny) -> None:
     def forward(*args: object, **options: object) -> None:
         raise torch.OutOfMemoryError("tried to allocate 2 GiB\nsee the manual")
 
+    backends = make(), make()
     tiny[0].forward = forward
-    for call in (make().chat(chats()[:2]), make().score(ratings()[:2])):
+    for call in (backends[0].chat(chats()[:2]), backends[1].score(ratings()[:2])):
         with pytest.raises(BackendError) as caught:
             await call
         assert str(caught.value) == "tiny: out of memory; lower batch_tokens or use a smaller model"
@@ -175,16 +183,16 @@ async def test_out_of_memory_is_an_exception_of_one_line(make, tiny) -> None:
 async def test_a_template_s_refusal_is_an_error_in_the_result(tiny) -> None:
     model, tokenizer = tiny
     tokenizer.chat_template = (
-        "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system turn') }}{% endif %}"
+        "{% if messages[0]['role'] == 'assistant' %}{{ raise_exception('no user turn') }}{% endif %}"
         + tokenizer.chat_template
     )
     backend = TransformersBackend.from_model(model, tokenizer, "tiny")
-    refused = [Message("system", "be kind"), Message("user", "hello")]
+    refused = [Message("assistant", "hello"), Message("user", "hello")]
     bad, good = await backend.chat([ChatRequest(refused), ChatRequest(conversation(0), max_tokens=4)])
-    assert bad.finish_reason == "error" and "no system turn" in (bad.error or "")
+    assert bad.finish_reason == "error" and "no user turn" in (bad.error or "")
     assert good.error is None
     (score,) = await backend.score([ScoreRequest(refused, "yes")])
-    assert math.isnan(score.logprob) and "no system turn" in (score.error or "")
+    assert math.isnan(score.logprob) and "no user turn" in (score.error or "")
 
 
 @pytest.fixture
@@ -199,8 +207,9 @@ def slowly(tiny) -> list[float]:
 
 
 async def test_the_event_loop_stays_free(make, slowly: list[float]) -> None:
-    beats = 0
-    work = asyncio.create_task(make().chat([ChatRequest(conversation(8), max_tokens=10)]))
+    beats, backend = 0, make()
+    slowly.clear()
+    work = asyncio.create_task(backend.chat([ChatRequest(conversation(8), max_tokens=10)]))
     while not work.done():
         await asyncio.sleep(0.01)
         beats += 1
@@ -211,6 +220,7 @@ async def test_the_event_loop_stays_free(make, slowly: list[float]) -> None:
 @pytest.mark.parametrize("way", ["chat", "stream"])
 async def test_cancelled_work_stops_between_two_steps(make, slowly: list[float], way: str) -> None:
     backend = make()
+    slowly.clear()
     request = ChatRequest(conversation(8), max_tokens=400)
     if way == "chat":
         task = asyncio.create_task(backend.chat([request]))
@@ -254,6 +264,7 @@ async def test_a_seed_may_be_of_any_size(make) -> None:
 
 async def test_closing_fails_the_calls_that_have_not_ended(make, slowly: list[float]) -> None:
     backend = make()
+    slowly.clear()
     calls = [asyncio.create_task(backend.chat(chats()[:2])) for _ in range(2)]
     while not slowly:
         await asyncio.sleep(0.01)

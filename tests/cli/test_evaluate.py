@@ -203,7 +203,7 @@ def test_held_out_pairs_among_the_signals_are_refused_and_their_users_skipped_on
         (["--data", "absent.jsonl", "--world", "miniworld"], "give one of the two"),
         (["--data", "absent.jsonl"], "absent.jsonl: cannot be read"),
         (["--data", "absent.jsonl", "--split", "train"], "a file has no splits"),
-        (["--generator", "no-such-model"], "no model 'no-such-model'"),
+        (["--generator", "no-such-model"], "model 'no-such-model' not found"),
     ],
 )
 def test_bad_input_is_one_line_and_leaves_no_folder(

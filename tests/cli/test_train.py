@@ -48,7 +48,7 @@ def test_an_architecture_that_makes_no_model_is_one_line(capsys, tmp_path, monke
     assert main(["train", str(RECIPE), *words]) == 2
     printed = capsys.readouterr().err
     assert printed.count("\n") == 1
-    assert "field architecture: makes no model" in printed
+    assert "field architecture: transformers cannot make a model of it" in printed
 
 
 def test_no_two_runs_in_one_folder(capsys, tmp_path):

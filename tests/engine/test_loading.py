@@ -1,4 +1,4 @@
-"""A model that is there is loaded; one that is not, or is broken, is an error of one line."""
+"""Models are loaded; a missing or broken one is an error of one line."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from popi.backends.base import ScoreRequest
 from popi.backends.transformers import TransformersBackend
+from popi.engine.loading import load, load_tokenizer
 from popi.errors import ConfigError, InputError, ModelError
 from popi.prompts import Message
 from popi.testing import tiny_model
@@ -54,15 +55,50 @@ def test_the_dtype_is_float32_on_a_cpu_unless_asked(folder: Path, dtype: str, ex
     assert {weight.dtype for weight in backend._model.parameters()} == {expected}
 
 
+def weights(folder: Path) -> Path:
+    return folder / "model.safetensors"
+
+
+def remove(*files: Path) -> None:
+    for file in files:
+        file.unlink()
+
+
+def make_adapter(folder: Path) -> None:
+    remove(folder / "config.json", weights(folder))
+    (folder / "adapter_config.json").write_text("{}")
+
+
+def make_shards(folder: Path) -> None:
+    weights(folder).rename(folder / "model-00001-of-00002.safetensors")
+    shards = {"lm_head.weight": "model-00002-of-00002.safetensors"}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": shards}))
+
+
 BREAKS: dict[str, Callable[[Path], object]] = {
-    "config.json": lambda folder: (folder / "config.json").write_text("{"),
-    "model type `nonsense`": lambda folder: edit(folder, model_type="nonsense"),
-    "SafetensorError": lambda folder: (folder / "model.safetensors").write_bytes(b"\0" * 100),
-    "no file named": lambda folder: (folder / "model.safetensors").unlink(),
-    "model.layers.2": lambda folder: edit(folder, num_hidden_layers=3),
-    "lm_head.weight": lambda folder: edit(folder, vocab_size=400),
-    "tokenizer": lambda folder: [path.unlink() for path in folder.glob("tokenizer*")],
-    "no chat template": lambda folder: (folder / "chat_template.jinja").unlink(),
+    "config.json is damaged: Expecting": lambda folder: (folder / "config.json").write_text("{"),
+    "there is no config.json in": lambda folder: remove(folder / "config.json"),
+    "config.json has no model_type": lambda folder: edit(folder, model_type=""),
+    "type 'nonsense' is not known to transformers": lambda folder: edit(folder, model_type="nonsense"),
+    "code that comes with the model": lambda folder: edit(folder, model_type="own", auto_map={"AutoConfig": "x.C"}),
+    "models of type 'clip' do not generate text": lambda folder: edit(folder, model_type="clip"),
+    "not a multiple of the number of attention heads": lambda folder: edit(folder, num_attention_heads=5),
+    "safetensors is damaged: .*incomplete metadata": lambda folder: weights(folder).write_bytes(
+        weights(folder).read_bytes()[:-100]
+    ),
+    "safetensors is damaged: .*header too small": lambda folder: weights(folder).write_bytes(b""),
+    "safetensors is damaged": lambda folder: weights(folder).write_bytes(b"\0" * 100),
+    "pointer of Git LFS": lambda folder: weights(folder).write_text("version https://git-lfs.github.com/spec/v1\n"),
+    "pytorch_model.bin is damaged": lambda folder: weights(folder).rename(folder / "pytorch_model.bin"),
+    "there are no weights in": lambda folder: remove(weights(folder)),
+    "has only GGUF weights, which are not supported yet": lambda folder: weights(folder).rename(folder / "q4.gguf"),
+    "is an adapter, not a model": make_adapter,
+    "model-00002-of-00002.safetensors is missing": make_shards,
+    "do not fit its config.json: model.layers.2.* and 8 more": lambda folder: edit(folder, num_hidden_layers=3),
+    "do not fit its config.json: lm_head.weight": lambda folder: edit(folder, vocab_size=400),
+    "there is no tokenizer in": lambda folder: remove(*folder.glob("tokenizer*")),
+    "tokenizer.json is damaged": lambda folder: (folder / "tokenizer.json").write_text('{"version":'),
+    "no chat template": lambda folder: remove(folder / "chat_template.jinja"),
 }
 
 
@@ -76,8 +112,34 @@ def test_a_broken_model_is_an_error_that_names_what_is_broken(folder: Path, name
     assert caught.value.fix
 
 
+def test_a_broken_tokenizer_is_named_without_its_model(folder: Path) -> None:
+    remove(folder / "config.json", weights(folder))
+    load_tokenizer(str(folder))
+    (folder / "tokenizer.json").write_text("{")
+    with pytest.raises(ModelError, match=r"tokenizer\.json is damaged: Expecting"):
+        load_tokenizer(str(folder))
+
+
+@pytest.mark.parametrize("name", ["model.gguf", "model.safetensors", "pytorch_model.bin", "config.json"])
+@pytest.mark.parametrize("read", [TransformersBackend, load_tokenizer])
+def test_a_path_to_a_file_is_an_error_that_says_what_to_give(
+    folder: Path, name: str, read: Callable[[str], object]
+) -> None:
+    (folder / name).touch()
+    with pytest.raises(ModelError, match=r"file, not the folder of a model; (give the folder|GGUF is not supported)"):
+        read(str(folder / name))
+
+
+def test_weights_that_the_configuration_does_not_use_are_logged(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    edit(folder, num_hidden_layers=1)
+    load(str(folder), "cpu", "auto")
+    assert caplog.messages == [
+        f"{folder}: config.json leaves weights unused: model.layers.1.input_layernorm.weight and 8 more"
+    ]
+
+
 @pytest.mark.parametrize("name", ["nobody/has-this-model", "./not/here", "", "popi-mini-bass"])
-def test_a_model_that_is_nowhere_is_an_error_without_a_wait(name: str) -> None:
+def test_a_missing_model_is_an_error_without_a_wait(name: str) -> None:
     start = time.monotonic()
     with pytest.raises(ModelError) as caught:
         TransformersBackend(name)
@@ -86,17 +148,19 @@ def test_a_model_that_is_nowhere_is_an_error_without_a_wait(name: str) -> None:
 
 
 @pytest.mark.parametrize("options", [{"dtype": "float7"}, {"device": "abacus"}, {"device": "cuda:99"}])
-def test_a_device_or_dtype_that_is_not_is_an_error(folder: Path, options: dict[str, str]) -> None:
+def test_an_unknown_device_or_dtype_is_an_error(folder: Path, options: dict[str, str]) -> None:
     with pytest.raises(ConfigError) as caught:
         TransformersBackend(str(folder), **options)
     assert isinstance(caught.value, InputError)
     assert next(iter(options.values())) in str(caught.value)
 
 
-def test_want_of_memory_is_told_apart_from_a_broken_model(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_out_of_memory_is_not_a_broken_model(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(self: PreTrainedModel, place: torch.device) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB")
 
     monkeypatch.setattr(PreTrainedModel, "to", full)
-    with pytest.raises(ModelError, match=r"tiny' has no room in memory; free the device, or take a smaller model$"):
+    with pytest.raises(
+        ModelError, match=r"out of memory while loading .*tiny'; free the device, or use a smaller model$"
+    ):
         TransformersBackend(str(folder))

@@ -20,15 +20,15 @@ def some(count=8, signals=3):
     return [lesson(TASKS[place % 4], 5, place, signals=signals) for place in range(count)]
 
 
-def test_a_lesson_is_what_the_templates_say_and_the_marks_stand_at_ends(tiny):
+def test_lessons_are_rendered_by_the_templates_and_ends_of_signals_are_located(tiny):
     _, tokenizer = tiny
-    for made, item in zip(some(), encode(tokenizer, some()), strict=True):
+    for original, item in zip(some(), encode(tokenizer, some()), strict=True):
         text = tokenizer.decode(item.ids[: item.prompt])
-        assert made.messages[-1].content in text
-        assert tokenizer.decode(item.ids[item.prompt :]) == made.response + tokenizer.eos_token
-        last = made.messages[-1].content
-        for end, mark in zip(made.ends, item.marks, strict=True):
-            assert tokenizer.decode(item.ids[: mark + 1]).endswith(last[max(0, end - 5) : end + 1])
+        assert original.messages[-1].content in text
+        assert tokenizer.decode(item.ids[item.prompt :]) == original.response + tokenizer.eos_token
+        last = original.messages[-1].content
+        for end, token in zip(original.ends, item.signal_ends, strict=True):
+            assert tokenizer.decode(item.ids[: token + 1]).endswith(last[max(0, end - 5) : end + 1])
 
 
 def test_styles_are_those_of_the_answers_in_the_text(tiny):
@@ -38,7 +38,10 @@ def test_styles_are_those_of_the_answers_in_the_text(tiny):
     for end, style in zip(made.answer_ends, made.styles, strict=True):
         head = content[: end + 1]
         answer = max(
-            (head.split(mark)[-1] for mark in ("read: ", "preferred: ", "over: ", "rewrote: ", "on: ", "assistant: ")),
+            (
+                head.split(label)[-1]
+                for label in ("read: ", "preferred: ", "over: ", "rewrote: ", "on: ", "assistant: ")
+            ),
             key=lambda part: -len(part),
         )
         assert (as_vector(style_of(answer)) == style).all()
@@ -60,14 +63,14 @@ def test_losses_equal_those_of_a_plain_forward_of_each_lesson(tiny):
     torch.manual_seed(0)
     heads = SignalHeads(model.config.hidden_size)
     with torch.no_grad():
-        found = losses(model, heads, collate(items, tokenizer.pad_token_id))
+        computed = losses(model, heads, collate(items, tokenizer.pad_token_id))
         expected = []
         for item in items:
             logprobs = model(torch.tensor([item.ids])).logits[0].log_softmax(-1)
             expected += [-logprobs[place - 1, item.ids[place]] for place in range(item.prompt, len(item.ids))]
-    assert found.response == pytest.approx(torch.stack(expected), abs=1e-4)
-    assert len(found.shows) == len(found.believes) == sum(len(item.marks) for item in items)
-    assert len(found.styles) == sum(len(item.answer_marks) for item in items)
+    assert computed.response == pytest.approx(torch.stack(expected), abs=1e-4)
+    assert len(computed.shown) == len(computed.beliefs) == sum(len(item.signal_ends) for item in items)
+    assert len(computed.styles) == sum(len(item.answer_ends) for item in items)
 
 
 def test_an_uninformed_reader_has_the_losses_of_chance(tiny):
@@ -76,9 +79,9 @@ def test_an_uninformed_reader_has_the_losses_of_chance(tiny):
     for parameter in heads.parameters():
         torch.nn.init.zeros_(parameter)
     with torch.no_grad():
-        found = losses(model, heads, collate(encode(tokenizer, some(4)), tokenizer.pad_token_id))
-    assert found.styles == pytest.approx(np.full(len(found.styles), 10 * np.log(2)), rel=1e-5)
-    assert found.shows == pytest.approx(np.full(len(found.shows), 10 * np.log(3)), rel=1e-5)
+        computed = losses(model, heads, collate(encode(tokenizer, some(4)), tokenizer.pad_token_id))
+    assert computed.styles == pytest.approx(np.full(len(computed.styles), 10 * np.log(2)), rel=1e-5)
+    assert computed.shown == pytest.approx(np.full(len(computed.shown), 10 * np.log(3)), rel=1e-5)
 
 
 def test_answers_follow_the_claims_of_their_context():

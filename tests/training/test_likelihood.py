@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from popi.engine.packing import Scored, pack
-from popi.testing import FAMILIES, tiny_model
+from popi.testing import tiny_model
 from popi.training.likelihood import response_logps, token_likelihood
 
 
@@ -33,7 +33,7 @@ def gradients(model, loss):
     return {name: value.grad.clone() for name, value in model.named_parameters()}
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["llama", "neox", "qwen3"])
 @pytest.mark.parametrize(("batch_tokens", "temperature"), [(100_000, 1.0), (150, 0.6)])
 def test_tokens_are_those_of_whole_sequences_and_so_are_gradients(family, batch_tokens, temperature):
     model, _ = tiny_model(family)

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from popi.backends.base import ChatRequest, ChatResult, OnComplete, ScoreRequest, ScoreResult
-from popi.backends.reasoning import opens_reasoning
 from popi.backends.remote.client import Client
 from popi.backends.remote.failures import Malformed, Rejected
 from popi.backends.remote.fields import Fields
@@ -19,7 +18,6 @@ from popi.backends.results import scored
 from popi.backends.together import held
 from popi.errors import BackendError
 from popi.io import writable
-from popi.prompts import Message
 
 if TYPE_CHECKING:
     from popi.engine.chat_tokens import ChatTokens, Rendered
@@ -160,14 +158,14 @@ class ByTokenIds(Endpoint):
     def __init__(self, model: str, fields: Fields, tokens: ChatTokens, *, context: int | None, scores: bool) -> None:
         super().__init__(model, fields)
         self._tokens, self._context, self.scores = tokens, context, scores
-        self._opened = opens_reasoning(tokens.decode(tokens.render([[Message("user", "Hello")]])[0].tokens))
+        self._opened = tokens.opens_reasoning
 
     async def score(self, client: Client, request: ScoreRequest) -> ScoreResult:
         """Scores a response: the server echoes it with its conversation, and adds nothing."""
         if not self.scores:
             raise BackendError(f"{self._model}: scoring is turned off by the option scores", failure="denied")
-        response = [*self._tokens.encode([request.response])[0], *self._tokens.end_of_turn]
-        prompt = self._render(request, len(response))
+        [response] = self._tokens.encode_responses([request.response])
+        prompt = self._render(request, len(response), answered=True)
         length = len(prompt.tokens)
         if prompt.error is not None:
             return ScoreResult.failed(prompt.error, "request", model=self._model, prompt_tokens=length)
@@ -216,10 +214,10 @@ class ByTokenIds(Endpoint):
         completion = result.completion_tokens or self.count_tokens(result.text)
         return replace(result, prompt_tokens=prepared.prompt_tokens, completion_tokens=completion)
 
-    def _render(self, request: ChatRequest | ScoreRequest, needed: int) -> Rendered:
+    def _render(self, request: ChatRequest | ScoreRequest, needed: int, *, answered: bool = False) -> Rendered:
         from popi.engine.admission import admitted
 
-        return admitted(self._tokens, [request.messages], [needed], self._context)[0]
+        return admitted(self._tokens, [request.messages], [needed], self._context, answered=answered)[0]
 
 
 def _sampling(request: ChatRequest) -> dict[str, Any]:

@@ -15,6 +15,10 @@ MARKERS = {
     "<reasoning>": "</reasoning>",
     "[THINK]": "[/THINK]",
     "<seed:think>": "</seed:think>",
+    "<mm:think>": "</mm:think>",
+    "<|START_THINKING|>": "<|END_THINKING|>",
+    "<|begin_of_thought|>": "<|end_of_thought|>",
+    "<|channel>": "<channel|>",
     "<|channel|>analysis<|message|>": "<|channel|>final<|message|>",
 }
 """Opening and closing markers of reasoning blocks, by model family."""
@@ -113,16 +117,6 @@ def strip_reasoning(text: str, *, opened: bool = False) -> str | None:
     reasoning = ReasoningFilter(opened=opened)
     shown = reasoning.feed(text) + reasoning.finish()
     return None if reasoning.inside else shown
-
-
-def opens_reasoning(prompt: str) -> bool:
-    r"""Whether a rendered conversation ends with an open reasoning block, in which the model starts to write.
-
-    Example:
-        >>> opens_reasoning("<|user|>Why?<|assistant|><think>\n")
-        True
-    """
-    return prompt.rstrip().endswith(tuple(MARKERS))
 
 
 def _start_of_marker(text: str) -> int:

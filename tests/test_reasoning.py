@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from popi.backends.reasoning import MARKERS, ReasoningFilter, opens_reasoning, strip_reasoning
+from popi.reasoning import MARKERS, ReasoningFilter, strip_reasoning
 
 PARTS = st.lists(
     st.sampled_from([*MARKERS, *MARKERS.values(), "a", " ", "\n", "<", "<th", "think>", "|>", "[TH"]), max_size=12
@@ -66,13 +66,6 @@ def test_a_closing_marker_before_all_text_ends_a_block_of_the_template(start: st
     reasoning = ReasoningFilter()
     assert [reasoning.feed(start), reasoning.feed("</think>"), reasoning.feed("\nYes")] == ["", "", "Yes"]
     assert not reasoning.orphan and not reasoning.inside
-
-
-@pytest.mark.parametrize(
-    ("prompt", "opens"), [("<|assistant|>", False), ("<|assistant|><think>\n", True), ("<think>\n</think>\n", False)]
-)
-def test_a_template_may_open_a_block(prompt: str, opens: bool) -> None:
-    assert opens_reasoning(prompt) == opens
 
 
 def test_text_is_shown_as_soon_as_it_cannot_begin_a_marker() -> None:
