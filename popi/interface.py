@@ -11,6 +11,11 @@ from popi.summary import PreferenceSummary
 class UserEmbedding(BaseModel):
     """A soft prompt for one user: dense, and usable only with the model that it was trained for.
 
+    Example:
+        >>> embedding = UserEmbedding(user_id="ann", vectors=((0.1, -0.2), (0.0, 0.3)), model_fingerprint="0a1b")
+        >>> len(embedding.vectors), len(embedding.vectors[0])
+        (2, 2)
+
     Attributes:
         user_id: The user.
         vectors: Soft tokens, ``[tokens, width]``; ``width`` is that of the model's token embeddings.
