@@ -245,7 +245,9 @@ async def test_a_bad_request_does_not_stop_the_others(backend: Backend) -> None:
         assert result.error is None or "\n" not in result.error
         assert result.text.encode() or result.failure
     good, *_, last = await backend.score([rate("hello", "yes"), rate("\ud83d", "\ud83d\x00"), rate("hello", "yes")])
-    assert good.error is None and last == good
+    assert good.error is None and last.error is None
+    # The order in which a batch is summed up differs with its other requests.
+    assert last.logprob == pytest.approx(good.logprob, abs=1e-4)
 
 
 async def test_a_response_can_always_be_written(backend: Backend) -> None:
