@@ -27,7 +27,7 @@ from popi.evaluation.run import evaluate
 from popi.evaluation.samples import from_world
 from popi.run_folder import METRICS, spent
 from popi.training.joint import run
-from popi.training.pair import GENERATOR, WRITER
+from popi.training.models import GENERATOR, WRITER
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "popi_mini"
 SPLIT = "unseen-combinations"

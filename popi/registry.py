@@ -119,6 +119,12 @@ def generator_options(name: str, /, **given: Any) -> dict[str, Any]:
     return _options("generator", name, generator(name), given)
 
 
+def takes(make: Callable[..., Any], option: str) -> bool:
+    """Whether a function or a class takes a keyword argument of this name."""
+    parameters = _parameters(make)
+    return _takes_any(parameters) or any(parameter.name == option for parameter in _named(parameters))
+
+
 def make_inference(name: str, backend: Backend, /, **given: Any) -> PreferenceInference[Any]:
     """Makes an inference by name. It gets the backend if it takes one.
 

@@ -17,7 +17,6 @@ from safetensors import SafetensorError
 
 from popi.errors import InputError, PopiError
 from popi.io import UNFINISHED, lock, read_json, replacing, write_text
-from popi.prompts import DEFAULT
 from popi.provenance import LIBRARIES, check_unchanged, machine, now, versions
 
 if TYPE_CHECKING:
@@ -27,7 +26,7 @@ CONFIG, METRICS, CHECKPOINT, LOCK = "config.json", "metrics.jsonl", "checkpoint.
 
 
 class RunFolder:
-    """A folder with ``config.json`` (recipe, versions, template hash), ``metrics.jsonl``, checkpoint and models.
+    """A folder with ``config.json`` (recipe, versions, template hashes), ``metrics.jsonl``, checkpoint and models.
 
     One process at a time works in it: it is a context manager that gives it free.
 
@@ -64,7 +63,6 @@ class RunFolder:
         """
         config = {
             "recipe": recipe.model_dump(mode="json"),
-            "template_hash": DEFAULT.hash,
             "versions": versions(libraries),
         }
         if path.exists() and not path.is_dir():

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import logging
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from popi.errors import ModelError
 from popi.io import write_text
 from popi.models import folder_of
 from popi.prompts import CUSTOM, DEFAULT, PROMPT_SETS, PromptSet, prompt_set
+
+log = logging.getLogger(__name__)
 
 FILE = "popi.json"
 
@@ -60,6 +64,23 @@ def training_record(model: str) -> TrainingRecord | None:
     except (OSError, ValueError, AttributeError) as error:
         raise ModelError(f"malformed training record {file}: {error}", fix="restore the file or remove it") from error
     return TrainingRecord(made_from, template_hash)
+
+
+@cache
+def warn_of_other_templates(model: str, template_hash: str) -> None:
+    """Logs a warning, once, if a model was trained with other templates than those that it is used with.
+
+    Args:
+        model: Name of a shipped model, path or hub id.
+        template_hash: Hash of the templates that it is used with.
+
+    Raises:
+        ModelError: If the record of the model is malformed.
+    """
+    record = training_record(model)
+    if record is not None and record.template_hash not in ("", template_hash):
+        message = "%s was trained with prompt templates %s, but is used with %s"
+        log.warning(message, model, record.template_hash, template_hash)
 
 
 def prompts_of(model: str, requested: PromptSet | str | None = None) -> PromptSet:

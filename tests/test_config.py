@@ -92,7 +92,7 @@ JOINT = {
     [
         ({}, 7, 7 * 2 * 3),
         ({"train": "writer"}, 7, 42),
-        # The generator is told of each of its users once a round.
+        # The generator reads one summary of each user per round.
         ({"schedule": "sequential"}, 14, 42 + 10),
         ({"schedule": "alternating"}, 14, 42 + 10 + 10),
         ({"schedule": "alternating", "data.users": 20}, 14, 42 + 20 + 18),
@@ -105,16 +105,18 @@ JOINT = {
 )
 def test_a_joint_recipe_counts_every_rollout(tmp_path, changes, steps, rollouts):
     file = tmp_path / "recipe.yaml"
-    small = {"data.users": 10, "steps": 7, "users_per_step": 2, "writer.samples": 3, "writer.max_tokens": 5}
+    small = {"data.users": 10, "steps": 7, "users_per_step": 2, "writer.num_generations": 3, "writer.max_tokens": 5}
     file.write_text(json.dumps(JOINT))
     cost = load(file, small | changes).cost()
-    assert cost == {"steps": steps, "rollouts": rollouts, "rollout_tokens_at_most": 5 * rollouts}
+    assert cost == {"steps": steps, "rollouts": rollouts, "max_rollout_tokens": 5 * rollouts}
 
 
-def test_a_world_makes_as_many_pairs_as_judge_a_summary(tmp_path):
+def test_a_world_needs_as_many_pairs_as_score_a_summary(tmp_path):
     file = tmp_path / "recipe.yaml"
     file.write_text(json.dumps(JOINT))
-    with pytest.raises(InputError, match=r"users with 3 pairs \(data\.pairs\) have no 4 to judge a summary"):
+    with pytest.raises(
+        InputError, match=r"pairs_per_summary must be at most the number of pairs of a user \(data\.pairs\), 3"
+    ):
         load(file, {"data.pairs": 3, "pairs_per_summary": 4})
     assert load(file, {"data.pairs": 4, "pairs_per_summary": 4}).pairs_per_summary == 4
 
@@ -124,9 +126,9 @@ def test_the_defaults_of_a_joint_recipe_are_those_of_popi_as_released(tmp_path):
     file.write_text(json.dumps(JOINT))
     recipe = load(file)
     writer, generator = recipe.writer, recipe.generator
-    assert (writer.samples, recipe.users_per_step, writer.temperature, writer.max_tokens) == (8, 8, 0.6, 2048)
-    assert (writer.kl, writer.scale_by_std, writer.learning_rate, recipe.warmup) == (2e-3, False, 1e-6, 150)
-    assert (generator.loss, generator.beta, generator.over, generator.learning_rate) == ("dpo", 0.01, "sum", 1e-6)
+    assert (writer.num_generations, recipe.users_per_step, writer.temperature, writer.max_tokens) == (8, 8, 0.6, 2048)
+    assert (writer.kl_coef, writer.scale_by_std, writer.learning_rate, recipe.warmup) == (2e-3, False, 1e-6, 150)
+    assert (generator.loss, generator.beta, generator.reduction, generator.learning_rate) == ("dpo", 0.01, "sum", 1e-6)
     assert recipe.pairs_per_summary == 1
 
 
@@ -135,14 +137,17 @@ def test_the_defaults_of_a_joint_recipe_are_those_of_popi_as_released(tmp_path):
     [
         ({"task": "jiont"}, "unknown task 'jiont'; did you mean joint"),
         ({"task": None}, "field task: field required; known names: joint, pretrain"),
-        ({"data": {"world": "miniworld"}}, "field data: say how many users"),
-        ({"data": {"users": 3}}, "field data: give a world or a file"),
-        ({"data": {"world": "miniworld", "file": "x", "users": 3}}, "give a world or a file"),
-        ({"shared": True}, "both roles name the same model"),
-        ({"writer": {"model": "a", "samples": 1}}, "field writer.samples"),
+        ({"data": {"world": "miniworld"}}, "field data: a world needs the number of users"),
+        ({"data": {"users": 3}}, "field data: give either world or file"),
+        ({"data": {"world": "miniworld", "file": "x", "users": 3}}, "give either world or file"),
+        ({"shared": True}, "shared weights need train: both, and the same model in both roles"),
+        ({"writer": {"model": "a", "num_generations": 1}}, "field writer.num_generations"),
         ({"generator": {"model": "b", "loss": "ppo"}}, "field generator.loss"),
-        ({"generator": {"model": "b", "context": "none"}}, "only a generator that is trained alone"),
-        ({"schedule": "alternating", "rounds": 11}, "a round has at least one step"),
+        (
+            {"generator": {"model": "b", "context": "none"}},
+            "generator.context must be summary unless the generator is trained alone",
+        ),
+        ({"schedule": "alternating", "rounds": 11}, "steps must be at least the number of rounds, 11"),
     ],
 )
 def test_what_does_not_fit_together_is_named(tmp_path, change, message):

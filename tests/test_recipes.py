@@ -21,7 +21,7 @@ from tests.servers import needs_vllm
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[1]
-SMALL = {"steps": 2, "data.users": 24, "users_per_step": 2, "writer.samples": 3, "evaluate_users": 4}
+SMALL = {"steps": 2, "data.users": 24, "users_per_step": 2, "writer.num_generations": 3, "evaluate_users": 4}
 
 
 def lines_of(path):
@@ -70,15 +70,15 @@ def bare():
 def test_the_bare_loop_is_the_recipe(bare):
     recipe = load(ROOT / "recipes" / "popi_mini")
     writer, generator = recipe.writer, recipe.generator
-    assert (recipe.users_per_step, writer.samples) == (bare.USERS_PER_STEP, bare.SAMPLES)
+    assert (recipe.users_per_step, writer.num_generations) == (bare.USERS_PER_STEP, bare.NUM_GENERATIONS)
     assert (recipe.pairs_per_summary, recipe.warmup) == (bare.PAIRS, bare.WARMUP)
     assert (writer.max_tokens, writer.temperature) == (bare.MAX_TOKENS, bare.TEMPERATURE)
     assert (writer.learning_rate, generator.learning_rate) == (bare.WRITER_LR, bare.GENERATOR_LR)
-    assert (writer.clip, generator.clip) == (bare.WRITER_CLIP, bare.GENERATOR_CLIP)
+    assert (writer.max_grad_norm, generator.max_grad_norm) == (bare.WRITER_MAX_NORM, bare.GENERATOR_MAX_NORM)
     assert (generator.beta, writer.beta) == (bare.BETA, bare.REWARD_BETA)
-    assert (writer.kl, writer.token_price) == (bare.KL, bare.TOKEN_PRICE)
+    assert (writer.kl_coef, writer.length_penalty) == (bare.KL_COEF, bare.LENGTH_PENALTY)
     assert {writer.model, generator.model} == {bare.MODEL}
-    assert recipe.data.users == recipe.steps * recipe.users_per_step, "nobody comes twice"
+    assert recipe.data.users == recipe.steps * recipe.users_per_step, "no user occurs twice"
 
 
 def test_the_learning_rate_of_the_bare_loop_is_that_of_the_framework(bare):
@@ -91,14 +91,14 @@ def test_the_learning_rate_of_the_bare_loop_is_that_of_the_framework(bare):
         schedule.step()
 
 
-def test_the_bare_loop_reads_no_half_claim_and_counts_half_a_tie(bare):
+def test_the_bare_loop_drops_a_truncated_claim_and_counts_a_tie_as_half(bare):
     writer = bare.Chat(find(bare.MODEL))
     said = writer.tokenizer("- likes lists\n- dislikes emoji", add_special_tokens=False)["input_ids"]
     assert bare.read_summary(writer, torch.tensor(said)) == "- likes lists"
     whole = torch.tensor([*said, writer.tokenizer.eos_token_id])
     assert bare.read_summary(writer, whole) == "- likes lists\n- dislikes emoji"
-    assert bare.decided(torch.tensor([-1.0, 0.0, 0.0, 2.0])) == 0.5
-    assert bare.decided(torch.tensor(0.0)) == 0.5
+    assert bare.accuracy(torch.tensor([-1.0, 0.0, 0.0, 2.0])) == 0.5
+    assert bare.accuracy(torch.tensor(0.0)) == 0.5
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""What the guide to training says is so: its user is one, its recipe is one, and its commands run."""
+"""The examples of the training guide: its user, its recipe, its module and its commands."""
 
 import re
 import shlex
@@ -11,15 +11,35 @@ from popi.cli import main
 from popi.config import load
 from popi.data.example import PersonalizationExample
 from popi.models import shipped
+from popi.personalizer import Personalizer
+from popi.signals import Statement
 
 GUIDE = (Path(__file__).parent.parent / "docs" / "training.md").read_text(encoding="utf-8")
 BLOCKS = dict(re.findall(r"^```(\w+)\n(.*?)^```", GUIDE, re.M | re.S))
-SMALL = ["steps=2", "users_per_step=2", "writer.samples=3", "writer.max_tokens=48", "evaluate_users=4"]
+SMALL = ["steps=2", "users_per_step=2", "writer.num_generations=3", "writer.max_tokens=48", "evaluate_users=4"]
 
 
-def test_the_user_of_the_guide_is_one():
+def test_the_user_of_the_guide_is_valid():
     example = PersonalizationExample.model_validate_json(BLOCKS["json"])
     assert len(example.user.signals) == 2 and len(example.tests) == 1
+
+
+@pytest.mark.slow
+def test_the_generator_of_the_guide_is_trained_and_served(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    Path("notes.py").write_text(BLOCKS["python"])
+    recipe = yaml.safe_load(BLOCKS["yaml"])
+    recipe["writer"]["model"] = recipe["generator"]["model"] = "popi-mini-base"
+    recipe["generator"]["generation"] = "notes:NotesGenerator"
+    Path("own.yaml").write_text(yaml.safe_dump(recipe))
+    assert main(["data", "miniworld", "--users", "12", "--out", "users.jsonl"]) == 0
+    assert main(["train", "own.yaml", *[word for value in SMALL for word in ("--set", value)]]) == 0
+    personalizer = Personalizer.load(
+        "runs/own/writer", generator="runs/own/generator", generation="notes:NotesGenerator"
+    )
+    personalizer.observe("ann", Statement(text="I like short answers."))
+    assert personalizer.respond_sync("ann", "How are you?").text
 
 
 @pytest.mark.slow

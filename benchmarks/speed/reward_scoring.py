@@ -1,16 +1,15 @@
-"""The rewards of a GRPO step: our scorer against the procedure as it is usually written.
+"""The rewards of a GRPO step: our scorer against the usual procedure.
 
     python benchmarks/speed/reward_scoring.py
 
-The usual procedure scores every sample by itself: whole sequences in a padded batch, logits of every position, and the
-reference's forward passes again for each sample. Ours computes the reference once for each pair, what prompts and
-answers have in common in front once, and logits only where an answer's token is predicted. Both run in this process, in
-turn, on the same model and batch; equal rewards are asserted. "possible" is the ratio of the tokens that pass through
-the model.
+The usual procedure scores every sample by itself: whole sequences in a padded batch, logits at every position, and the
+reference again for each sample. Ours computes the reference once for each pair, shared prefixes once, and logits only
+for the tokens of responses. Both run in this process, in turn, on the same model and batch, and must give equal
+rewards. "possible" is the ratio of the numbers of tokens that pass through the model.
 
-Peak memory is measured apart, for each side and shape in a fresh process of its own: a process that has grown once has
-room for what comes after. It is the most that the process holds while it scores, above what it held just before, the
-model loaded and used on a tiny shape (Linux).
+Peak memory is measured in a fresh process for each side and shape, because a process keeps memory that it has freed. It
+is the maximum resident memory while scoring, minus that just before it, with the model loaded and used on a tiny shape
+(Linux).
 """
 
 from __future__ import annotations
@@ -27,18 +26,21 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from usual import differences, laid_out
+from usual import differences, encode, summary_of
 
 from popi.data.example import HeldOutPair
 from popi.data.miniworld import generate
 from popi.engine.chat_tokens import ChatTokens
+from popi.engine.checks import verify
 from popi.engine.loading import load
-from popi.training.objective import dpo_loss, rewards
-from popi.training.scoring import Judged, PairScorer
+from popi.prompts import DEFAULT
+from popi.training.objective import dpo_loss
+from popi.training.scoring import NO_REFERENCE, ConditionedPair, PairLogps, PairScorer
+from popi_generators.prompted import QuotedSummary
 
 MODEL, BETA = "popi-mini-base", 0.1
 TINY = 1, 1, 1, 8
-"""Users, pairs, samples and answer tokens of a batch that makes a process load what scoring needs."""
+"""Users, pairs, samples and response tokens of the batch that warms up a process."""
 
 Side = Literal["usual", "ours"]
 
@@ -60,10 +62,10 @@ def main() -> None:
     for samples, length in product(given.samples, given.lengths):
         items, size = batch(tokens, given.users, given.pairs, samples, length)
         usual = measure(lambda items=items: usual_losses(model, tokens, items), given.repeats)
-        scorer = PairScorer(model, tokens)
+        scorer = scorer_of(model, tokens)
         ours = measure(lambda scorer=scorer, items=items: our_losses(scorer, items), given.repeats)
-        possible = tokens_of_usual(tokens, items) / (scorer.tokens / given.repeats)
-        earned, alike = (rewards(losses.view(-1, given.pairs)) for losses in (usual.result, ours.result))
+        possible = tokens_of_usual(tokens, items) / (scorer.tokens_read / given.repeats)
+        earned, alike = (-losses.view(-1, given.pairs).mean(dim=1) for losses in (usual.result, ours.result))
         shape = given.users, given.pairs, samples, length
         usual_peak, our_peak = peak("usual", given.model, shape), peak("ours", given.model, shape)
         difference = (earned - alike).abs().max().item()
@@ -75,7 +77,7 @@ def main() -> None:
         )
 
 
-def batch(tokens: ChatTokens, users: int, pairs: int, samples: int, length: int) -> tuple[list[Judged], float]:
+def batch(tokens: ChatTokens, users: int, pairs: int, samples: int, length: int) -> tuple[list[ConditionedPair], float]:
     """Pairs under summaries, with answers of about this many tokens, and the mean length of these."""
     items = []
     for place, example in enumerate(generate(split="train", users=users, seed=0, tests=pairs)):
@@ -88,7 +90,11 @@ def batch(tokens: ChatTokens, users: int, pairs: int, samples: int, length: int)
             for pair in example.tests
         ]
         words = example.oracles["truth"]
-        items += [Judged(f"{words}\n- sample {n} of {place}", pair, 0.0) for n in range(samples) for pair in long]
+        items += [
+            ConditionedPair(summary_of(f"{words}\n- sample {n} of {place}"), pair, NO_REFERENCE)
+            for n in range(samples)
+            for pair in long
+        ]
     lengths = [len(ids) for item in items for ids in tokens.encode([item.pair.chosen, item.pair.rejected])]
     return items, sum(lengths) / len(lengths)
 
@@ -99,22 +105,31 @@ def stretch(tokens: ChatTokens, text: str, length: int) -> str:
 
 
 @torch.no_grad()
-def usual_losses(model: Any, tokens: ChatTokens, items: list[Judged]) -> Tensor:
+def usual_losses(model: Any, tokens: ChatTokens, items: list[ConditionedPair]) -> Tensor:
     """The loss of each item: (items,)."""
-    return dpo_loss(differences(model, tokens, items) - differences(model, tokens, items, bare=True), BETA)
+    return dpo_loss(differences(model, tokens, items) - differences(model, tokens, items, plain=True), BETA)
 
 
-def tokens_of_usual(tokens: ChatTokens, items: list[Judged]) -> int:
+def tokens_of_usual(tokens: ChatTokens, items: list[ConditionedPair]) -> int:
     """How many tokens this reads, padding not counted."""
-    return sum(len(p) + len(a) for bare in (False, True) for p, a in laid_out(tokens, items, bare=bare))
+    return sum(len(p) + len(a) for plain in (False, True) for p, a in encode(tokens, items, plain=plain))
 
 
 @torch.no_grad()
-def our_losses(scorer: PairScorer, items: list[Judged]) -> Tensor:
+def our_losses(scorer: PairScorer, items: list[ConditionedPair]) -> Tensor:
     """The same by the scorer, the reference of each pair included."""
     pairs = list(dict.fromkeys(item.pair for item in items))
-    bare = dict(zip(pairs, scorer.margins([Judged(None, pair, 0.0) for pair in pairs]).tolist(), strict=True))
-    return dpo_loss(scorer.margins([Judged(item.context, item.pair, bare[item.pair]) for item in items]), BETA)
+    plain = scorer.ratios([ConditionedPair(None, pair, NO_REFERENCE) for pair in pairs])
+    logps = map(PairLogps, plain.chosen_N.tolist(), plain.rejected_N.tolist())
+    reference = dict(zip(pairs, logps, strict=True))
+    conditioned = [ConditionedPair(item.interface, item.pair, reference[item.pair]) for item in items]
+    return dpo_loss(scorer.ratios(conditioned).margins_N, BETA)
+
+
+def scorer_of(model: Any, tokens: ChatTokens) -> PairScorer:
+    """Our scorer with the format of the default generator."""
+    format = QuotedSummary(lambda text: len(tokens.encode([text])[0]), limit=4096, prompts=DEFAULT)
+    return PairScorer(model, tokens, format, abilities=verify(model, tokens, MODEL))
 
 
 class Measured:
@@ -152,8 +167,8 @@ def growth(side: Side, name: str, shape: tuple[int, int, int, int]) -> float:
     model, tokenizer = load(name, None, "float32")
     tokens = ChatTokens(tokenizer, name)
 
-    def score(items: list[Judged]) -> Tensor:
-        return usual_losses(model, tokens, items) if side == "usual" else our_losses(PairScorer(model, tokens), items)
+    def score(items: list[ConditionedPair]) -> Tensor:
+        return usual_losses(model, tokens, items) if side == "usual" else our_losses(scorer_of(model, tokens), items)
 
     score(batch(tokens, *TINY)[0])
     items, _ = batch(tokens, *shape)

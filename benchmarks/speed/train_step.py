@@ -2,16 +2,16 @@
 
     python benchmarks/speed/train_step.py
 
-A step samples G summaries for each of U users, scores a pair under each, and collects the gradient of the writer (GRPO
-with a KL divergence) and of the generator (DPO). The plain script is TRL's own ``GRPOTrainer`` without a seam of ours:
-its sampling with ``generate``, its log-probabilities and its loss; the reward scores whole sequences with a reference
-beside the generator, and the generator learns from the same sequences in a pass of its own. Ours samples and updates
-with the prompt of a user computed once for all of their summaries, and takes rewards and the generator's gradient from
-the same pass.
+A step samples G summaries for each of U users, scores a pair under each, and computes the gradients of the writer
+(GRPO with a KL divergence) and of the generator (DPO). The plain script is an unchanged ``GRPOTrainer`` of TRL: it
+samples with ``generate``, and has its own log-probabilities and loss. Its reward scores whole sequences with the
+generator and with a reference, and another pass computes the generator's gradient. Ours computes the prompt of a user
+once for all of their summaries, in sampling and in the update, and takes rewards and the generator's gradient from the
+same pass.
 
-Both sides run in this process, in turn, on the same weights. Both sample exactly S tokens; scoring and update then get
-the same samples, and the gradients are compared: the largest difference over the largest gradient, at which the script
-stops where it is more than rounding. "possible" is what the writer's tokens alone allow: (T + S) G against T + G S.
+Both sides run in this process, in turn, on the same weights. Both sample exactly S tokens. Scoring and update then get
+the same samples, and the gradients are compared: the script stops if the largest difference, relative to the largest
+gradient, exceeds rounding. "possible" is the ratio of the writer's tokens: (T + S) G to T + G S.
 """
 
 from __future__ import annotations
@@ -27,43 +27,45 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 from transformers.utils import logging as transformers_logging
-from usual import differences
+from usual import differences, summary_of
 
 from popi.data.example import PersonalizationExample
 from popi.data.miniworld import generate
-from popi.engine.cache import layout_of
 from popi.engine.chat_tokens import ChatTokens
-from popi.engine.decoding import Draft, decode
+from popi.engine.checks import Abilities, verify
 from popi.engine.loading import load
 from popi.prompts import DEFAULT, Message
 from popi.render import render_signals
-from popi.summary import PreferenceSummary
 from popi.training.objective import dpo_loss
+from popi.training.reference import Reference, reference_key
 from popi.training.reward import PairReward
-from popi.training.scoring import Judged, PairScorer, Reference, reference_key
+from popi.training.rollouts import EngineRollouts
+from popi.training.scoring import NO_REFERENCE, ConditionedPair, PairLogps, PairScorer
 from popi.training.trl import GRPOConfig, GRPOTrainer
-from popi.training.writer import TRAINED, WriterTrainer
+from popi.training.writer import WriterTrainer
+from popi_generators.prompted import QuotedSummary
 
 MODEL, BETA, KL, BATCH_TOKENS, CONTEXT = "popi-mini-base", 0.1, 2e-3, 8192, 8192
 ROUNDING = 1e-5
 
 
 class Step:
-    """The parts of a step, each side with models of its own.
+    """The parts of a step. Each side has its own models.
 
     Args:
         name: The model of both roles.
-        users: Users of the step.
-        length: Tokens of their signals, about.
-        samples: Summaries of each.
-        summary: Tokens of a summary.
+        users: Number of users of the step.
+        length: Approximate number of tokens of their signals.
+        samples: Number of summaries of each user.
+        summary: Number of tokens of a summary.
     """
 
     def __init__(self, name: str, users: int, length: int, samples: int, summary: int) -> None:
         model, tokenizer = load(name, None, "float32")
-        # Positions are rotated, so that time can be measured beyond what the model was trained for.
+        # The positions are rotary, so time can be measured beyond the context that the model was trained for.
         model.config.max_position_embeddings = CONTEXT
         self.chat, self.samples, self.summary = ChatTokens(tokenizer, name), samples, summary
+        self.abilities = verify(model, self.chat, name)
         self.people = list(generate(split="train", users=users, seed=0, tests=1))
         conversations = [read(self.chat, example, length) for example in self.people]
         self.prompts = [prompt.tokens for prompt in self.chat.render(conversations) for _ in range(samples)]
@@ -85,32 +87,37 @@ class Step:
             Dataset.from_list(rows),
             processing_class=tokenizer,
         )
+        writer = copy.deepcopy(model)
+        # No token ends a summary, as none does before S tokens on the other side.
+        unending = Abilities(self.abilities.layout, frozenset())
         self.ours = WriterTrainer(
-            copy.deepcopy(model),
+            writer,
             tokenizer,
             arguments(users * samples, options),
             conversations=conversations,
-            order=range(users),
             names=[example.user.user_id for example in self.people],
-            earn=lambda *_: ([], {}),
+            order=range(users),
+            parse=lambda place, reply, truncated: reply,
+            reward=lambda *_: ([], {}),
+            rollouts=EngineRollouts(writer, abilities=unending, batch_tokens=BATCH_TOKENS),
+            abilities=self.abilities,
             batch_tokens=BATCH_TOKENS,
         )
         for trainer in (self.plain, self.ours):
             trainer.current_gradient_accumulation_steps = 1
+
+    def count_tokens(self, text: str) -> int:
+        """Counts the tokens of a text."""
+        return len(self.chat.encode([text])[0])
 
     def plain_rollout(self) -> list[list[int]]:
         """TRL's sampling."""
         return list(self.plain._generate_single_turn(self.prompts, None, {}, self.samples)[0])
 
     def our_rollout(self) -> list[list[int]]:
-        """Ours; no token ends a summary, as none does before S tokens on the other side."""
-        drafts = [Draft(ids, self.summary, temperature=1.0, seed=place) for place, ids in enumerate(self.prompts)]
-        completions = decode(
-            self.ours.model,
-            drafts,
-            end_tokens=frozenset(),
-            batch_tokens=BATCH_TOKENS,
-            layout=layout_of(self.ours.model),
+        """Our sampling."""
+        completions = self.ours._rollouts.sample(
+            self.prompts, seeds=range(len(self.prompts)), max_tokens=self.summary, temperature=1.0, top_p=1.0
         )
         return [completion.token_ids for completion in completions]
 
@@ -121,42 +128,42 @@ class Step:
     def plain_scoring(self, completions: Sequence[Sequence[int]]) -> Tensor:
         """Rewards of each sample with a reference beside, then the generator's gradient: (U G,)."""
         items = [
-            Judged(text, self.people[place // self.samples].tests[0], 0.0)
+            ConditionedPair(summary_of(text), self.people[place // self.samples].tests[0], NO_REFERENCE)
             for place, text in enumerate(self.texts(completions))
         ]
         generator = self.generators[0]
         with torch.no_grad():
-            bare = differences(self.reference, self.chat, items, bare=True)
-            rewards = -dpo_loss(differences(generator, self.chat, items) - bare, BETA)
+            plain = differences(self.reference, self.chat, items, plain=True)
+            rewards = -dpo_loss(differences(generator, self.chat, items) - plain, BETA)
         for start in range(0, len(items), 4):
             part = slice(start, start + 4)
-            losses = dpo_loss(differences(generator, self.chat, items[part]) - bare[part], BETA)
+            losses = dpo_loss(differences(generator, self.chat, items[part]) - plain[part], BETA)
             (losses.sum() / len(items)).backward()
         return rewards
 
     def our_scoring(self, completions: Sequence[Sequence[int]]) -> Tensor:
         """The same in one pass, the reference computed once for each pair."""
-        scorer = PairScorer(self.generators[1], self.chat, batch_tokens=BATCH_TOKENS)
         pairs = [example.tests[0] for example in self.people]
-        bare = scorer.margins([Judged(None, pair, 0.0) for pair in pairs]).tolist()
-        earn = PairReward(
+        format = QuotedSummary(self.count_tokens, limit=CONTEXT, prompts=DEFAULT)
+        scorer = PairScorer(self.generators[1], self.chat, format, abilities=self.abilities, batch_tokens=BATCH_TOKENS)
+        plain = scorer.ratios([ConditionedPair(None, pair, NO_REFERENCE) for pair in pairs])
+        logps = map(PairLogps, plain.chosen_N.tolist(), plain.rejected_N.tolist())
+        reward = PairReward(
             scorer,
             [example.tests for example in self.people],
-            Reference({reference_key(pair): value for pair, value in zip(pairs, bare, strict=True)}),
+            Reference({reference_key(pair): values for pair, values in zip(pairs, logps, strict=True)}),
             loss="dpo",
             beta=BETA,
             reward_beta=BETA,
             pairs_per_summary=1,
-            token_price=0.0,
+            length_penalty=0.0,
+            count_tokens=self.count_tokens,
             seed=0,
             keep_gradient=True,
         )
-        summaries = [
-            PreferenceSummary(user_id="", text=text, status="ok", provenance=TRAINED)
-            for text in self.texts(completions)
-        ]
+        summaries = [summary_of(text) for text in self.texts(completions)]
         users = [place // self.samples for place in range(len(completions))]
-        return torch.tensor(earn(users, summaries, [0] * len(users), 0)[0])
+        return torch.tensor(reward(users, summaries, 0)[0])
 
     def update(self, trainer: GRPOTrainer, completions: Sequence[Sequence[int]], advantages: Tensor) -> None:
         """The gradient of the writer by a trainer's own log-probabilities and loss, the initial writer's included."""

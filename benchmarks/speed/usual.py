@@ -1,4 +1,4 @@
-"""Scoring as it is usually written, for the benchmarks: whole sequences in padded batches, logits of every position."""
+"""Scoring as it is usually written, for the benchmarks: whole sequences in padded batches, logits at every position."""
 
 from __future__ import annotations
 
@@ -9,48 +9,58 @@ from torch import Tensor
 
 from popi.engine.chat_tokens import ChatTokens
 from popi.prompts import DEFAULT
-from popi.training.scoring import Judged
+from popi.summary import Author, PreferenceSummary, Provenance
+from popi.training.scoring import ConditionedPair
 
 SEQUENCES = 8
-"""In one batch."""
+"""Number of sequences in a batch."""
 
 
-def differences(model: Any, tokens: ChatTokens, items: list[Judged], *, bare: bool = False) -> Tensor:
-    """Log pi(y_w|x,z) - log pi(y_l|x,z) of each item: (items,), in nats; one batch after the other.
+def differences(model: Any, tokens: ChatTokens, items: list[ConditionedPair], *, plain: bool = False) -> Tensor:
+    """Log pi(y_w|x,z) - log pi(y_l|x,z) of each item ``[items]``, in nats, batch by batch.
 
     Args:
         model: The generator, or its reference.
         tokens: Its tokenizer.
         items: Pairs under summaries.
-        bare: Leave the summaries out.
+        plain: Whether to leave the summaries out.
     """
-    rows = laid_out(tokens, items, bare=bare)
+    rows = encode(tokens, items, plain=plain)
     parts = [rows[start : start + SEQUENCES] for start in range(0, len(rows), SEQUENCES)]
     sums = torch.cat([sequence_logps(model, part) for part in parts])
     return sums[0::2] - sums[1::2]
 
 
-def laid_out(tokens: ChatTokens, items: list[Judged], *, bare: bool) -> list[tuple[list[int], list[int]]]:
-    """Prompt and answer of every sequence, the chosen and the rejected one of each item in turn."""
-    prompts = tokens.render(
-        [DEFAULT.answer_messages(item.pair.prompt, None if bare else item.context) for item in items]
-    )
+def encode(tokens: ChatTokens, items: list[ConditionedPair], *, plain: bool) -> list[tuple[list[int], list[int]]]:
+    """Prompt and response of every sequence: the chosen and the rejected response of each item."""
+    conversations = [DEFAULT.answer_messages(item.pair.prompt, None if plain else text_of(item)) for item in items]
+    prompts = tokens.render(conversations)
     return [
-        (prompt.tokens, [*answer, *tokens.end_of_turn])
+        (prompt.tokens, [*response, *tokens.end_of_turn])
         for prompt, item in zip(prompts, items, strict=True)
-        for answer in tokens.encode([item.pair.chosen, item.pair.rejected])
+        for response in tokens.encode([item.pair.chosen, item.pair.rejected])
     ]
 
 
+def text_of(item: ConditionedPair) -> str | None:
+    """The summary that the generator reads."""
+    return item.interface.text if isinstance(item.interface, PreferenceSummary) else None
+
+
+def summary_of(text: str) -> PreferenceSummary:
+    """A summary with this text."""
+    return PreferenceSummary(user_id="", text=text, provenance=Provenance(author=Author.INFERRED))
+
+
 def sequence_logps(model: Any, rows: list[tuple[list[int], list[int]]]) -> Tensor:
-    """Log-probabilities of answers behind their prompts: (rows,), in nats."""
-    lengths = [len(prompt) + len(answer) for prompt, answer in rows]
+    """Log-probabilities of responses given their prompts ``[rows]``, in nats."""
+    lengths = [len(prompt) + len(response) for prompt, response in rows]
     width = max(lengths)
     ids = torch.tensor(
-        [[*p, *a, *[0] * (width - n)] for (p, a), n in zip(rows, lengths, strict=True)], device=model.device
+        [[*p, *r, *[0] * (width - n)] for (p, r), n in zip(rows, lengths, strict=True)], device=model.device
     )
     places = torch.arange(width, device=model.device)
     mask = (places < torch.tensor(lengths, device=model.device)[:, None]).long()
-    answered = mask * (places >= torch.tensor([len(prompt) for prompt, _ in rows], device=model.device)[:, None])
+    scored = mask * (places >= torch.tensor([len(prompt) for prompt, _ in rows], device=model.device)[:, None])
     logps = model(input_ids=ids, attention_mask=mask).logits[:, :-1].float().log_softmax(-1)
-    return (logps.gather(2, ids[:, 1:, None])[:, :, 0] * answered[:, 1:]).double().sum(dim=1)
+    return (logps.gather(2, ids[:, 1:, None])[:, :, 0] * scored[:, 1:]).double().sum(dim=1)

@@ -12,7 +12,7 @@ from popi.interface import Interface, UserEmbedding
 from popi.prompts import DEFAULT, Message, PromptSet
 from popi.roles import AnswerFormat, Candidate, Conditioned, ConditionedGenerator, context_budget
 from popi.summary import cap_tokens
-from popi.trained import prompts_of
+from popi.trained import prompts_of, warn_of_other_templates
 
 log = logging.getLogger(__name__)
 
@@ -104,6 +104,8 @@ class PromptedGenerator(ConditionedGenerator):
                 backend, chosen.answer_messages("", ""), max_tokens, summary_tokens, field="summary_tokens"
             )
             format = QuotedSummary(backend.count_tokens, limit=limit, prompts=chosen)
+        else:
+            warn_of_other_templates(backend.model, format.template_hash)
         self.format: AnswerFormat = format
 
     async def respond(self, items: Sequence[Conditioned]) -> list[ChatResult]:

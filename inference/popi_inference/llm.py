@@ -11,7 +11,7 @@ from popi.prompts import PromptSet
 from popi.roles import Failure, PreferenceInference, SummaryFormat, SummaryPrompt, context_budget
 from popi.signals import UserSignals
 from popi.summary import Author, PreferenceSummary, Provenance, summarize_claims
-from popi.trained import prompts_of
+from popi.trained import prompts_of, warn_of_other_templates
 from popi_inference.format import AUTO, SAME_LANGUAGE, PromptedSummary
 
 RETRY_TEMPERATURE = 0.7
@@ -70,6 +70,8 @@ class LLMSummarizer(PreferenceInference):
                 language=language,
                 prompts=chosen,
             )
+        else:
+            warn_of_other_templates(backend.model, format.template_hash)
         self.format: SummaryFormat = format
 
     async def infer(self, users: Sequence[UserSignals]) -> list[PreferenceSummary]:

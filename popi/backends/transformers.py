@@ -79,6 +79,9 @@ class TransformersBackend(Backend):
         dtype: ``auto`` (float32 on a CPU, else bfloat16), ``float32``, ``bfloat16`` or ``float16``.
         batch_tokens: Maximum number of tokens in a batch, including room for the responses. Less takes less memory.
 
+    Attributes:
+        abilities: What the loaded model can be trusted with.
+
     Raises:
         ModelError: If the model is missing, broken, or has no chat template.
         ConfigError: If there is no such device or dtype.
@@ -133,13 +136,12 @@ class TransformersBackend(Backend):
         self.model, self._live, self._model, self._tokenizer = name, live, model, tokenizer
         self._identity: str | None = None
         self._tokens = ChatTokens(tokenizer, name)
-        abilities = verify(model, self._tokens, name)
-        self._end_tokens = abilities.end_tokens
+        self.abilities = verify(model, self._tokens, name)
         self._service = ModelService(
             model,
             name,
-            layout=abilities.layout,
-            end_tokens=self._end_tokens,
+            layout=self.abilities.layout,
+            end_tokens=self.abilities.end_tokens,
             batch_tokens=batch_tokens,
             within=within,
         )
@@ -231,7 +233,7 @@ class TransformersBackend(Backend):
 
     def _read_one(self, request: ChatRequest, prompt: Rendered, prefix: list[int], emit: Emit | None) -> _Chat:
         decode = after_prefix(self._tokens.decode, prefix)
-        response = Response(request, decode, self._end_tokens, opened=self._tokens.opens_reasoning, emit=emit)
+        response = Response(request, decode, self.abilities.end_tokens, opened=self._tokens.opens_reasoning, emit=emit)
         if prompt.error is not None:
             return _Chat(prompt, None, response)
         tokens, context = [*prompt.tokens, *prefix], self.capabilities.context_length

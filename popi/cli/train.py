@@ -11,7 +11,7 @@ from popi.cli.output import JsonFlag, note, print_json, print_records, progress,
 
 FIGURES = {
     "reward": "reward",
-    "rewards/margins": "margin",
+    "rewards/margins": "margin of rewards",
     "rewards/accuracies": "accuracy",
     "response": "response loss",
 }

@@ -1,9 +1,9 @@
-"""The recipe of a writer and a generator that are trained under one preference objective."""
+"""The recipe that trains a writer and a generator under one preference objective."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
@@ -11,13 +11,13 @@ from popi.config.section import Name, Section
 
 
 class Users(Section):
-    """Whom to learn from: users with signals and with pairs that the signals do not show.
+    """The training users: users with signals, and with pairs that the signals do not show.
 
     Attributes:
-        world: What makes them, or
-        file: JSON lines of examples.
-        users: How many; ``None`` takes all of a file.
-        pairs: Pairs of each user, of a world.
+        world: The synthetic world that generates them. Exclusive with ``file``.
+        file: JSON lines of examples. Exclusive with ``world``.
+        users: Number of users. ``None`` takes all users of a file.
+        pairs: Number of pairs of each user of a world.
     """
 
     world: Literal["miniworld"] | None = None
@@ -26,96 +26,117 @@ class Users(Section):
     pairs: PositiveInt = 4
 
     @model_validator(mode="after")
-    def _one_of_both(self) -> Users:
+    def _one_source(self) -> Users:
         if (self.world is None) == (self.file is None):
-            raise ValueError("give a world or a file")
+            raise ValueError("give either world or file")
         if self.world is not None and self.users is None:
-            raise ValueError("say how many users the world shall make")
+            raise ValueError("a world needs the number of users (data.users)")
         return self
 
 
 class Writer(Section):
-    """The preference-inference model and how it is reinforced. The defaults are those of POPI as released.
+    """The preference-inference model and its reinforcement learning. The defaults are those of POPI as released.
 
     Attributes:
         model: Name of a shipped model, path or hub id.
-        learning_rate: At its peak; it rises for ``warmup`` steps and falls as a cosine.
-        kl: Weight of the divergence from the initial writer.
-        samples: Summaries of each user in a step.
-        temperature: Of the sampling.
-        max_tokens: The most tokens of a summary.
-        beta: Of the objective in its reward; ``None`` is that of the generator. A small one makes a reward of little
-            noise, where a generator learns to order answers by a larger one (docs/log.md).
+        inference: Registry name or ``module:Class`` of the inference whose format renders the prompts and parses the
+            replies.
+        options: Options of the inference.
+        learning_rate: Peak learning rate. It rises linearly for ``warmup`` steps and then falls as a cosine.
+        kl_coef: Weight of the KL divergence from the initial writer.
+        num_generations: Number of summaries sampled for each user in a step (the group).
+        temperature: Sampling temperature.
+        max_tokens: Maximum number of tokens of a summary.
+        beta: Beta of the objective in the reward. ``None`` takes that of the generator. A small beta gives a less noisy
+            reward, but a generator learns to rank answers with a larger one (docs/log.md).
         scale_by_std: Divide advantages by the standard deviation of their group.
-        over: Whether the loss of a summary's tokens is averaged over them, as GRPO does, or summed, as Dr. GRPO does:
-            with the mean, what is bad weighs less where it is longer.
-        token_price: What a token that the generator is told costs, in nats of reward.
-        clip: The largest norm of its gradient.
+        reduction: How the loss of a summary's tokens is reduced: ``mean`` as in GRPO, ``sum`` as in Dr. GRPO. With the
+            mean, each token of a long bad summary counts less than one of a short bad summary.
+        length_penalty: Cost of a token of the summary that the generator reads, in nats of reward.
+        max_grad_norm: Maximum norm of the gradient.
     """
 
     model: str
+    inference: str = "llm"
+    options: dict[str, Any] = Field(default_factory=dict)
     learning_rate: NonNegativeFloat = 1e-6
-    kl: NonNegativeFloat = 2e-3
-    samples: int = Field(default=8, ge=2)
+    kl_coef: NonNegativeFloat = 2e-3
+    num_generations: int = Field(default=8, ge=2)
     temperature: PositiveFloat = 0.6
     max_tokens: PositiveInt = 2048
     beta: PositiveFloat | None = None
     scale_by_std: bool = False
-    over: Literal["mean", "sum"] = "mean"
-    token_price: NonNegativeFloat = 0.0
-    clip: PositiveFloat = 1.0
+    reduction: Literal["mean", "sum"] = "mean"
+    length_penalty: NonNegativeFloat = 0.0
+    max_grad_norm: PositiveFloat = 1.0
 
 
 class Generator(Section):
     """The conditioned generator and the preference objective. The defaults are those of POPI as released.
 
     Attributes:
-        model: Name of a shipped model, path or hub id; it is also the reference, on bare prompts.
-        learning_rate: As the writer's.
+        model: Name of a shipped model, path or hub id. Its initial weights are the reference, on plain prompts.
+        generation: Registry name or ``module:Class`` of the generator whose format renders the prompts.
+        options: Options of the generator.
+        learning_rate: Peak learning rate, with the schedule of the writer's.
         loss: ``dpo`` or ``ipo``.
-        beta: Of the objective in its loss, and in the writer's reward unless the writer has one of its own.
-        over: Whether the log-probabilities of a response's tokens are summed or averaged.
-        context: What it is told of a user where it is trained alone: a summary, the raw signals or nothing.
-        clip: The largest norm of its gradient.
+        beta: Beta of the objective in the loss, and in the writer's reward unless ``writer.beta`` is set.
+        reduction: How the log-probabilities of a response's tokens are reduced: ``sum`` or ``mean``.
+        context: What a generator that is trained alone reads about the user: a summary, the raw signals, or nothing.
+        max_grad_norm: Maximum norm of the gradient.
     """
 
     model: str
+    generation: str = "prompted"
+    options: dict[str, Any] = Field(default_factory=dict)
     learning_rate: NonNegativeFloat = 1e-6
     loss: Literal["dpo", "ipo"] = "dpo"
     beta: PositiveFloat = 0.01
-    over: Literal["sum", "mean"] = "sum"
+    reduction: Literal["sum", "mean"] = "sum"
     context: Literal["summary", "raw-signals", "none"] = "summary"
-    clip: PositiveFloat = 10.0
+    max_grad_norm: PositiveFloat = 10.0
 
 
 class JointRecipe(Section):
     """Trains a writer and a generator under one preference objective.
 
+    Example:
+        >>> recipe = JointRecipe(
+        ...     task="joint",
+        ...     name="tiny",
+        ...     data=Users(world="miniworld", users=100),
+        ...     writer=Writer(model="popi-mini-base", max_tokens=96),
+        ...     generator=Generator(model="popi-mini-base"),
+        ...     steps=10,
+        ... )
+        >>> recipe.cost()
+        {'steps': 10, 'rollouts': 640, 'max_rollout_tokens': 61440}
+
     Attributes:
-        task: Tells recipes apart.
-        name: What the pair is called.
-        seed: Decides the users of a world, their order, and every sample.
-        data: Whom to learn from.
+        task: The type of recipe.
+        name: Name of the pair of models.
+        seed: Seed of the users of a world, their order, and all samples.
+        data: The training users.
         writer: The preference-inference model.
         generator: The conditioned generator.
-        train: Both, or one of them alone.
-        shared: One set of weights plays both roles; then both name the same model. Interleaved, one update follows both
-            gradients, with the writer's learning rate and clip; otherwise what a phase updates is also what judges in
-            it, and so the generator is not frozen while the writer learns.
-        schedule: ``sequential`` trains the writer against the frozen generator, then the generator on fixed summaries;
-            ``alternating`` does so in ``rounds``; ``interleaved`` updates both in each step, on the same samples.
-        rounds: Of the alternating schedule.
-        steps: Updates of the writer, and of the generator.
-        users_per_step: Users whose summaries are sampled in a step; the generator learns from as many pairs as there
-            are summaries, alone too.
-        pairs_per_summary: Held-out pairs of the user that judge a summary, or all where a user of a file has fewer; the
-            generator learns from one of them.
-        warmup: Steps of each phase of the schedule until the learning rates have risen.
-        batch_tokens: The most tokens of one forward pass, and the most whose activations are kept for a gradient. The
-            summaries of one user are sampled together even where they take more.
-        evaluate_every: Steps between two looks at held-out users.
-        evaluate_users: How many these are.
-        checkpoint_every: Steps between two checkpoints.
+        train: Which roles are trained.
+        shared: Whether one set of weights plays both roles. Both roles then name the same model. If ``interleaved``,
+            one update follows both gradients, with the learning rate and ``max_grad_norm`` of the writer. Otherwise a
+            phase updates the weights that also score in it, so the generator is not frozen while the writer is trained.
+        schedule: ``sequential`` trains the writer against the frozen generator, then the generator on fixed summaries.
+            ``alternating`` repeats this in ``rounds``. ``interleaved`` updates both in each step, on the same samples.
+        rounds: Number of rounds of the alternating schedule.
+        steps: Number of updates of the writer, and of the generator.
+        users_per_step: Number of users whose summaries are sampled in a step. The generator is trained on one pair per
+            summary, also if it is trained alone.
+        pairs_per_summary: Number of held-out pairs of the user that score a summary. A user of a file with fewer pairs
+            has all of them used. The generator is trained on one of them.
+        warmup: Number of steps in each phase until the learning rates reach their peak.
+        batch_tokens: Maximum number of tokens of a forward pass, and maximum number of tokens whose activations are
+            kept for a gradient. The summaries of one user are sampled together even if they need more.
+        evaluate_every: Number of steps between evaluations on held-out users.
+        evaluate_users: Number of held-out users.
+        checkpoint_every: Number of steps between checkpoints.
     """
 
     RUN: ClassVar = "popi.training.joint:run"
@@ -142,35 +163,34 @@ class JointRecipe(Section):
     @model_validator(mode="after")
     def _fits_together(self) -> JointRecipe:
         if self.shared and (self.writer.model != self.generator.model or self.train != "both"):
-            raise ValueError("shared weights are trained in both roles, and both roles name the same model")
+            raise ValueError("shared weights need train: both, and the same model in both roles")
         if self.generator.context != "summary" and self.train != "generator":
-            raise ValueError("only a generator that is trained alone can be told something else than summaries")
+            raise ValueError("generator.context must be summary unless the generator is trained alone")
         if self.schedule == "alternating" and self.steps < self.rounds:
-            raise ValueError("a round has at least one step")
+            raise ValueError(f"steps must be at least the number of rounds, {self.rounds}")
         if self.data.world is not None and self.pairs_per_summary > self.data.pairs:
             raise ValueError(
-                f"users with {self.data.pairs} pairs (data.pairs) have no {self.pairs_per_summary} to judge a summary "
-                "(pairs_per_summary)"
+                f"pairs_per_summary must be at most the number of pairs of a user (data.pairs), {self.data.pairs}"
             )
         return self
 
     def steps_of_rounds(self) -> list[int]:
-        """How many steps each round has, of the writer and of the generator."""
+        """Number of steps of each round, for the writer and for the generator."""
         rounds = self.rounds if self.train == "both" and self.schedule == "alternating" else 1
         return [self.steps // rounds + (place < self.steps % rounds) for place in range(rounds)]
 
     def cost(self) -> dict[str, int]:
-        """How many steps it takes, and at most how many rollouts of how many tokens."""
+        """The size of the run: the number of steps, of rollouts, and the maximum number of rollout tokens."""
         apart = self.train == "both" and self.schedule != "interleaved"
-        together = self.users_per_step * self.writer.samples
+        together = self.users_per_step * self.writer.num_generations
         rollouts = 0 if self.train == "generator" else self.steps * together
         if self.generator.context == "summary" and (apart or self.train == "generator"):
-            # A generator that learns apart is told of each user once a round.
+            # A generator that is trained apart reads one summary of each user per round.
             items = [steps * together for steps in self.steps_of_rounds()]
             rollouts += sum(min(count, self.data.users or count) for count in items)
         tokens = rollouts * self.writer.max_tokens
-        return {"steps": self.steps * (1 + apart), "rollouts": rollouts, "rollout_tokens_at_most": tokens}
+        return {"steps": self.steps * (1 + apart), "rollouts": rollouts, "max_rollout_tokens": tokens}
 
     def results(self) -> tuple[str, ...]:
-        """The models in its run folder."""
+        """The models in the run folder."""
         return ("writer", "generator") if self.train == "both" else (self.train,)

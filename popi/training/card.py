@@ -1,4 +1,4 @@
-"""Model cards: what made a model, and what it could do at the end."""
+"""Model cards: how a model was trained, and its results."""
 
 from __future__ import annotations
 
@@ -17,38 +17,38 @@ base_model: {made_from}
 ---
 # {name}-{role}
 
-`{made_from}`, trained as the {role} of a pair under one preference objective.{miniature}
+`{made_from}`, trained as the {role} of a writer and a generator under one preference objective.{miniature}
 
 | | |
 |---|---|
 | command | `popi train {recipe}` |
-| learned in this run | {learned}, {schedule} |
+| trained in this run | {trained}, {schedule} |
 | seed | {seed} |
 | steps | {steps:,} |
-| tokens | {rollout:,.0f} sampled, {scoring:,.0f} read to judge, {update:,.0f} read to update |
+| tokens | {rollout:,.0f} sampled, {scoring:,.0f} read in scoring, {update:,.0f} read in updates |
 | time in training steps | {minutes:.0f} minutes |
 | finished | {finished} |
 | machine | {machine[cores]} cores of {machine[processor]} (threads used: {threads}), Python {machine[python]} |
 | versions | {versions} |
 | prompt templates | `{template_hash}` |
 
-At the end, on {users} held-out users: {accuracy:.1%} of their pairs decided rightly, a margin of {margin:.2f} nats,
-{summary_tokens:.1f} tokens a summary.
+Results on {users} held-out users: preference accuracy {accuracy:.1%}, margin {margin:.2f} nats,
+{summary_tokens:.1f} tokens per summary.
 """
 
-_MINIATURE = """ It is a **miniature**: what it
-can do and what it scores says nothing of real users or models."""
+_MINIATURE = """ It is a **miniature**: its
+results say nothing about real users or models."""
 
 
 def joint_card(recipe: JointRecipe, role: str, config: dict[str, Any], metrics: Path, facts: dict[str, Any]) -> str:
-    """Writes the card of a model that a joint run trained.
+    """Renders the card of a model of a joint run.
 
     Args:
-        recipe: What was run.
+        recipe: The recipe.
         role: ``writer`` or ``generator``.
-        config: Of the run folder: versions, machine, template hash.
+        config: The configuration of the run: versions, machine.
         metrics: The metrics file.
-        facts: ``recipe`` (its path as it was given), ``threads`` and ``finished``.
+        facts: ``recipe`` (its path), ``template_hash``, ``threads`` and ``finished``.
     """
     last = json.loads(metrics.read_text(encoding="utf-8").splitlines()[-1])
     took = spent(metrics)
@@ -58,7 +58,7 @@ def joint_card(recipe: JointRecipe, role: str, config: dict[str, Any], metrics: 
         role=role,
         made_from=made_from,
         miniature=_MINIATURE if made_from in shipped() else "",
-        learned=" and ".join(recipe.results()),
+        trained=" and ".join(recipe.results()),
         schedule="one set of weights" if recipe.shared else recipe.schedule,
         seed=recipe.seed,
         steps=last["step"],
@@ -66,7 +66,6 @@ def joint_card(recipe: JointRecipe, role: str, config: dict[str, Any], metrics: 
         minutes=sum(value for name, value in took.items() if name.startswith("seconds/")) / 60,
         machine=config["machine"],
         versions=", ".join(f"{name} {version}" for name, version in config["versions"].items()),
-        template_hash=config["template_hash"],
         users=recipe.evaluate_users,
         **last["held_out"],
         **facts,

@@ -1,4 +1,4 @@
-"""Checkpoints of a phase: whole or not taken, and everything that the next step depends on."""
+"""Checkpoints of a phase: complete or ignored, with everything that the next step depends on."""
 
 from __future__ import annotations
 
@@ -16,42 +16,42 @@ from popi.run_folder import save_state, writing
 
 log = logging.getLogger(__name__)
 
-BESIDE, COMPLETE = "beside.pt", "complete"
+STATE, COMPLETE = "state.pt", "complete"
 
 
-class Saves(Trainer):
-    """A trainer whose checkpoints, where they have no room, end the run with one error, and which writes no cards."""
+class CheckpointedTrainer(Trainer):
+    """A trainer that reports a failed write of a checkpoint as one error, and writes no model cards."""
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Writes none: that of a finished model says more than a checkpoint's."""
+        """Writes nothing. A finished model gets a card of popi."""
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         with writing(Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"):
             super()._save_checkpoint(*args, **kwargs)
 
 
-class Beside(TrainerCallback):
-    """Adds to each checkpoint of a trainer what the trainer does not know, and marks it as complete in the end.
+class CheckpointCallback(TrainerCallback):
+    """Adds state that the trainer does not know to each of its checkpoints, and then marks it as complete.
 
     Args:
-        state: Gives what is to be kept.
+        state: Returns the state.
     """
 
     def __init__(self, state: Callable[[], dict[str, Any]]) -> None:
         self._state = state
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Called by the trainer when its own part is written."""
+        """Called by the trainer after it wrote its own files."""
         folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
-        save_state(folder / BESIDE, self._state())
+        save_state(folder / STATE, self._state())
         write_text(folder / COMPLETE, json.dumps(_sizes(folder)) + "\n")
 
 
 def last_complete(folder: Path) -> Path | None:
-    """Finds the newest checkpoint of a phase whose files are all there in full.
+    """Finds the newest complete checkpoint of a phase.
 
-    Incomplete checkpoints, which a killed run leaves, are removed. A damaged one, in which a file is missing or has
-    another size than when it was written, is removed with a warning, so that the run resumes from the one before it.
+    Checkpoints that a killed run left unfinished are removed. A damaged checkpoint, in which a file is missing or has
+    another size than when it was written, is removed with a warning. The run resumes from the one before it.
     """
     found: dict[int, Path] = {}
     for path in folder.glob("checkpoint-*"):

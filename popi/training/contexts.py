@@ -1,4 +1,4 @@
-"""What a generator is told of users in training: summaries by the writer, their raw signals, or nothing."""
+"""What the generator reads about users in training: summaries of the writer, their raw signals, or nothing."""
 
 from __future__ import annotations
 
@@ -21,48 +21,52 @@ from popi.data.example import PersonalizationExample
 from popi.io import read_json, write_text
 from popi.roles import PreferenceInference, infer_or_nothing
 from popi.seeds import seed_of
-from popi.training.pair import Pair
-from popi.training.scoring import Judged, Reference
-from popi.training.users import in_turn
+from popi.summary import Author, PreferenceSummary, Provenance
+from popi.training.formats import summarizer
+from popi.training.models import JointModels
+from popi.training.reference import Reference
+from popi.training.scoring import ConditionedPair
+from popi.training.users import epoch_order
 
 log = logging.getLogger(__name__)
 
 Kind = Literal["summary", "raw-signals", "none"]
 SUMMARIES = "summaries"
 CHUNK = 1024
-"""Users whose summaries are sampled and kept together: a run that is stopped loses no more."""
+"""Number of users whose summaries are sampled and stored together: an interrupted run loses at most one chunk."""
 
 
 class Contexts:
-    """Tells a generator of users.
+    """Provides what the generator reads about users.
 
     Args:
-        kind: What it is told.
-        pair: The writer of the summaries, and the generator.
-        max_tokens: The most tokens of a summary.
-        seed: Of the run.
+        kind: Summaries, raw signals, or nothing.
+        models: The writer of the summaries, and the generator.
+        max_tokens: Maximum number of tokens of a summary.
+        seed: Seed of the run.
     """
 
-    def __init__(self, kind: Kind, pair: Pair, *, max_tokens: int, seed: int) -> None:
-        self._kind, self._pair = kind, pair
+    def __init__(self, kind: Kind, models: JointModels, *, max_tokens: int, seed: int) -> None:
+        self._kind, self._models = kind, models
         self._max_tokens, self._seed = max_tokens, seed
 
     def check(self, users: Sequence[PersonalizationExample]) -> None:
-        """Refuses a pair that is too long now, and not at the first look or in the middle of a run.
+        """Checks before the first step that every pair fits the generator's context.
 
         Raises:
-            InputError: If there is one.
+            InputError: If a pair does not fit.
         """
         if self._kind == "summary":
-            self._pair.scorer.check(users, [""] * len(users), longest=self._max_tokens)
+            empty = PreferenceSummary(user_id="", text="", provenance=Provenance(author=Author.BASELINE))
+            self._models.scorer.check(users, [empty] * len(users), reserve=self._max_tokens)
         else:
-            self._pair.scorer.check(users, _told(users, self.inference()))
+            self._models.scorer.check(users, _infer(users, self.inference()))
 
     def inference(self) -> PreferenceInference | None:
-        """What tells the generator of users who are not learned from, or ``None`` if nothing does."""
-        return self._inference(self._pair.writer_backend, temperature=0.0, purpose="look")
+        """The inference for held-out users: greedy. ``None`` if the generator reads plain prompts."""
+        return self._inference(self._models.writer_backend, temperature=0.0, purpose="held-out")
 
-    def lessons(
+    def training_pairs(
         self,
         users: Sequence[PersonalizationExample],
         count: int,
@@ -71,72 +75,80 @@ class Contexts:
         temperature: float,
         phase: str,
         folder: Path,
-    ) -> tuple[list[Judged], dict[str, float]]:
-        """Pairs under contexts that stay as they are, for a phase of the generator: one of each user in turn.
+    ) -> tuple[list[ConditionedPair], dict[str, float]]:
+        """Conditioned pairs for a phase that trains the generator alone, one of each user in turn.
 
         Args:
-            users: The users.
-            count: How many pairs.
-            reference: Of these pairs.
-            temperature: Of the sampling of summaries.
-            phase: Its name decides what is drawn.
-            folder: Keeps summaries that are sampled; the same call reads them there.
+            users: The training users.
+            count: Number of pairs.
+            reference: The reference of these pairs.
+            temperature: Sampling temperature of the summaries.
+            phase: Name of the phase. The samples depend on it.
+            folder: Folder that stores the sampled summaries. A repeated call reads them.
 
         Returns:
-            The pairs, and what sampling took: ``tokens/rollout`` and ``seconds/rollout``.
+            The pairs, and the cost of sampling: ``tokens/rollout`` and ``seconds/rollout``.
         """
         seed = seed_of(self._seed, "items", phase)
-        rng, order = np.random.default_rng(seed), in_turn(len(users), count, seed=seed)
+        rng, order = np.random.default_rng(seed), epoch_order(len(users), count, seed=seed)
         places = sorted(set(order))
-        contexts, spent = self._fixed(
+        summaries, spent = self._summaries(
             [users[place] for place in places], temperature=temperature, phase=phase, folder=folder
         )
-        told = dict(zip(places, contexts, strict=True))
+        by_place = dict(zip(places, summaries, strict=True))
         items = []
         for place in order:
             pairs = users[place].tests
             pair = pairs[int(rng.integers(len(pairs)))]
-            items.append(Judged(told[place], pair, reference[pair]))
+            items.append(ConditionedPair(by_place[place], pair, reference[pair]))
         return items, spent
 
-    def _fixed(
+    def _summaries(
         self, users: Sequence[PersonalizationExample], *, temperature: float, phase: str, folder: Path
-    ) -> tuple[list[str | None], dict[str, float]]:
+    ) -> tuple[list[PreferenceSummary | None], dict[str, float]]:
         if self._kind != "summary":
-            return _told(users, self.inference()), {}
-        told: list[str | None] = []
+            return _infer(users, self.inference()), {}
+        summaries: list[PreferenceSummary | None] = []
         spent: Counter[str] = Counter()
         for start in range(0, len(users), CHUNK):
             file = folder / f"{SUMMARIES}-{start:06d}.json"
-            if file.exists():
-                chunk = read_json(file)
-            else:
-                chunk = self._chunk(users[start : start + CHUNK], temperature=temperature, phase=phase)
+            if not file.exists():
+                chunk = self._sample(users[start : start + CHUNK], temperature=temperature, phase=phase)
                 write_text(file, json.dumps(chunk, ensure_ascii=False) + "\n")
-            told += chunk["told"]
+            chunk = read_json(file)
+            summaries += map(PreferenceSummary.model_validate, chunk["summaries"])
             spent.update(chunk["spent"])
-            log.info("summaries for the generator: %d of %d users", len(told), len(users))
-        return told, dict(spent)
+            log.info("sampled summaries for the generator: %d of %d users", len(summaries), len(users))
+        return summaries, dict(spent)
 
-    def _chunk(self, users: Sequence[PersonalizationExample], *, temperature: float, phase: str) -> dict[str, Any]:
+    def _sample(self, users: Sequence[PersonalizationExample], *, temperature: float, phase: str) -> dict[str, Any]:
         ledger, began = Ledger(), time.perf_counter()
-        writer = Cost(self._pair.writer_backend, price=FREE, ledger=ledger)
-        told = _told(users, self._inference(writer, temperature=temperature, purpose=phase))
-        seconds = time.perf_counter() - began
-        spent = {"tokens/rollout": float(ledger.total.completion_tokens), "seconds/rollout": seconds}
-        return {"told": told, "spent": spent}
+        writer = Cost(self._models.writer_backend, price=FREE, ledger=ledger)
+        summaries = _infer(users, self._inference(writer, temperature=temperature, purpose=phase))
+        spent = {
+            "tokens/rollout": float(ledger.total.completion_tokens),
+            "seconds/rollout": time.perf_counter() - began,
+        }
+        return {"summaries": [each.model_dump(mode="json") for each in summaries if each], "spent": spent}
 
     def _inference(self, writer: Backend, *, temperature: float, purpose: str) -> PreferenceInference | None:
         if self._kind == "none":
             return None
         if self._kind == "raw-signals":
-            return registry.make_inference("raw", self._pair.generator_backend)
-        options = {"max_tokens": self._max_tokens, "temperature": temperature, "attempts": 1}
-        return registry.make_inference("llm", writer, **options, seed=seed_of(self._seed, purpose))
+            return registry.make_inference("raw", self._models.generator_backend)
+        return summarizer(
+            self._models.summary_format,
+            writer,
+            max_tokens=self._max_tokens,
+            temperature=temperature,
+            seed=seed_of(self._seed, purpose),
+        )
 
 
-def _told(users: Sequence[PersonalizationExample], inference: PreferenceInference | None) -> list[str | None]:
+def _infer(
+    users: Sequence[PersonalizationExample], inference: PreferenceInference | None
+) -> list[PreferenceSummary | None]:
     if inference is None:
         return [None] * len(users)
     summaries, _ = asyncio.run(infer_or_nothing(inference, [example.user for example in users]))
-    return [summary.text for summary in summaries]
+    return list(summaries)

@@ -1,4 +1,4 @@
-"""The curves of a run as a picture."""
+"""Draws the metrics of a run."""
 
 from __future__ import annotations
 
@@ -13,31 +13,31 @@ from popi.io import write_bytes
 
 PANELS = {
     "reward, nats": ("reward",),
-    "accuracy": ("accuracy", "held_out.accuracy"),
-    "margin h, nats": ("margin", "held_out.margin"),
-    "KL from the initial writer, nats a token": ("kl",),
-    "entropy, nats a token": ("entropy",),
-    "tokens of a summary": ("completions/mean_length", "held_out.summary_tokens"),
-    "not enough evidence": ("not_enough_evidence", "held_out.not_enough_evidence"),
-    "loss of the generator": ("generator_loss",),
-    "seconds of a step": ("seconds/rollout", "seconds/scoring", "seconds/update"),
+    "accuracy": ("rewards/accuracies", "held_out.accuracy"),
+    "held-out margin h, nats": ("held_out.margin",),
+    "KL from the initial writer, nats per token": ("kl",),
+    "entropy, nats per token": ("entropy",),
+    "tokens per summary": ("completions/mean_length", "held_out.summary_tokens"),
+    "summaries without a claim": ("summaries/not_enough_evidence", "held_out.not_enough_evidence"),
+    "loss of the generator, nats": ("generator/loss",),
+    "seconds per step": ("seconds/rollout", "seconds/scoring", "seconds/update"),
 }
-"""What each panel shows, by the names of the metrics; a dot goes into what is nested."""
+"""The metrics of each panel, by title. A dot selects a nested value."""
 
 SMOOTH = 10
-"""Steps over which a training curve is averaged; the steps themselves stand behind it."""
+"""Number of steps over which a training curve is averaged."""
 
 
 def draw_curves(metrics: Path, picture: Path) -> None:
-    """Draws a run's metrics: a point for every step, a line for their running mean, circles for held-out users.
+    """Draws the metrics of a run: points for steps, lines for running means, circles for held-out users.
 
     Args:
-        metrics: JSON lines of a run.
-        picture: The PNG to be written.
+        metrics: The metrics file.
+        picture: The PNG file to write.
 
     Raises:
         MissingExtra: If matplotlib is not installed.
-        PopiError: If the picture cannot be written.
+        PopiError: If the file cannot be written.
     """
     make_figure = registry.load("matplotlib.figure:Figure")
     lines = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
@@ -63,7 +63,7 @@ def draw_curves(metrics: Path, picture: Path) -> None:
 
 
 def running_mean(values: Sequence[float], width: int) -> list[float]:
-    """The mean of each value and those before it, at most ``width`` in all."""
+    """The mean of each value and those before it, at most ``width`` values."""
     means = []
     for end in range(1, len(values) + 1):
         window = values[max(0, end - width) : end]

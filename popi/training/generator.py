@@ -1,4 +1,4 @@
-"""The generator's training: its loss on pairs under contexts, alone in a trainer or beside the writer's steps."""
+"""Training of the generator: its loss on conditioned pairs, in a trainer of its own or beside the writer's steps."""
 
 from __future__ import annotations
 
@@ -12,26 +12,29 @@ from torch import Tensor
 from transformers import TrainingArguments, get_cosine_schedule_with_warmup
 
 from popi.errors import PopiError
-from popi.training.checkpoints import Saves
-from popi.training.objective import LOSSES, Loss, accuracy
-from popi.training.scoring import Judged, PairScorer
+from popi.training.checkpoints import CheckpointedTrainer
+from popi.training.objective import LOSSES, LogRatios, Loss, accuracy
+from popi.training.scoring import ConditionedPair, PairScorer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+SUMMED = ("tokens/", "seconds/")
+"""Prefixes of the metrics that are summed over the batches of a step. All others are averaged."""
 
-class GeneratorTrainer(Saves):
-    """Trains the generator on pairs under contexts that stay as they are.
+
+class GeneratorTrainer(CheckpointedTrainer):
+    """Trains the generator on conditioned pairs that do not change.
 
     Args:
         model: The generator.
         args: Arguments of transformers.
         scorer: Scores with the same model.
-        items: The pairs under their contexts.
+        items: The conditioned pairs.
         loss: The objective.
-        beta: Its temperature.
-        first: Steps of the run before its own.
-        callbacks: Of transformers.
+        beta: Beta of the objective.
+        first: Number of steps of the run before this trainer's.
+        callbacks: Callbacks of transformers.
     """
 
     def __init__(
@@ -40,7 +43,7 @@ class GeneratorTrainer(Saves):
         args: TrainingArguments,
         *,
         scorer: PairScorer,
-        items: Sequence[Judged],
+        items: Sequence[ConditionedPair],
         loss: Loss,
         beta: float,
         first: int = 0,
@@ -48,7 +51,7 @@ class GeneratorTrainer(Saves):
     ) -> None:
         self._first = first
         self._scorer, self._objective, self._beta = scorer, LOSSES[loss], beta
-        self._seen: dict[str, list[float]] = {}
+        self._pending: dict[str, list[float]] = {}
         super().__init__(
             model=model,
             args=args,
@@ -56,7 +59,7 @@ class GeneratorTrainer(Saves):
             data_collator=lambda batch: {"items": batch},
             callbacks=list(callbacks),
         )
-        # The loss is a mean: of several batches, the mean of them.
+        # The loss of a step is the mean over its batches.
         self.model_accepts_loss_kwargs = False
 
     def compute_loss(
@@ -67,62 +70,64 @@ class GeneratorTrainer(Saves):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor:
         """The mean loss of a batch of pairs."""
-        items: list[Judged] = inputs["items"]
-        read = self._scorer.tokens
-        margins = self._scorer.margins_for_gradient(items)
-        loss = self._objective(margins, self._beta).mean()
+        items: list[ConditionedPair] = inputs["items"]
+        read = self._scorer.tokens_read
+        ratios = self._scorer.ratios_for_gradient(items)
+        loss = self._objective(ratios.margins_N, self._beta).mean()
         check_finite("the loss", loss.item(), self._first + self.state.global_step)
-        figures = {**margin_figures(margins, loss.item()), "tokens/update": float(self._scorer.tokens - read)}
-        for name, value in figures.items():
-            self._seen.setdefault(name, []).append(value)
+        tokens = float(self._scorer.tokens_read - read)
+        for name, value in {**pair_metrics(ratios, self._beta, loss.item()), "tokens/update": tokens}.items():
+            self._pending.setdefault(name, []).append(value)
         return loss
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Transformers', timed."""
+        """The step of transformers, timed."""
         began = time.perf_counter()
         loss: Tensor = super().training_step(*args, **kwargs)
-        self._seen.setdefault("seconds/update", []).append(time.perf_counter() - began)
+        self._pending.setdefault("seconds/update", []).append(time.perf_counter() - began)
         return loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds what was seen of the pairs since the last line, and the sum of what they took."""
-        seen = {
-            name: sum(values) / (1 if name.startswith(("tokens/", "seconds/")) else len(values))
-            for name, values in self._seen.items()
+        """Adds the metrics of the pairs since the last call."""
+        pending = {
+            name: sum(values) / (1 if name.startswith(SUMMED) else len(values))
+            for name, values in self._pending.items()
         }
-        super().log({**logs, **seen}, start_time)
-        self._seen.clear()
+        super().log({**logs, **pending}, start_time)
+        self._pending.clear()
 
 
 class GeneratorUpdate:
-    """Updates the generator beside the writer's steps, by AdamW with the same schedule as a trainer's.
+    """Updates the generator beside the writer's steps: AdamW with the learning rate schedule of a trainer.
 
     Args:
         model: The generator.
-        learning_rate: At its peak.
-        steps: How many updates there will be.
-        warmup: Updates until the learning rate has risen.
-        clip: The largest norm of the gradient.
+        learning_rate: Peak learning rate.
+        steps: Number of updates.
+        warmup: Number of updates until the learning rate reaches its peak.
+        max_grad_norm: Maximum norm of the gradient.
     """
 
-    def __init__(self, model: PreTrainedModel, *, learning_rate: float, steps: int, warmup: int, clip: float) -> None:
+    def __init__(
+        self, model: PreTrainedModel, *, learning_rate: float, steps: int, warmup: int, max_grad_norm: float
+    ) -> None:
         self._model = model
         self._parameters = [value for value in model.parameters() if value.requires_grad]
         self._optimizer = torch.optim.AdamW(self._parameters, lr=learning_rate, weight_decay=0.0)
         self._schedule = get_cosine_schedule_with_warmup(self._optimizer, warmup, steps)
-        self._clip = clip
+        self._max_grad_norm = max_grad_norm
 
     def __call__(self, step: int) -> float:
-        """Follows the gradient that was collected, and returns its norm.
+        """Applies the accumulated gradient, and returns its norm.
 
         Args:
-            step: Steps of the run before it.
+            step: Number of steps of the run so far.
 
         Raises:
-            PopiError: If the norm is no number; the weights are as they were.
+            PopiError: If the norm is not finite. The weights are not changed.
         """
-        norm = float(torch.nn.utils.clip_grad_norm_(self._parameters, self._clip))
-        check_finite("the norm of the generator's gradient", norm, step)
+        norm = float(torch.nn.utils.clip_grad_norm_(self._parameters, self._max_grad_norm))
+        check_finite("the gradient norm of the generator", norm, step)
         self._optimizer.step()
         self._schedule.step()
         self._optimizer.zero_grad(set_to_none=True)
@@ -137,33 +142,45 @@ class GeneratorUpdate:
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Undoes :meth:`state`."""
+        """Restores what :meth:`state` returned."""
         self._model.load_state_dict(state["weights"])
         self._optimizer.load_state_dict(state["optimizer"])
         self._schedule.load_state_dict(state["schedule"])
 
 
-def margin_figures(margins: Tensor, loss: float) -> dict[str, float]:
-    """What is logged of the pairs of a step: their mean margin and loss, in nats, and the accuracy."""
-    found = margins.detach()
-    return {"margin": found.mean().item(), "accuracy": accuracy(found), "generator_loss": loss}
+def pair_metrics(ratios: LogRatios, beta: float, loss: float) -> dict[str, float]:
+    """The metrics of the pairs of a step, under the names and in the scale of TRL's ``DPOTrainer``.
+
+    Args:
+        ratios: Their log-probability ratios.
+        beta: Beta of the objective. It scales the implicit rewards.
+        loss: Their mean loss, in nats.
+    """
+    chosen, rejected = ratios.chosen_N.detach(), ratios.rejected_N.detach()
+    return {
+        "rewards/chosen": beta * chosen.mean().item(),
+        "rewards/rejected": beta * rejected.mean().item(),
+        "rewards/margins": beta * (chosen - rejected).mean().item(),
+        "rewards/accuracies": accuracy(chosen - rejected),
+        "generator/loss": loss,
+    }
 
 
 def check_finite(what: str, value: float, step: int) -> None:
-    """Stops a run in which something is no number.
+    """Stops a run whose values are not finite.
 
     Args:
-        what: What was measured: a loss, the norm of a gradient, a margin.
-        value: Its value.
-        step: Steps of the run before it.
+        what: The name of the value.
+        value: The value.
+        step: Number of steps of the run so far.
 
     Raises:
-        PopiError: If it is none.
+        PopiError: If the value is NaN or infinite.
     """
     if not math.isfinite(value):
         raise diverged(what, value, step)
 
 
 def diverged(what: str, value: float, step: int) -> PopiError:
-    """The error of a run that cannot go on: ``what`` became ``value`` after so many steps."""
-    return PopiError(f"{what} became {value} after {step} steps; lower the learning rate and start anew")
+    """The error of a run in which ``what`` became ``value``."""
+    return PopiError(f"{what} became {value} after {step} steps; lower the learning rate and start a new run")

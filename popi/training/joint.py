@@ -1,4 +1,4 @@
-"""Joint training: the schedules in which a writer and a generator learn under one objective."""
+"""Joint training: runs the schedules in which a writer and a generator are trained under one objective."""
 
 from __future__ import annotations
 
@@ -14,11 +14,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from transformers import (
-    PrinterCallback,
-    ProgressCallback,
-    TrainingArguments,
-)
+from transformers import PrinterCallback, ProgressCallback, TrainingArguments
 
 from popi.config import JointRecipe
 from popi.engine.loading import quiet
@@ -26,116 +22,124 @@ from popi.errors import BackendError, ConfigError, MissingExtra, PopiError
 from popi.io import write_text
 from popi.models import fingerprint as model_fingerprint
 from popi.provenance import fingerprint_weights, now
+from popi.roles import Failure
 from popi.run_folder import METRICS, RunFolder, load_state, save_state
+from popi.summary import PreferenceSummary
 from popi.training.card import joint_card
-from popi.training.checkpoints import BESIDE, Beside, last_complete
+from popi.training.checkpoints import STATE, CheckpointCallback, last_complete
 from popi.training.contexts import SUMMARIES, Contexts
 from popi.training.curves import draw_curves
 from popi.training.generator import GeneratorTrainer, GeneratorUpdate
-from popi.training.look import Look, look
-from popi.training.pair import Pair
+from popi.training.held_out import HeldOutEval, evaluate_held_out
+from popi.training.metrics import MetricsCallback
+from popi.training.models import JointModels, Role
+from popi.training.reference import Reference
 from popi.training.reward import PairReward
+from popi.training.rollouts import EngineRollouts
 from popi.training.schedule import Phase, phases_of
-from popi.training.scoring import Reference
 from popi.training.trl import GRPOConfig
-from popi.training.users import People, conversations, in_turn, make_people, read_people
-from popi.training.watch import Watch
+from popi.training.users import UserSplit, epoch_order, generate_users, read_users, summary_prompts
 from popi.training.writer import WriterTrainer
 
 log = logging.getLogger(__name__)
 
 Report = Callable[[dict[str, Any]], None]
+SummaryTrainer = WriterTrainer[PreferenceSummary | Failure]
 REFERENCE, PHASES, SAMPLES, CURVES = "reference.json", "phases", "samples", "curves.png"
-ONE_GPU = "show it one: CUDA_VISIBLE_DEVICES=0 popi train ..."
+ONE_GPU = "make one visible: CUDA_VISIBLE_DEVICES=0 popi train ..."
 ONE_PROCESS = "start it without torchrun or accelerate launch: popi train ..."
-NO_MEMORY = (
-    "out of memory; there may be room with a lower batch_tokens, with a lower writer.samples or writer.max_tokens, as "
-    "the summaries of a user are sampled together, or for a smaller model"
+OUT_OF_MEMORY = (
+    "out of memory; lower batch_tokens, writer.num_generations or writer.max_tokens (the summaries of a user are "
+    "sampled together), or use a smaller model"
 )
 LIBRARIES = ("torch", "transformers", "tokenizers", "numpy", "trl", "accelerate")
 
 
 def run(recipe: JointRecipe, out: Path, *, source: str, report: Report) -> None:
-    """Trains what a recipe says, or goes on where an earlier run into the same folder was stopped.
+    """Trains the models of a recipe, or resumes an interrupted run in the same folder.
 
-    The folder ends with ``writer`` and ``generator``, the models; see :class:`popi.run_folder.RunFolder` for
-    what stands beside. A resumed run ends with the same weights as an undisturbed one.
+    At the end the folder contains the models, ``writer`` and ``generator``; see :class:`popi.run_folder.RunFolder` for
+    the other files. A resumed run ends with the same weights as an uninterrupted one.
 
     Args:
-        recipe: What to do.
+        recipe: The recipe.
         out: The run folder.
-        source: Where the recipe was read from.
-        report: Called after each step with what was measured.
+        source: The path of the recipe, for model cards.
+        report: Called with the metrics of each step.
 
     Raises:
-        InputError: If the folder holds another run, or the data or the models cannot be used.
+        InputError: If the folder contains another run, or the data or a model cannot be used.
         ConfigError: If several GPUs are visible, or several processes were started.
-        PopiError: If another process works in it, the disk or the memory is full, or the loss is no number.
+        PopiError: If another process uses the folder, the disk or the memory is full, or a loss is not finite.
     """
     if torch.cuda.device_count() > 1:
-        raise ConfigError(f"{torch.cuda.device_count()} GPUs are visible, and a run uses one", fix=ONE_GPU)
+        raise ConfigError(f"{torch.cuda.device_count()} GPUs are visible, but a run uses one", fix=ONE_GPU)
     if (processes := PartialState().num_processes) > 1:
-        raise ConfigError(f"{processes} processes were started, and a run is one", fix=ONE_PROCESS)
+        raise ConfigError(f"{processes} processes were started, but a run uses one", fix=ONE_PROCESS)
     with RunFolder.open(out, recipe, libraries=LIBRARIES) as folder, quiet():
-        people = _gathered(recipe)
+        users = _users(recipe)
         if recipe.warmup >= (shortest := min(recipe.steps_of_rounds())):
-            log.info("learning rates rise for %d steps, and a phase has %d: they have no peak", recipe.warmup, shortest)
+            log.info("warmup (%d steps) is not shorter than a phase (%d steps)", recipe.warmup, shortest)
         try:
-            begun = _Run(recipe, folder, people, report)
+            joint = _Run(recipe, folder, users, report)
             models = {"writer_model": recipe.writer.model, "generator_model": recipe.generator.model}
             files = {role: model_fingerprint(name) for role, name in models.items()}
-            folder.begin({"data": people.digest(), **files})
-            begun.all(source)
+            folder.begin({"data": users.digest(), **files, **joint.templates()})
+            joint.train(source)
         except (torch.OutOfMemoryError, BackendError) as error:
-            # A backend makes one error of all that its model raises.
+            # A backend raises one type of error for whatever its model raises.
             if not any(isinstance(each, torch.OutOfMemoryError) for each in (error, error.__cause__)):
                 raise
-            raise PopiError(NO_MEMORY) from error
+            raise PopiError(OUT_OF_MEMORY) from error
 
 
-def _gathered(recipe: JointRecipe) -> People:
-    """The users of a run; tells of those that are left out, and of those with fewer pairs than were asked for."""
+def _users(recipe: JointRecipe) -> UserSplit:
+    """The users of a run. Logs those that are left out, and those with fewer pairs than requested."""
     data, held_out, seed = recipe.data, recipe.evaluate_users, recipe.seed
     if data.file is not None:
-        people = read_people(data.file, users=data.users, held_out=held_out, seed=seed)
+        users = read_users(data.file, users=data.users, held_out=held_out, seed=seed)
     else:
-        assert data.users is not None, "a world is told how many users to make"
-        people = make_people(data.users, pairs=data.pairs, held_out=held_out, seed=seed)
-    for why, count in people.left_out.items():
-        log.info("left out %s: %d users", why, count)
+        assert data.users is not None, "the recipe of a world has a number of users"
+        users = generate_users(data.users, pairs=data.pairs, held_out=held_out, seed=seed)
+    for reason, count in users.left_out.items():
+        log.info("left out %d %s", count, reason)
     wanted = recipe.pairs_per_summary
-    few = sum(len(example.tests) < wanted for example in people.train)
+    few = sum(len(example.tests) < wanted for example in users.train)
     if few and recipe.train != "generator":
-        told = "%d of %d users have fewer than %d pairs, and all of theirs judge their summaries"
-        log.info(told, few, len(people.train), wanted)
-    return people
+        message = "%d of %d users have fewer than %d pairs; all of their pairs score their summaries"
+        log.info(message, few, len(users.train), wanted)
+    return users
 
 
 class _Run:
-    """A run in progress: the two models, and what all phases share."""
+    """A run: the two models, and everything that its phases share."""
 
-    def __init__(self, recipe: JointRecipe, folder: RunFolder, people: People, report: Report) -> None:
-        self._recipe, self._folder, self._people, self._report = recipe, folder, people, report
-        self._pair = Pair(
-            recipe.writer.model,
-            recipe.generator.model,
+    def __init__(self, recipe: JointRecipe, folder: RunFolder, users: UserSplit, report: Report) -> None:
+        self._recipe, self._folder, self._users, self._report = recipe, folder, users, report
+        writer, generator = recipe.writer, recipe.generator
+        self._models = JointModels(
+            Role(writer.model, writer.inference, writer.options),
+            Role(generator.model, generator.generation, generator.options),
             shared=recipe.shared,
+            max_tokens=writer.max_tokens,
             batch_tokens=recipe.batch_tokens,
-            over=recipe.generator.over,
+            reduction=generator.reduction,
         )
-        self._scorer = self._pair.scorer
+        self._scorer = self._models.scorer
         self._draws = True
-        self._contexts = Contexts(
-            recipe.generator.context, self._pair, max_tokens=recipe.writer.max_tokens, seed=recipe.seed
-        )
-        self._contexts.check((*people.train, *people.held_out))
+        self._contexts = Contexts(generator.context, self._models, max_tokens=writer.max_tokens, seed=recipe.seed)
+        self._contexts.check((*users.train, *users.held_out))
 
-    def all(self, source: str) -> None:
-        """Every phase that is not done, and the models in the end."""
+    def templates(self) -> dict[str, str]:
+        """The template hash of each role, by its name in the configuration of the run."""
+        return {f"{role}_templates": value for role, value in self._models.template_hashes().items()}
+
+    def train(self, source: str) -> None:
+        """Runs every phase that is not complete, and saves the models."""
         self._reference = Reference.of(
-            self._people.pairs(),
+            self._users.pairs(),
             self._scorer,
-            fingerprint=fingerprint_weights(self._pair.generator.state_dict()),
+            fingerprint=fingerprint_weights(self._models.generator.state_dict()),
             file=self._folder.path / REFERENCE,
         )
         phases = phases_of(
@@ -143,36 +147,37 @@ class _Run:
             interleaved=self._recipe.schedule == "interleaved",
             rounds=self._recipe.steps_of_rounds(),
         )
-        done = max((place for place, phase in enumerate(phases) if self._weights_of(phase).exists()), default=-1)
+        done = max((place for place, phase in enumerate(phases) if self._weights_file(phase).exists()), default=-1)
         if done >= 0:
-            self._pair.restore(load_state(self._weights_of(phases[done])))
-            self._forget_before(phases[: done + 1])
+            self._models.restore(load_state(self._weights_file(phases[done])))
+            self._clean_up(phases[: done + 1])
         for place, phase in enumerate(phases[done + 1 :], start=done + 1):
-            self._train(phase)
-            save_state(self._weights_of(phase), self._pair.weights())
-            self._forget_before(phases[: place + 1])
+            self._train_phase(phase)
+            save_state(self._weights_file(phase), self._models.weights())
+            self._clean_up(phases[: place + 1])
         for role in self._recipe.results():
             if not (self._folder.path / role).exists():
                 self._folder.save(role, partial(self._save, role, source))
 
-    def _forget_before(self, done: Sequence[Phase]) -> None:
-        """Removes all of the finished phases but the weights of the last."""
-        *earlier, last = (self._weights_of(phase).parent for phase in done)
-        for left in (*earlier, *last.glob("checkpoint-*")):
-            if left.exists():
-                shutil.rmtree(left)
-        for left in last.glob(f"{SUMMARIES}-*"):
-            left.unlink()
+    def _clean_up(self, done: Sequence[Phase]) -> None:
+        """Removes all files of complete phases except the weights of the last one."""
+        *earlier, last = (self._weights_file(phase).parent for phase in done)
+        for folder in (*earlier, *last.glob("checkpoint-*")):
+            if folder.exists():
+                shutil.rmtree(folder)
+        for file in last.glob(f"{SUMMARIES}-*"):
+            file.unlink()
 
-    def _weights_of(self, phase: Phase) -> Path:
+    def _weights_file(self, phase: Phase) -> Path:
         return self._folder.path / PHASES / phase.name / "weights.pt"
 
     def _save(self, role: str, source: str, folder: str) -> None:
         facts = {"recipe": source, "threads": torch.get_num_threads(), "finished": now()}
+        facts["template_hash"] = self._models.template_hashes()[role]
         card = joint_card(self._recipe, role, self._folder.config, self._folder.path / METRICS, facts)
-        self._pair.save(role, card, folder)
+        self._models.save(role, card, folder)
 
-    def _train(self, phase: Phase) -> None:
+    def _train_phase(self, phase: Phase) -> None:
         folder = self._folder.path / PHASES / phase.name
         checkpoint = last_complete(folder)
         at = int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
@@ -180,54 +185,64 @@ class _Run:
         make = self._generator_trainer if phase.kind == "generator" else self._writer_trainer
         trainer, update = make(phase, folder)
         if checkpoint is not None and update is not None:
-            update.restore(load_state(checkpoint / BESIDE, fix=f"remove {checkpoint} to go on from the one before it"))
+            fix = f"remove {checkpoint} to resume from the checkpoint before it"
+            update.restore(load_state(checkpoint / STATE, fix=fix))
         trainer.remove_callback(PrinterCallback)
         trainer.remove_callback(ProgressCallback)
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        # A trainer refers to itself: without this the next phase would begin beside its optimizer and its reference.
+        # A trainer is part of a reference cycle. Without this, its optimizer and reference model would stay in memory.
         del trainer, update
         gc.collect()
 
-    def _writer_trainer(self, phase: Phase, folder: Path) -> tuple[WriterTrainer, GeneratorUpdate | None]:
-        recipe, users = self._recipe, self._people.train
-        update = self._update(phase) if phase.kind == "both" and not recipe.shared else None
-        # Where each role has phases of its own, the writer has had half of the steps before.
+    def _writer_trainer(self, phase: Phase, folder: Path) -> tuple[SummaryTrainer, GeneratorUpdate | None]:
+        recipe, models, users = self._recipe, self._models, self._users.train
+        update = self._generator_update(phase) if phase.kind == "both" and not recipe.shared else None
+        # If each role has phases of its own, half of the steps so far were the writer's.
         before = phase.first // 2 * recipe.users_per_step
-        order = in_turn(len(users), before + phase.steps * recipe.users_per_step, seed=recipe.seed)[before:]
-        trainer = WriterTrainer(
-            self._pair.writer,
-            self._pair.writer_tokenizer,
+        order = epoch_order(len(users), before + phase.steps * recipe.users_per_step, seed=recipe.seed)[before:]
+        prompts = summary_prompts(users, models.summary_format)
+        abilities = models.writer_backend.abilities
+        trainer = SummaryTrainer(
+            models.writer,
+            models.writer_tokenizer,
             self._writer_arguments(phase, folder),
-            conversations=conversations(users, self._pair.writer_backend, recipe.writer.max_tokens),
+            conversations=[prompt.messages for prompt in prompts],
+            names=[prompt.user.user_id for prompt in prompts],
             order=order,
-            names=[example.user.user_id for example in users],
-            earn=self._reward(phase, update),
+            parse=lambda place, reply, cut: models.summary_format.parse(prompts[place], reply, truncated=cut),
+            reward=self._reward(phase, update),
+            rollouts=EngineRollouts(models.writer, abilities=abilities, batch_tokens=recipe.batch_tokens),
+            abilities=abilities,
             batch_tokens=recipe.batch_tokens,
             first=phase.first,
-            callbacks=[self._watch(phase, {}), Beside(lambda: {} if update is None else update.state())],
+            callbacks=[
+                self._metrics_callback(phase, {}),
+                CheckpointCallback(lambda: {} if update is None else update.state()),
+            ],
         )
         return trainer, update
 
-    def _update(self, phase: Phase) -> GeneratorUpdate:
+    def _generator_update(self, phase: Phase) -> GeneratorUpdate:
         return GeneratorUpdate(
-            self._pair.generator,
+            self._models.generator,
             learning_rate=self._recipe.generator.learning_rate,
             steps=phase.steps,
             warmup=self._recipe.warmup,
-            clip=self._recipe.generator.clip,
+            max_grad_norm=self._recipe.generator.max_grad_norm,
         )
 
     def _reward(self, phase: Phase, update: GeneratorUpdate | None) -> PairReward:
         recipe, generator = self._recipe, self._recipe.generator
         return PairReward(
             self._scorer,
-            [example.tests for example in self._people.train],
+            [example.tests for example in self._users.train],
             self._reference,
             loss=generator.loss,
             beta=generator.beta,
             reward_beta=recipe.writer.beta or generator.beta,
             pairs_per_summary=recipe.pairs_per_summary,
-            token_price=recipe.writer.token_price,
+            length_penalty=recipe.writer.length_penalty,
+            count_tokens=self._models.writer_backend.count_tokens,
             seed=recipe.seed,
             update=update,
             keep_gradient=phase.kind == "both" and recipe.shared,
@@ -237,50 +252,49 @@ class _Run:
         writer = self._recipe.writer
         return GRPOConfig(
             **self._arguments(phase, folder),
-            per_device_train_batch_size=writer.samples * self._recipe.users_per_step,
+            per_device_train_batch_size=writer.num_generations * self._recipe.users_per_step,
             learning_rate=writer.learning_rate,
-            max_grad_norm=writer.clip,
-            num_generations=writer.samples,
+            max_grad_norm=writer.max_grad_norm,
+            num_generations=writer.num_generations,
             max_completion_length=writer.max_tokens,
             temperature=writer.temperature,
-            beta=writer.kl,
+            beta=writer.kl_coef,
             shuffle_dataset=False,
-            loss_type="grpo" if writer.over == "mean" else "dr_grpo",
+            loss_type="grpo" if writer.reduction == "mean" else "dr_grpo",
             scale_rewards="group" if writer.scale_by_std else "none",
         )
 
     def _generator_trainer(self, phase: Phase, folder: Path) -> tuple[GeneratorTrainer, None]:
         recipe, generator = self._recipe, self._recipe.generator
-        # As many as beside the writer, which learns from a pair under each of its summaries.
-        items, spent = self._contexts.lessons(
-            self._people.train,
-            phase.steps * recipe.users_per_step * recipe.writer.samples,
+        # As many pairs as in a joint step, where the generator is trained on one pair under each summary.
+        items, spent = self._contexts.training_pairs(
+            self._users.train,
+            phase.steps * recipe.users_per_step * recipe.writer.num_generations,
             self._reference,
             temperature=recipe.writer.temperature,
             phase=phase.name,
             folder=folder,
         )
         trainer = GeneratorTrainer(
-            self._pair.generator,
+            self._models.generator,
             TrainingArguments(
                 **self._arguments(phase, folder),
                 per_device_train_batch_size=recipe.users_per_step,
-                gradient_accumulation_steps=recipe.writer.samples,
+                gradient_accumulation_steps=recipe.writer.num_generations,
                 learning_rate=generator.learning_rate,
-                max_grad_norm=generator.clip,
+                max_grad_norm=generator.max_grad_norm,
             ),
             scorer=self._scorer,
             items=items,
             loss=generator.loss,
             beta=generator.beta,
             first=phase.first,
-            callbacks=[self._watch(phase, spent), Beside(dict)],
+            callbacks=[self._metrics_callback(phase, spent), CheckpointCallback(dict)],
         )
         return trainer, None
 
     def _arguments(self, phase: Phase, folder: Path) -> dict[str, Any]:
-        """What the trainers of both roles are told alike."""
-        on_cpu = self._pair.writer.device.type == "cpu"
+        """The arguments that the trainers of both roles share."""
         return {
             "output_dir": str(folder),
             "max_steps": phase.steps,
@@ -294,32 +308,33 @@ class _Run:
             "report_to": [],
             "disable_tqdm": True,
             "remove_unused_columns": False,
-            "use_cpu": on_cpu,
-            # The models are computed with by our own code, which knows its precision; accelerate's would cling to them.
+            "use_cpu": self._models.writer.device.type == "cpu",
+            # The forward passes choose their own precision, and accelerate's wrapper would keep the model alive.
             "bf16": False,
             "gradient_checkpointing": False,
         }
 
-    def _watch(self, phase: Phase, before: dict[str, float]) -> Watch:
-        return Watch(phase, look=self._look, every=self._recipe.evaluate_every, log=self._log, before=before)
+    def _metrics_callback(self, phase: Phase, before: dict[str, float]) -> MetricsCallback:
+        every = self._recipe.evaluate_every
+        return MetricsCallback(phase, evaluate=self._evaluate, every=every, log=self._log, before=before)
 
-    def _look(self, step: int) -> Look:
+    def _evaluate(self, step: int) -> HeldOutEval:
         inference = self._contexts.inference()
-        return asyncio.run(look(inference, self._scorer, self._people.held_out, self._reference, step=step))
+        held_out = self._users.held_out
+        return asyncio.run(evaluate_held_out(inference, self._scorer, held_out, self._reference, step=step))
 
-    def _log(self, measured: dict[str, Any], seen: Look | None) -> None:
-        if seen is not None:
-            lines = "".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in seen.samples)
-            write_text(self._folder.path / SAMPLES / f"step-{measured['step']:06d}.jsonl", lines)
-        self._folder.log(measured)
-        self._report(measured)
-        if seen is not None:
+    def _log(self, metrics: dict[str, Any], found: HeldOutEval | None) -> None:
+        if found is not None:
+            lines = "".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in found.samples)
+            write_text(self._folder.path / SAMPLES / f"step-{metrics['step']:06d}.jsonl", lines)
+        self._folder.log(metrics)
+        self._report(metrics)
+        if found is not None and self._draws:
             self._draw()
 
     def _draw(self) -> None:
-        if self._draws:
-            try:
-                draw_curves(self._folder.path / METRICS, self._folder.path / CURVES)
-            except MissingExtra as error:
-                log.info("no %s: %s", CURVES, error)
-                self._draws = False
+        try:
+            draw_curves(self._folder.path / METRICS, self._folder.path / CURVES)
+        except MissingExtra as error:
+            log.info("%s is not drawn: %s", CURVES, error)
+            self._draws = False

@@ -1,8 +1,8 @@
-"""Log-probabilities of given responses, with gradients where they are on.
+"""Log-probabilities of given responses, with gradients if they are enabled.
 
-What responses share in front, a user's signals or a prompt, is computed once for all of them, forwards and backwards:
-of G responses of S tokens behind a prompt of T, T + G S tokens pass through the model instead of G (T + S). Logits are
-computed where a response's token is predicted and nowhere else.
+A prefix that responses share, such as a user's signals, is computed once for all of them, in the forward and the
+backward pass: for G responses of S tokens to a prompt of T tokens, T + G S tokens pass through the model instead of
+G (T + S). Logits are computed only for the tokens of responses.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ from transformers import PreTrainedModel
 from popi.engine.cache import Layout
 from popi.engine.packing import Row, Scored, pack, tokens_of
 from popi.engine.scoring import ResponseLogits, response_logits
-from popi.training.objective import Over
+from popi.training.objective import Reduction
 
 Found = TypeVar("Found")
 
 
 @dataclass(frozen=True, slots=True)
 class TokenLikelihood:
-    """Of each token of each response, padded on the right with zeros.
+    """Log-probabilities of R responses, padded on the right with zeros to T tokens.
 
     Attributes:
-        logps_R_T: Log-probabilities, in nats.
-        entropies_R_T: Entropies of what could have stood there, in nats, without gradients.
-        tokens: How many tokens the model has read for them.
+        logps_R_T: Log-probability of each token, in nats.
+        entropies_R_T: Entropy of the distribution of each token, in nats, without gradients.
+        tokens: Number of tokens that passed through the model.
     """
 
     logps_R_T: Tensor
@@ -45,26 +45,26 @@ class TokenLikelihood:
 
 @contextmanager
 def computing(model: PreTrainedModel) -> Iterator[None]:
-    """Within it a model computes as everywhere in joint training: without dropout, and on a GPU in bfloat16."""
+    """Puts a model into the mode of joint training: without dropout, and in bfloat16 autocast on a GPU."""
     training, on_gpu = model.training, model.device.type == "cuda"
     model.train(False)
     try:
         with torch.autocast("cuda", torch.bfloat16) if on_gpu else nullcontext():
             yield
     finally:
-        # TRL tells training from evaluation by it.
+        # TRL distinguishes training from evaluation by this flag.
         model.train(training)
 
 
 def in_memory_for(batch_tokens: int, compute: Callable[[list[Row]], Found], passes: Sequence[list[Row]]) -> list[Found]:
-    """Computes passes whose gradient is taken together, in memory for so many tokens or for the largest pass.
+    """Computes passes whose gradient is taken together, within a limit of memory.
 
-    The gradient runs through the last passes first, whose activations are kept; those of the others are computed again.
+    The backward pass starts with the last passes. Their activations are kept, those of earlier passes are recomputed.
 
     Args:
-        batch_tokens: The most tokens whose activations are kept.
-        compute: Computes a pass; the same each time.
-        passes: What to compute.
+        batch_tokens: Maximum number of tokens whose activations are kept. The last pass is always kept.
+        compute: Computes a pass. Its result must depend on the pass only.
+        passes: The passes.
     """
     read = accumulate(tokens_of(rows) for rows in reversed(passes))
     kept = max(1, sum(tokens <= batch_tokens for tokens in read))
@@ -80,14 +80,14 @@ def token_likelihood(
     layout: Layout,
     temperature: float = 1.0,
 ) -> TokenLikelihood:
-    """Log-probabilities token by token, for the writer's update.
+    """Computes the log-probability of each token of each response.
 
     Args:
-        model: The writer.
-        items: Prompts and what was sampled behind them.
-        batch_tokens: The most tokens of the rows of one forward pass, and of those that a gradient keeps in memory.
+        model: The model.
+        items: Prompts and responses.
+        batch_tokens: Maximum number of tokens of a forward pass, and of those whose activations are kept.
         layout: Layout of the batch.
-        temperature: Divides the logits, as it did when the responses were sampled.
+        temperature: Temperature at which the responses were sampled. It divides the logits.
     """
     width = max(len(item.response) for item in items)
     passes = list(pack(model, items, batch_tokens=batch_tokens, layout=layout))
@@ -108,28 +108,31 @@ def token_likelihood(
 
 
 def response_logps(
-    model: PreTrainedModel, items: Sequence[Scored], rows: Sequence[Row], *, over: Over = "sum"
+    model: PreTrainedModel, items: Sequence[Scored], rows: Sequence[Row], *, reduction: Reduction = "sum"
 ) -> Tensor:
-    """The log-probability of each response, in one forward pass: (items,), in nats; 0 for what is in no row.
+    """Computes the log-probability of each response in one forward pass.
 
     Args:
-        model: The model that scores.
+        model: The model.
         items: Prompts and responses.
-        rows: The pass.
-        over: Whether a response's tokens are summed or averaged.
+        rows: The rows of the pass.
+        reduction: How the tokens of a response are reduced.
+
+    Returns:
+        Log-probabilities ``[items]``, in nats; 0 for an item that is in no row.
     """
     with computing(model):
         found = response_logits(model, items, rows)
-    # Margins are small differences of large sums.
+    # Margins are small differences of large sums: sum in double precision.
     logps_N = -cross_entropy(found.logits_N_V.float(), found.targets_N, reduction="none").double()
     sums_I = logps_N.new_zeros(len(items)).index_add(0, found.items_N, logps_N)
-    if over == "sum":
+    if reduction == "sum":
         return sums_I
     return sums_I / torch.tensor([len(item.response) for item in items], device=sums_I.device)
 
 
 def _of_logits(found: ResponseLogits, temperature: float) -> tuple[Tensor, Tensor]:
-    """Log-probabilities and entropies of the tokens, (N,) each."""
+    """Log-probabilities and entropies of the tokens, ``[N]`` each."""
     all_N_V = (found.logits_N_V.float() / temperature).log_softmax(dim=-1)
     logps_N = all_N_V.gather(1, found.targets_N[:, None])[:, 0]
     with torch.no_grad():

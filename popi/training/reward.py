@@ -1,39 +1,45 @@
-"""What a summary earns: the loss of held-out pairs under it, which may teach the generator in the same pass."""
+"""The reward of a summary: the loss of held-out pairs under it, which can train the generator in the same passes."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 
 from popi.data.example import HeldOutPair
+from popi.roles import Failure
 from popi.seeds import seed_of
-from popi.summary import PreferenceSummary
-from popi.training.generator import GeneratorUpdate, check_finite, margin_figures
-from popi.training.objective import LOSSES, Loss, rewards
-from popi.training.scoring import Judged, PairScorer, Reference
+from popi.summary import Author, PreferenceSummary, Provenance, summarize_claims
+from popi.training.generator import GeneratorUpdate, check_finite, pair_metrics
+from popi.training.objective import LOSSES, LogRatios, Loss, rewards
+from popi.training.reference import Reference
+from popi.training.scoring import ConditionedPair, PairScorer
 
 
 class PairReward:
-    """Rewards summaries by the preference objective; an instance is a ``popi.training.writer.Earn``.
+    """Rewards summaries by the preference objective. It is a :class:`popi.training.writer.RewardFn`.
 
-    All summaries of a user in a step are judged by the same pairs. The generator, where it learns, learns from one of
-    them under each summary, each in its turn: a judgement costs a third of a lesson, and what a step needs is judges.
+    All summaries of a user in a step are scored on the same pairs. If the generator is trained, it is trained on one of
+    these pairs under each summary: scoring a pair costs a third of training on it.
+
+    A reply that is not a summary gets the reward of the summary that says "not enough evidence".
 
     Args:
         scorer: Scores with the generator.
         pairs: The held-out pairs of each user.
-        reference: Of these pairs.
+        reference: The reference of these pairs.
         loss: The objective.
-        beta: Its temperature in the generator's loss.
-        reward_beta: Its temperature in the reward.
-        pairs_per_summary: How many of a user's pairs judge a summary.
-        token_price: What a token that the generator is told costs.
-        seed: Of the run.
-        update: Updates the generator by the gradient of its loss on the same margins.
-        keep_gradient: Leave that gradient to an update that comes later, where the writer has the same weights.
+        beta: Beta in the generator's loss.
+        reward_beta: Beta in the reward.
+        pairs_per_summary: Number of a user's pairs that score a summary.
+        length_penalty: Cost of a token of the summary. Citations are not counted, because the generator never reads
+            them.
+        count_tokens: Counts the tokens of a text with the writer's tokenizer.
+        seed: Seed of the run.
+        update: Updates the generator with the gradient of its loss.
+        keep_gradient: Leave this gradient to a later update. Used if both roles share their weights.
     """
 
     def __init__(
@@ -46,68 +52,87 @@ class PairReward:
         beta: float,
         reward_beta: float,
         pairs_per_summary: int,
-        token_price: float,
+        length_penalty: float,
+        count_tokens: Callable[[str], int],
         seed: int,
         update: GeneratorUpdate | None = None,
         keep_gradient: bool = False,
     ) -> None:
         self._scorer, self._pairs, self._reference = scorer, pairs, reference
         self._loss, self._beta, self._reward_beta = LOSSES[loss], beta, reward_beta
-        self._count, self._price, self._seed = pairs_per_summary, token_price, seed
+        self._count, self._length_penalty, self._seed = pairs_per_summary, length_penalty, seed
+        self._count_tokens = count_tokens
         self._update, self._keep_gradient = update, keep_gradient
 
     def __call__(
-        self, users: list[int], summaries: list[PreferenceSummary], tokens: list[int], step: int
+        self, users: Sequence[int], replies: Sequence[PreferenceSummary | Failure], step: int
     ) -> tuple[list[float], dict[str, float]]:
-        """Rewards each summary, in nats, and tells of the pairs that judged them.
+        """Rewards each summary; see :class:`popi.training.writer.RewardFn`.
 
         Raises:
-            PopiError: If a loss or the norm of a gradient is no number.
+            PopiError: If a loss or the norm of a gradient is not finite.
         """
-        judges = [self._judges(user, step) for user in users]
+        summaries = [_no_evidence(reply) if isinstance(reply, Failure) else reply for reply in replies]
+        chosen = [self._choose(user, step) for user in users]
+        read = self._scorer.tokens_read
+        trains = self._update is not None or self._keep_gradient
         items = [
-            Judged(summary.text, pair, self._reference[pair])
-            for summary, pairs in zip(summaries, judges, strict=True)
+            ConditionedPair(summary, pair, self._reference[pair])
+            for summary, pairs in zip(summaries, chosen, strict=True)
             for pair in pairs
         ]
-        read = self._scorer.tokens
-        learns = self._update is not None or self._keep_gradient
-        margins = self._score(items, _lessons(users, judges) if learns else [])
-        loss = self._loss(margins, self._beta).mean().item()
+        ratios = self._score(items, _trained(users, chosen) if trains else [])
+        loss = self._loss(ratios.margins_N, self._beta).mean().item()
         check_finite("the loss", loss, step)
-        figures = margin_figures(margins, loss)
-        figures["tokens/scoring"] = float(self._scorer.tokens - read)
+        metrics = {**pair_metrics(ratios, self._beta, loss), **_summary_metrics(replies, summaries)}
+        metrics["tokens/scoring"] = float(self._scorer.tokens_read - read)
         if self._update is not None:
-            figures["generator_grad_norm"] = self._update(step)
-        by_summary = self._loss(margins, self._reward_beta).split([len(pairs) for pairs in judges])
-        earned = [
-            rewards(part, torch.tensor(float(length)), self._price).item()
-            for part, length in zip(by_summary, tokens, strict=True)
-        ]
-        return earned, figures
+            metrics["generator/grad_norm"] = self._update(step)
+        losses = self._loss(ratios.margins_N, self._reward_beta).split([len(pairs) for pairs in chosen])
+        return [self._reward(part, summary) for part, summary in zip(losses, summaries, strict=True)], metrics
 
-    def _judges(self, user: int, step: int) -> list[HeldOutPair]:
+    def _reward(self, losses_P: torch.Tensor, summary: PreferenceSummary) -> float:
+        tokens = torch.tensor(float(self._count_tokens(summary.text)))
+        return rewards(losses_P, tokens, self._length_penalty).item()
+
+    def _choose(self, user: int, step: int) -> list[HeldOutPair]:
+        """The pairs that score a user's summaries in a step."""
         pairs = self._pairs[user]
         rng = np.random.default_rng(seed_of(self._seed, "pairs", step, user))
         return [pairs[place] for place in rng.permutation(len(pairs))[: self._count]]
 
-    def _score(self, items: Sequence[Judged], lessons: Sequence[int]) -> torch.Tensor:
-        """Margins: (items,); the gradient of the mean loss of the lessons among them is collected."""
-        margins = torch.zeros(len(items), dtype=torch.float64)
-        for chosen, margins_N in self._scorer.passes([items[place] for place in lessons]):
-            (self._loss(margins_N, self._beta).sum() / len(lessons)).backward()
-            margins[[lessons[index] for index in chosen]] = margins_N.detach().cpu()
-        others = sorted(set(range(len(items))) - set(lessons))
-        margins[others] = self._scorer.margins([items[place] for place in others])
-        return margins
+    def _score(self, items: Sequence[ConditionedPair], trained: Sequence[int]) -> LogRatios:
+        """Scores the items, and accumulates the gradient of the mean loss of those that the generator is trained on."""
+        ratios_2_N = torch.zeros(2, len(items), dtype=torch.float64)
+        for places, found in self._scorer.passes([items[place] for place in trained]):
+            (self._loss(found.margins_N, self._beta).sum() / len(trained)).backward()
+            at = [trained[place] for place in places]
+            ratios_2_N[:, at] = torch.stack([found.chosen_N, found.rejected_N]).detach().cpu()
+        others = sorted(set(range(len(items))) - set(trained))
+        found = self._scorer.ratios([items[place] for place in others])
+        ratios_2_N[:, others] = torch.stack([found.chosen_N, found.rejected_N])
+        return LogRatios(*ratios_2_N)
 
 
-def _lessons(users: Sequence[int], judges: Sequence[Sequence[HeldOutPair]]) -> list[int]:
-    """Which of the items teach: of the pairs under the n-th summary of a user, the n-th."""
+def _no_evidence(failure: Failure) -> PreferenceSummary:
+    return summarize_claims(failure.user_id, (), Provenance(author=Author.INFERRED))
+
+
+def _summary_metrics(
+    replies: Sequence[PreferenceSummary | Failure], summaries: Sequence[PreferenceSummary]
+) -> dict[str, float]:
+    """The share of replies that are not summaries, and of summaries without a claim, which include them."""
+    failed = sum(isinstance(reply, Failure) for reply in replies)
+    empty = sum(summary.status == "not_enough_evidence" for summary in summaries)
+    return {"summaries/failed": failed / len(replies), "summaries/not_enough_evidence": empty / len(replies)}
+
+
+def _trained(users: Sequence[int], chosen: Sequence[Sequence[HeldOutPair]]) -> list[int]:
+    """Places of the items that the generator is trained on: the n-th pair under the n-th summary of a user."""
     seen: Counter[int] = Counter()
-    lessons, first = [], 0
-    for user, pairs in zip(users, judges, strict=True):
-        lessons.append(first + seen[user] % len(pairs))
+    places, first = [], 0
+    for user, pairs in zip(users, chosen, strict=True):
+        places.append(first + seen[user] % len(pairs))
         seen[user] += 1
         first += len(pairs)
-    return lessons
+    return places

@@ -11,13 +11,13 @@ Kind = Literal["writer", "generator", "both"]
 
 @dataclass(frozen=True, slots=True)
 class Phase:
-    """A stretch of a run in which one set of weights, or both, are updated.
+    """A part of a run in which one role, or both, are updated.
 
     Attributes:
-        name: Of its folder.
-        kind: What is updated.
-        first: Steps of the run before it.
-        steps: Its own.
+        name: Name of its folder.
+        kind: The roles that are updated.
+        first: Number of steps of the run before it.
+        steps: Number of its steps.
     """
 
     name: str
@@ -30,9 +30,9 @@ def phases_of(train: Kind, *, interleaved: bool, rounds: Sequence[int]) -> list[
     """The phases of a schedule, in order.
 
     Args:
-        train: Which roles learn.
-        interleaved: Whether both learn in the same steps, rather than the generator after the writer in each round.
-        rounds: Steps of each round.
+        train: The roles that are trained.
+        interleaved: Whether both are trained in the same steps, and not the generator after the writer in each round.
+        rounds: Number of steps of each round.
     """
     kinds: Sequence[Kind] = ("writer", "generator") if train == "both" and not interleaved else (train,)
     phases: list[Phase] = []

@@ -1,233 +1,223 @@
-"""The scorer: margins of preference pairs under summaries, in few forward passes."""
+"""The scorer: log-probability ratios of preference pairs under summaries, in few forward passes."""
 
 from __future__ import annotations
 
-import hashlib
-import json
-import logging
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from torch import Tensor
 
 from popi.data.example import HeldOutPair, PersonalizationExample
-from popi.engine.chat_tokens import ChatTokens
-from popi.engine.checks import verify
+from popi.engine.chat_tokens import ChatTokens, Rendered
+from popi.engine.checks import Abilities
 from popi.engine.packing import Row, Scored, pack, tokens_of
 from popi.errors import InputError
-from popi.io import read_json, write_text
-from popi.prompts import DEFAULT
+from popi.interface import Interface
+from popi.roles import AnswerFormat
+from popi.summary import PreferenceSummary, cap_tokens
 from popi.training.likelihood import in_memory_for, response_logps
-from popi.training.objective import Over, margin
+from popi.training.objective import LogRatios, Reduction
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-log = logging.getLogger(__name__)
+class PairLogps(NamedTuple):
+    """Log-probabilities of the two responses of a pair, in nats."""
+
+    chosen: float
+    rejected: float
+
+
+NO_REFERENCE = PairLogps(0.0, 0.0)
 
 
 @dataclass(frozen=True, slots=True)
-class Judged:
-    """A pair under a summary.
+class ConditionedPair:
+    """A pair under what the generator reads about the user.
 
     Attributes:
-        context: What the generator is told of the user; ``None`` is the bare prompt.
+        interface: What the generator reads; ``None`` gives the plain prompt.
         pair: The pair.
-        reference: log pi_ref(y_w|x) - log pi_ref(y_l|x) on the bare prompt, in nats.
+        reference: log pi_ref(y_w|x) and log pi_ref(y_l|x) on the plain prompt.
     """
 
-    context: str | None
+    interface: Interface | None
     pair: HeldOutPair
-    reference: float
+    reference: PairLogps
 
 
 class PairScorer:
-    """Scores pairs under summaries with one generator; gradients flow where they are on.
+    """Scores pairs with one generator. Gradients flow if they are enabled.
 
-    A prompt is computed once for its chosen and its rejected answer, and so is what prompts have in common in front.
+    A prompt is computed once for its chosen and its rejected response, and so is a prefix that prompts share.
 
     Args:
         model: The generator.
         tokens: Its tokenizer.
-        batch_tokens: The most tokens of one forward pass, prefixes included.
-        over: Whether the tokens of a response are summed or averaged.
+        format: Renders the prompts, as in serving.
+        abilities: The layout of a batch.
+        batch_tokens: Maximum number of tokens of a forward pass, including prefixes.
+        reduction: How the log-probabilities of a response's tokens are reduced.
 
     Attributes:
-        over: As given.
-        tokens: How many tokens the generator has read so far.
+        format: Renders the prompts.
+        reduction: As given.
+        tokens_read: Number of tokens that passed through the generator so far.
     """
 
     def __init__(
-        self, model: PreTrainedModel, tokens: ChatTokens, *, batch_tokens: int = 8192, over: Over = "sum"
+        self,
+        model: PreTrainedModel,
+        tokens: ChatTokens,
+        format: AnswerFormat,
+        *,
+        abilities: Abilities,
+        batch_tokens: int = 8192,
+        reduction: Reduction = "sum",
     ) -> None:
         self._model, self._tokens = model, tokens
-        self._batch_tokens = batch_tokens
-        self._layout = verify(model, tokens, str(model.config.name_or_path)).layout
+        self._batch_tokens, self._layout = batch_tokens, abilities.layout
         self._context: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-        self.over, self.tokens = over, 0
+        self.format, self.reduction, self.tokens_read = format, reduction, 0
 
-    def check(self, users: Sequence[PersonalizationExample], told: Sequence[str | None], *, longest: int = 0) -> None:
-        """Refuses users with a pair that would not fit the model's context under what the generator is told.
+    def check(
+        self, users: Sequence[PersonalizationExample], interfaces: Sequence[Interface | None], *, reserve: int = 0
+    ) -> None:
+        """Checks that every pair fits the model's context.
 
         Args:
             users: The users.
-            told: What it is told of each; empty where a summary, of which only the frame is known, is still to come.
-            longest: The most tokens of a summary that is still to come.
+            interfaces: What the generator reads about each user. An empty summary stands for one that is still to be
+                inferred.
+            reserve: Maximum number of tokens of a summary that is still to be inferred.
 
         Raises:
-            InputError: If there is one.
+            InputError: If a pair does not fit. The error names the user and the pair.
         """
-        room = math.inf if self._context is None else self._context - longest
-        beside = f"with a summary of {longest}" if longest else "with what the generator is told"
-        shorter = "lower writer.max_tokens, " if longest else ""
-        for user, context in zip(users, told, strict=True):
-            encoded = self._encode([Judged(context, pair, 0.0) for pair in user.tests], within=math.inf)
-            for place, answer in enumerate(encoded):
-                length = len(answer.prompt) + len(answer.response)
-                if length > room:
+        if self._context is None:
+            return
+        for user, interface in zip(users, interfaces, strict=True):
+            items = [ConditionedPair(interface, pair, NO_REFERENCE) for pair in user.tests]
+            prompts = self._render(items)
+            responses = self._encode_responses(items)
+            for item, prompt in zip(items, prompts, strict=True):
+                needed = len(prompt.tokens) + _longest(item, responses) + reserve
+                if needed > self._context:
+                    shorter = "lower writer.max_tokens, " if reserve else ""
                     raise InputError(
-                        f"user {user.user.user_id!r}: {_named(user.tests[place // 2])} takes {length} tokens, "
-                        f"which {beside} do not fit the context of {self._context}",
-                        fix=f"leave the pair out, {shorter}or take a model with a longer context",
+                        f"user {user.user.user_id!r}: {_name(item.pair)} needs {needed} tokens with its context, but "
+                        f"the model has a context of {self._context}",
+                        fix=f"remove the pair, {shorter}or use a model with a longer context",
                     )
 
-    def passes(self, items: Sequence[Judged]) -> Iterator[tuple[list[int], Tensor]]:
-        """Margins pass by pass, so that the gradient of one can be taken before the next is computed.
+    def passes(self, items: Sequence[ConditionedPair]) -> Iterator[tuple[list[int], LogRatios]]:
+        """Scores pass by pass, so that the gradient of a pass can be taken before the next one is computed.
 
         Args:
-            items: What to score.
+            items: The pairs.
 
         Yields:
-            Which of the items, and their margins h: (items of the pass,), in nats.
+            The places of the items of a pass, and their ratios.
 
         Raises:
-            InputError: If a conversation cannot be rendered or has no room in the model's context.
+            InputError: If a conversation cannot be rendered, or does not fit the model's context.
         """
-        answers, passes = self._packed(items)
+        sequences, passes = self._pack(items)
         for rows in passes:
-            yield self._of_pass(items, answers, rows)
+            yield self._of_pass(items, sequences, rows)
 
-    def margins_for_gradient(self, items: Sequence[Judged]) -> Tensor:
-        """Margins whose gradient is taken together, in memory for ``batch_tokens``: (items,), in nats, in any order.
+    def ratios_for_gradient(self, items: Sequence[ConditionedPair]) -> LogRatios:
+        """Scores all items for one gradient, in any order, within the memory for ``batch_tokens``.
 
         Raises:
             InputError: As :meth:`passes`.
         """
-        answers, passes = self._packed(items)
-        found = in_memory_for(self._batch_tokens, partial(self._of_pass, items, answers), passes)
-        return torch.cat([margins for _, margins in found])
+        sequences, passes = self._pack(items)
+        found = in_memory_for(self._batch_tokens, partial(self._of_pass, items, sequences), passes)
+        ratios = [ratios for _, ratios in found]
+        return LogRatios(torch.cat([each.chosen_N for each in ratios]), torch.cat([each.rejected_N for each in ratios]))
 
     @torch.no_grad()
-    def margins(self, items: Sequence[Judged]) -> Tensor:
-        """Margins without gradients: (items,), in nats."""
-        found = torch.zeros(len(items), dtype=torch.float64)
-        for chosen, margins in self.passes(items):
-            found[chosen] = margins.cpu()
-        return found
-
-    def _packed(self, items: Sequence[Judged]) -> tuple[list[Scored], list[list[Row]]]:
-        answers = self._encode(items, within=math.inf if self._context is None else self._context)
-        passes = list(pack(self._model, answers, batch_tokens=self._batch_tokens, layout=self._layout, together=2))
-        self.tokens += sum(map(tokens_of, passes))
-        return answers, passes
-
-    def _of_pass(self, items: Sequence[Judged], answers: list[Scored], rows: list[Row]) -> tuple[list[int], Tensor]:
-        logps = response_logps(self._model, answers, rows, over=self.over)
-        chosen = sorted({place // 2 for row in rows for place in row.items})
-        reference = logps.new_tensor([items[index].reference for index in chosen])
-        found = logps.view(-1, 2)[chosen]
-        return chosen, margin(found[:, 0], found[:, 1], reference)
-
-    def _encode(self, items: Sequence[Judged], *, within: float) -> list[Scored]:
-        """The chosen and the rejected answer of each item, one after the other."""
-        conversations = [DEFAULT.answer_messages(item.pair.prompt, item.context) for item in items]
-        prompts = self._tokens.render(conversations, answered=True)
-        texts = list(dict.fromkeys(text for item in items for text in (item.pair.chosen, item.pair.rejected)))
-        responses = dict(zip(texts, self._tokens.encode_responses(texts), strict=True))
-        made = []
-        for item, prompt in zip(items, prompts, strict=True):
-            answers = responses[item.pair.chosen], responses[item.pair.rejected]
-            length = len(prompt.tokens) + max(map(len, answers))
-            if prompt.error is not None:
-                raise InputError(f"{_named(item.pair)} cannot be scored: {prompt.error}", fix="leave it out")
-            if length > within:
-                raise InputError(
-                    f"{_named(item.pair)} takes {length} tokens with its context, and the model holds {within}",
-                    fix="leave it out, or take a model with a longer context",
-                )
-            made += [Scored(prompt.tokens, answer) for answer in answers]
-        return made
-
-
-def _named(pair: HeldOutPair) -> str:
-    return f"the pair of the prompt {pair.prompt[:60]!r}"
-
-
-def reference_key(pair: HeldOutPair) -> str:
-    """Names a pair by its content."""
-    return hashlib.sha256(json.dumps([pair.prompt, pair.chosen, pair.rejected]).encode()).hexdigest()[:20]
-
-
-class Reference:
-    """log pi_ref(y_w|x) - log pi_ref(y_l|x) of every pair, computed once and kept in a file.
-
-    The reference answers the bare prompt, so nothing that is trained changes it.
-
-    Args:
-        differences: By :func:`reference_key`, in nats.
-    """
-
-    def __init__(self, differences: dict[str, float]) -> None:
-        self._differences = differences
-
-    def __getitem__(self, pair: HeldOutPair) -> float:
-        """The difference of a pair."""
-        return self._differences[reference_key(pair)]
-
-    @classmethod
-    def of(
-        cls, pairs: Sequence[HeldOutPair], scorer: PairScorer, *, fingerprint: str, file: Path, batch: int = 512
-    ) -> Reference:
-        """Reads the file, or scores every pair and writes it.
-
-        Args:
-            pairs: All pairs that will be asked for.
-            scorer: Scores with the reference model.
-            fingerprint: Of the model's weights.
-            file: Where the differences are kept.
-            batch: Pairs at once.
+    def ratios(self, items: Sequence[ConditionedPair]) -> LogRatios:
+        """Scores all items without gradients, in order; double precision, on the CPU.
 
         Raises:
-            InputError: If the file was made by another model, with other templates or of other pairs, or a pair
-                cannot be scored.
+            InputError: As :meth:`passes`.
         """
-        wanted = {reference_key(pair): pair for pair in pairs}
-        made_of = {
-            "model": fingerprint,
-            "template_hash": DEFAULT.hash,
-            "over": scorer.over,
-            "pairs": hashlib.sha256("".join(sorted(wanted)).encode()).hexdigest()[:16],
-        }
-        if file.exists():
-            kept = read_json(file)
-            for name, value in made_of.items():
-                if not isinstance(kept, dict) or kept.get("made_of", {}).get(name) != value:
-                    back = "put the model back, or choose another folder"
-                    fix = back if name == "model" else "remove it"
-                    raise InputError(f"was made with another {name.replace('_', ' ')}", file=file, fix=fix)
-            return cls(kept["differences"])
-        differences: dict[str, float] = {}
-        names = list(wanted)
-        for start in range(0, len(names), batch):
-            part = names[start : start + batch]
-            bare = [Judged(None, wanted[name], 0.0) for name in part]
-            differences |= zip(part, scorer.margins(bare).tolist(), strict=True)
-            log.info("reference: %d of %d pairs scored", start + len(part), len(names))
-        write_text(file, json.dumps({"made_of": made_of, "differences": differences}) + "\n")
-        return cls(differences)
+        chosen, rejected = (torch.zeros(len(items), dtype=torch.float64) for _ in range(2))
+        for places, ratios in self.passes(items):
+            chosen[places], rejected[places] = ratios.chosen_N.cpu(), ratios.rejected_N.cpu()
+        return LogRatios(chosen, rejected)
+
+    def _pack(self, items: Sequence[ConditionedPair]) -> tuple[list[Scored], list[list[Row]]]:
+        sequences = self._encode(items)
+        passes = list(pack(self._model, sequences, batch_tokens=self._batch_tokens, layout=self._layout, together=2))
+        self.tokens_read += sum(map(tokens_of, passes))
+        return sequences, passes
+
+    def _of_pass(
+        self, items: Sequence[ConditionedPair], sequences: list[Scored], rows: list[Row]
+    ) -> tuple[list[int], LogRatios]:
+        logps = response_logps(self._model, sequences, rows, reduction=self.reduction)
+        places = sorted({place // 2 for row in rows for place in row.items})
+        ratios_N_2 = logps.view(-1, 2)[places] - logps.new_tensor([items[place].reference for place in places])
+        return places, LogRatios(*ratios_N_2.unbind(dim=1))
+
+    def _encode(self, items: Sequence[ConditionedPair]) -> list[Scored]:
+        """The chosen and the rejected response of each item, one after the other."""
+        responses = self._encode_responses(items)
+        prompts = self._fitting(items, responses)
+        for item, prompt in zip(items, prompts, strict=True):
+            if prompt.error is not None:
+                raise InputError(f"{_name(item.pair)} cannot be rendered: {prompt.error}", fix="remove the pair")
+            needed = len(prompt.tokens) + _longest(item, responses)
+            if self._context is not None and needed > self._context:
+                raise InputError(
+                    f"{_name(item.pair)} needs {needed} tokens with its context, but the model has a context of "
+                    f"{self._context}",
+                    fix="remove the pair, or use a model with a longer context",
+                )
+        return [
+            Scored(prompt.tokens, responses[text])
+            for item, prompt in zip(items, prompts, strict=True)
+            for text in (item.pair.chosen, item.pair.rejected)
+        ]
+
+    def _fitting(self, items: Sequence[ConditionedPair], responses: dict[str, list[int]]) -> list[Rendered]:
+        """Renders the prompts. A summary that does not fit the context with its pair is cut after a line.
+
+        Its length was limited in tokens of the writer, which may be fewer than those of the generator.
+        """
+        prompts = self._render(items)
+        for place, item in enumerate(items):
+            room = math.inf if self._context is None else self._context - _longest(item, responses)
+            if len(prompts[place].tokens) > room and isinstance(item.interface, PreferenceSummary):
+                prompts[place] = self._cut(item, item.interface, int(room))
+        return prompts
+
+    def _cut(self, item: ConditionedPair, summary: PreferenceSummary, room: int) -> Rendered:
+        def rendered(text: str) -> Rendered:
+            [prompt] = self._render([replace(item, interface=summary.model_copy(update={"text": text}))])
+            return prompt
+
+        return rendered(cap_tokens(summary.text, lambda text: len(rendered(text).tokens), room))
+
+    def _render(self, items: Sequence[ConditionedPair]) -> list[Rendered]:
+        conversations = [self.format.render(item.pair.prompt, item.interface) for item in items]
+        return self._tokens.render(conversations, answered=True)
+
+    def _encode_responses(self, items: Sequence[ConditionedPair]) -> dict[str, list[int]]:
+        texts = list(dict.fromkeys(text for item in items for text in (item.pair.chosen, item.pair.rejected)))
+        return dict(zip(texts, self._tokens.encode_responses(texts), strict=True))
+
+
+def _longest(item: ConditionedPair, responses: dict[str, list[int]]) -> int:
+    return max(len(responses[item.pair.chosen]), len(responses[item.pair.rejected]))
+
+
+def _name(pair: HeldOutPair) -> str:
+    return f"the pair with the prompt {pair.prompt[:60]!r}"

@@ -1,6 +1,6 @@
-"""What of TRL is used here, in one place, since it leans on private names of one minor version.
+"""The only import of TRL. The trainers use private names of one minor version of it.
 
-Where vLLM is installed TRL imports it, which takes seconds and is of no use here: rollouts are our own.
+If vLLM is installed, TRL imports it, which takes seconds. It is hidden here, because TRL's rollouts are not used.
 """
 
 from __future__ import annotations

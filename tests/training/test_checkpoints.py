@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
-from popi.training.checkpoints import Beside, last_complete
+from popi.training.checkpoints import CheckpointCallback, last_complete
 
 FILES = [
     "optimizer.pt",
@@ -12,7 +12,7 @@ FILES = [
     "trainer_state.json",
     "scheduler.pt",
     "rng_state.pth",
-    "beside.pt",
+    "state.pt",
     "complete",
 ]
 
@@ -27,7 +27,7 @@ def phase(tmp_path):
             (folder / name).write_bytes(b"0123456789")
         state = TrainerState(global_step=step)
         args = TrainingArguments(str(tmp_path), use_cpu=True)
-        Beside(lambda: {"weights": torch.zeros(3)}).on_save(args, state, TrainerControl())
+        CheckpointCallback(lambda: {"weights": torch.zeros(3)}).on_save(args, state, TrainerControl())
     return tmp_path
 
 
@@ -51,7 +51,7 @@ def test_a_damaged_checkpoint_is_skipped_in_one_line(phase, name, damage, caplog
     assert len(caplog.records) == (not (name == "complete" and damage == "missing"))
 
 
-def test_without_any_complete_checkpoint_the_phase_starts_anew(tmp_path):
+def test_without_a_complete_checkpoint_the_phase_starts_at_its_beginning(tmp_path):
     (tmp_path / "checkpoint-3").mkdir()
     assert last_complete(tmp_path) is None
     assert not list(tmp_path.iterdir())

@@ -5,14 +5,19 @@ import torch
 from transformers import TrainingArguments
 
 from popi.data.example import HeldOutPair
-from popi.engine.chat_tokens import ChatTokens
 from popi.errors import PopiError
 from popi.testing import tiny_model
-from popi.training.generator import GeneratorTrainer, GeneratorUpdate
-from popi.training.scoring import Judged, PairScorer
+from popi.training.generator import GeneratorTrainer, GeneratorUpdate, pair_metrics
+from popi.training.objective import LogRatios
+from popi.training.scoring import ConditionedPair, PairLogps
+from tests.training.helpers import scorer_of, summary
 
 ITEMS = [
-    Judged(context, HeldOutPair(prompt=f"What about {n}?", chosen=f"This {n}.", rejected="That, I think."), 0.1 * n)
+    ConditionedPair(
+        context and summary(context),
+        HeldOutPair(prompt=f"What about {n}?", chosen=f"This {n}.", rejected="That, I think."),
+        PairLogps(0.1 * n, 0.3),
+    )
     for n, context in enumerate(["- short", None, "- long answers", "- emoji"])
 ]
 
@@ -37,7 +42,7 @@ def trained(tmp_path, batch, accumulated):
             remove_unused_columns=False,
             use_cpu=True,
         ),
-        scorer=PairScorer(model, ChatTokens(tokenizer, "tiny")),
+        scorer=scorer_of(model, tokenizer),
         items=ITEMS,
         loss="dpo",
         beta=0.1,
@@ -47,23 +52,41 @@ def trained(tmp_path, batch, accumulated):
 
 
 @pytest.mark.parametrize(("batch", "accumulated"), [(2, 2), (1, 4)])
-def test_the_pairs_of_a_step_teach_the_same_in_one_batch_and_in_several(tmp_path, batch, accumulated):
+def test_a_step_is_the_same_in_one_batch_and_in_several(tmp_path, batch, accumulated):
     whole, logged = trained(tmp_path, 4, 1)
     parts, logged_in_parts = trained(tmp_path, batch, accumulated)
     before = torch.cat([value.detach().flatten() for value in tiny_model()[0].parameters()])
     assert (whole - before).abs().max() > 1e-4
     assert (whole - parts).abs().max() < 1e-6
-    for name in ("margin", "accuracy", "generator_loss", "tokens/update"):
+    for name in (
+        "rewards/chosen",
+        "rewards/rejected",
+        "rewards/margins",
+        "rewards/accuracies",
+        "generator/loss",
+        "tokens/update",
+    ):
         assert logged_in_parts[name] == pytest.approx(logged[name], abs=1e-5)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_gradient_that_is_no_number_is_not_followed(value):
+def test_a_gradient_that_is_not_finite_is_not_applied(value):
     model, _ = tiny_model()
-    update = GeneratorUpdate(model, learning_rate=0.1, steps=2, warmup=0, clip=1.0)
+    update = GeneratorUpdate(model, learning_rate=0.1, steps=2, warmup=0, max_grad_norm=1.0)
     for parameter in model.parameters():
         parameter.grad = torch.full_like(parameter, value)
-    with pytest.raises(PopiError, match=r"the norm of the generator's gradient became (nan|inf) after 4 steps; lower"):
+    with pytest.raises(PopiError, match=r"the gradient norm of the generator became (nan|inf) after 4 steps; lower"):
         update(4)
     untouched = tiny_model()[0].state_dict()
     assert all(torch.equal(weight, untouched[name]) for name, weight in model.state_dict().items())
+
+
+def test_the_metrics_of_pairs_by_hand():
+    ratios = LogRatios(torch.tensor([2.0, -1.0]), torch.tensor([1.0, 1.0]))
+    assert pair_metrics(ratios, 0.5, 0.7) == {
+        "rewards/chosen": 0.25,
+        "rewards/rejected": 0.5,
+        "rewards/margins": -0.25,
+        "rewards/accuracies": 0.5,
+        "generator/loss": 0.7,
+    }

@@ -1,4 +1,4 @@
-"""Joint training with tiny models: what moves, what stays, and that an interruption changes nothing."""
+"""Joint training with tiny models: which weights change, and that an interruption changes nothing."""
 
 import gc
 import json
@@ -27,7 +27,9 @@ from popi.testing import tiny_model
 from popi.training import joint
 from popi.training.contexts import Contexts
 from popi.training.generator import GeneratorTrainer
-from popi.training.users import read_people
+from popi.training.objective import LogRatios
+from popi.training.scoring import PairScorer
+from popi.training.users import read_users
 from popi.training.writer import WriterTrainer
 from tests.hub import in_hub_cache
 
@@ -47,7 +49,7 @@ def models(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def people(tmp_path_factory):
+def users(tmp_path_factory):
     """Twelve users in a file, one of them without evidence."""
     path = tmp_path_factory.mktemp("data") / "users.jsonl"
     write_jsonl(
@@ -74,18 +76,18 @@ def people(tmp_path_factory):
 
 
 @pytest.fixture
-def recipe(models, people, tmp_path):
+def recipe(models, users, tmp_path):
     """Makes a recipe of a few steps."""
 
     def make(**changes):
         tree = {
             "task": "joint",
             "name": "tiny",
-            "data": {"file": str(people)},
+            "data": {"file": str(users)},
             "writer": {
                 "model": str(models / "one"),
                 "learning_rate": 0.01,
-                "samples": 3,
+                "num_generations": 3,
                 "max_tokens": 8,
                 "temperature": 1.0,
             },
@@ -117,7 +119,7 @@ def weights(folder):
     return load_file(folder / "model.safetensors")
 
 
-def moved(before, after):
+def changed(before, after):
     return {name for name, value in before.items() if not torch.equal(value, after[name])}
 
 
@@ -135,29 +137,28 @@ def same_model(recipe, models, changes):
 
 
 @pytest.mark.parametrize("changes", SCHEDULES, ids=str)
-def test_every_weight_of_both_roles_moves(recipe, models, tmp_path, changes):
+def test_every_weight_of_both_roles_changes(recipe, models, tmp_path, changes):
     resolved = same_model(recipe, models, changes)
     trained = train(resolved, tmp_path / "run")
     for role, name in (("writer", resolved.writer.model), ("generator", resolved.generator.model)):
         before = weights(models / name.rpartition("/")[2])
-        assert moved(before, trained[role]) == set(before)
+        assert changed(before, trained[role]) == set(before)
     if resolved.shared:
-        assert not moved(trained["writer"], trained["generator"])
+        assert not changed(trained["writer"], trained["generator"])
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     steps = resolved.steps * (1 if resolved.schedule == "interleaved" else 2)
     assert [line["step"] for line in lines] == list(range(1, steps + 1))
     assert all(0 <= line["held_out"]["accuracy"] <= 1 for line in lines if "held_out" in line)
     for line in lines:
         parts = {"update"} if line["phase"].endswith("generator") else {"rollout", "scoring", "update"}
-        assert {"margin", "accuracy", *(f"{what}/{part}" for what in ("seconds", "tokens") for part in parts)} <= set(
-            line
-        )
-    # The summaries that a generator learns under are sampled before its first step.
+        assert {"rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies"} <= set(line)
+        assert {f"{what}/{part}" for what in ("seconds", "tokens") for part in parts} <= set(line)
+    # The summaries for a generator that is trained apart are sampled before its first step.
     sampled = [line["step"] for line in lines if line.get("tokens/rollout")]
     alone = {"sequential": [1, 2, 3, 4], "alternating": [1, 2, 3, 5, 6, 7], "interleaved": [1, 2, 3]}
     assert sampled == alone[resolved.schedule]
     spent = sum(line.get("tokens/rollout", 0) for line in lines)
-    assert 0 < spent <= resolved.cost()["rollout_tokens_at_most"]
+    assert 0 < spent <= resolved.cost()["max_rollout_tokens"]
     for role in trained:
         card = (tmp_path / "run" / role / "README.md").read_text()
         assert f"# tiny-{role}" in card and "| command | `popi train a test` |" in card
@@ -176,11 +177,11 @@ def test_every_weight_of_both_roles_moves(recipe, models, tmp_path, changes):
     ],
     ids=str,
 )
-def test_alone_one_learns_and_the_other_stays(recipe, models, tmp_path, changes, role):
+def test_a_role_alone_is_trained_and_the_other_does_not_change(recipe, models, tmp_path, changes, role):
     trained = train(recipe(**changes), tmp_path / "run")
     assert list(trained) == [role]
     before = weights(models / {"writer": "one", "generator": "two"}[role])
-    assert moved(before, trained[role]) == set(before)
+    assert changed(before, trained[role]) == set(before)
     # What stays is kept beside the checkpoints, in full precision.
     [phase] = (tmp_path / "run" / "phases").iterdir()
     assert [path.name for path in phase.iterdir()] == ["weights.pt"]
@@ -216,7 +217,9 @@ def test_a_resumed_run_ends_with_the_weights_of_a_straight_one(recipe, models, t
 
     def figures(name):
         lines = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
-        return [{key: line.get(key) for key in ("step", "phase", "reward", "margin", "held_out")} for line in lines]
+        return [
+            {key: line.get(key) for key in ("step", "phase", "reward", "rewards/margins", "held_out")} for line in lines
+        ]
 
     assert figures("straight") == figures("resumed")
     # A finished run is left as it is, and freed of what a run that was killed when it had ended may leave.
@@ -228,16 +231,16 @@ def test_a_resumed_run_ends_with_the_weights_of_a_straight_one(recipe, models, t
     assert list(again.parent.iterdir()) == [again]
 
 
-def test_a_run_resumed_in_a_later_round_of_its_users_meets_them_in_the_same_order(recipe, tmp_path):
+def test_a_run_resumed_in_a_later_epoch_has_the_same_order_of_users(recipe, tmp_path):
     resolved = recipe(steps=6, evaluate_every=9)
     straight = train(resolved, tmp_path / "straight")
     with pytest.raises(Stopped):
         train(resolved, tmp_path / "resumed", stop_at(6))
     resumed = train(resolved, tmp_path / "resumed")
-    assert not moved(straight["writer"], resumed["writer"])
+    assert not changed(straight["writer"], resumed["writer"])
 
 
-def test_killed_at_any_moment_it_goes_on(recipe, tmp_path):
+def test_a_run_that_was_killed_resumes(recipe, tmp_path):
     recipe()
     command = [sys.executable, "-m", "popi", "train", str(tmp_path / "recipe.yaml"), "--out"]
     subprocess.run([*command, str(tmp_path / "straight")], check=True, capture_output=True, timeout=300)
@@ -253,16 +256,15 @@ def test_killed_at_any_moment_it_goes_on(recipe, tmp_path):
         process.communicate()
     subprocess.run([*command, str(tmp_path / "killed")], check=True, capture_output=True, timeout=300)
     for role in ("writer", "generator"):
-        assert not moved(weights(tmp_path / "straight" / role), weights(tmp_path / "killed" / role))
+        assert not changed(weights(tmp_path / "straight" / role), weights(tmp_path / "killed" / role))
 
 
-def test_a_loss_that_is_no_number_stops_the_run(recipe, models, tmp_path, monkeypatch):
-    from popi.training.scoring import PairScorer
-
+def test_a_loss_that_is_not_finite_stops_the_run(recipe, models, tmp_path, monkeypatch):
     passes = PairScorer.passes
 
     def broken(self, items):
-        return ((chosen, found * float("nan")) for chosen, found in passes(self, items))
+        nan = float("nan")
+        return ((at, LogRatios(nan * found.chosen_N, found.rejected_N)) for at, found in passes(self, items))
 
     monkeypatch.setattr(PairScorer, "passes", broken)
     with pytest.raises(PopiError, match=r"the loss became nan after 0 steps; lower the learning rate"):
@@ -283,14 +285,14 @@ def test_a_generator_that_diverges_in_the_last_step_is_not_saved(recipe, tmp_pat
 
 
 @pytest.mark.parametrize("room", [2_000, 200_000])
-def test_where_a_file_has_no_room_the_run_says_so_and_goes_on_later(recipe, tmp_path, room):
+def test_a_run_on_a_full_disk_fails_in_one_line_and_resumes_later(recipe, tmp_path, room):
     recipe()
     command = [sys.executable, "-m", "popi", "train", str(tmp_path / "recipe.yaml"), "--out", str(tmp_path / "run")]
     limit = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (room, room))
     full = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300, preexec_fn=limit)
     assert full.returncode == 1
     last = full.stderr.splitlines()[-1]
-    assert "cannot write" in last and last.endswith("once that is mended, the same command goes on")
+    assert "cannot write" in last and "same command" in last
     assert "Traceback" not in full.stderr
     subprocess.run(command, check=True, capture_output=True, timeout=300)
     assert (tmp_path / "run" / "generator" / "model.safetensors").exists()
@@ -307,11 +309,11 @@ def test_where_a_file_has_no_room_the_run_says_so_and_goes_on_later(recipe, tmp_
     ids=str,
 )
 def test_a_pair_of_a_held_out_user_that_is_too_long_is_known_before_the_first_step(
-    recipe, people, tmp_path, changes, answers
+    recipe, users, tmp_path, changes, answers
 ):
     resolved = recipe(**changes, **{"data.file": str(tmp_path / "users.jsonl")})
-    held_out = read_people(people, users=None, held_out=resolved.evaluate_users, seed=resolved.seed).held_out[0]
-    made = [example for _, example in read_jsonl(people, PersonalizationExample)]
+    held_out = read_users(users, users=None, held_out=resolved.evaluate_users, seed=resolved.seed).held_out[0]
+    made = [example for _, example in read_jsonl(users, PersonalizationExample)]
     long = HeldOutPair(prompt="?", chosen="7" * answers, rejected="No.")
     write_jsonl(
         tmp_path / "users.jsonl",
@@ -320,7 +322,7 @@ def test_a_pair_of_a_held_out_user_that_is_too_long_is_known_before_the_first_st
             for example in made
         ],
     )
-    with pytest.raises(InputError, match=f"user '{held_out.user.user_id}': the pair of the prompt '.' takes"):
+    with pytest.raises(InputError, match=f"user '{held_out.user.user_id}': the pair with the prompt '.' needs"):
         train(resolved, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
@@ -331,12 +333,12 @@ def test_a_folder_of_another_recipe_is_refused(recipe, tmp_path):
         train(recipe(steps=2), tmp_path / "run")
 
 
-def test_other_signals_are_other_data(recipe, people, tmp_path):
+def test_other_signals_are_other_data(recipe, users, tmp_path):
     copy = tmp_path / "users.jsonl"
-    copy.write_text(people.read_text())
+    copy.write_text(users.read_text())
     resolved = recipe(**{"data.file": str(copy), "steps": 1})
     train(resolved, tmp_path / "run")
-    copy.write_text(people.read_text().replace("I like answer", "I hate answer"))
+    copy.write_text(users.read_text().replace("I like answer", "I hate answer"))
     with pytest.raises(InputError, match=r"was made with data .*; put the data back, or choose another"):
         train(resolved, tmp_path / "run")
 
@@ -346,11 +348,11 @@ def test_a_damaged_checkpoint_is_skipped_for_the_one_before_it(recipe, tmp_path,
     with pytest.raises(Stopped):
         train(recipe(), tmp_path / "run", stop_at(3))
     damaged = tmp_path / "run" / "phases" / "1-both" / "checkpoint-2"
-    (damaged / "beside.pt").write_bytes(b"half a file")
+    (damaged / "state.pt").write_bytes(b"half a file")
     resumed = train(recipe(), tmp_path / "run")
-    assert f"{damaged} is damaged (beside.pt has 11 bytes, not " in caplog.text
+    assert f"{damaged} is damaged (state.pt has 11 bytes, not " in caplog.text
     for role, weights_of in straight.items():
-        assert not moved(weights_of, resumed[role])
+        assert not changed(weights_of, resumed[role])
 
 
 @pytest.mark.parametrize("role", ["writer", "generator"])
@@ -383,8 +385,8 @@ def test_a_model_of_the_hub_is_its_commit_for_the_whole_run(recipe, models, tmp_
     in_hub_cache(tmp_path / "hub", "org/one", "0a1b", models / "one")
     assert python(*command).returncode == 0
     # The reference of the KL divergence is read from where the model says that it comes from.
-    told = "pair.Pair('org/one', 'org/one', shared=True, batch_tokens=256, over='sum').writer.config.name_or_path"
-    assert python("-c", f"from popi.training import pair; print({told})").stdout.endswith("snapshots/0a1b\n")
+    name = "print(models._load('org/one')[0].config.name_or_path)"
+    assert python("-c", f"from popi.training import models; {name}").stdout.endswith("snapshots/0a1b\n")
     in_hub_cache(tmp_path / "hub", "org/one", "2c3d", models / "one")
     refused = python(*command)
     assert refused.returncode == 2
@@ -431,7 +433,7 @@ def test_summaries_that_the_generator_learns_from_are_sampled_once(recipe, tmp_p
     monkeypatch.setattr("popi.training.contexts.CHUNK", 2)
     resolved = recipe(schedule="sequential", steps=4)
     straight = train(resolved, tmp_path / "straight")
-    sample = Contexts._chunk
+    sample = Contexts._sample
     sampled = []
 
     def counted(self, users, **options):
@@ -440,7 +442,7 @@ def test_summaries_that_the_generator_learns_from_are_sampled_once(recipe, tmp_p
         sampled.append([user.user.user_id for user in users])
         return sample(self, users, **options)
 
-    monkeypatch.setattr(Contexts, "_chunk", counted)
+    monkeypatch.setattr(Contexts, "_sample", counted)
     with pytest.raises(Stopped):
         train(resolved, tmp_path / "resumed")
     (tmp_path / "resumed" / "mended").touch()
@@ -450,7 +452,7 @@ def test_summaries_that_the_generator_learns_from_are_sampled_once(recipe, tmp_p
     asked = [user for chunk in sampled for user in chunk]
     assert len(sampled) > 3 and len(asked) == len(set(asked))
     for role in straight:
-        assert not moved(straight[role], resumed[role])
+        assert not changed(straight[role], resumed[role])
 
 
 def test_no_two_phases_draw_the_same(recipe, tmp_path, monkeypatch):
@@ -480,14 +482,14 @@ def test_a_folder_of_something_else_is_left_as_it_is(recipe, tmp_path):
         train(recipe(), thesis)
 
 
-def test_what_was_refused_before_it_began_may_be_mended(recipe, tmp_path):
+def test_a_run_that_was_refused_leaves_no_folder(recipe, tmp_path):
     with pytest.raises(InputError):
         train(recipe(**{"writer.model": str(tmp_path / "nowhere")}), tmp_path / "run")
     assert not (tmp_path / "run").exists()
     train(recipe(steps=1), tmp_path / "run")
 
 
-def test_who_comes_second_into_a_folder_changes_nothing(recipe, tmp_path):
+def test_a_second_process_in_a_folder_changes_nothing(recipe, tmp_path):
     first, second = recipe(steps=1), recipe(steps=2)
     with RunFolder.open(tmp_path / "run", first) as folder:
         with pytest.raises(PopiError, match="is being written by another process"):
@@ -504,47 +506,49 @@ def test_out_of_memory_is_one_line(recipe, tmp_path, monkeypatch, where):
     monkeypatch.setattr(where, full)
     with pytest.raises(PopiError) as caught:
         train(recipe(), tmp_path / "run")
-    assert str(caught.value) == joint.NO_MEMORY and "\n" not in str(caught.value)
-    assert "a lower batch_tokens, with a lower writer.samples or writer.max_tokens" in joint.NO_MEMORY
+    assert str(caught.value) == joint.OUT_OF_MEMORY and "\n" not in str(caught.value)
+    assert "lower batch_tokens, writer.num_generations or writer.max_tokens" in joint.OUT_OF_MEMORY
 
 
 def test_one_gpu_at_a_time(recipe, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    with pytest.raises(ConfigError, match="2 GPUs are visible, and a run uses one; show it one: CUDA_"):
+    with pytest.raises(ConfigError, match="2 GPUs are visible, but a run uses one; make one visible: CUDA_"):
         train(recipe(), tmp_path / "run")
 
 
 def test_one_process_at_a_time(recipe, tmp_path, monkeypatch):
     monkeypatch.setattr("popi.training.joint.PartialState", lambda: SimpleNamespace(num_processes=2))
-    with pytest.raises(ConfigError, match="2 processes were started, and a run is one; start it without torchrun or"):
+    with pytest.raises(ConfigError, match="2 processes were started, but a run uses one; start it without torchrun or"):
         train(recipe(), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
-def test_without_matplotlib_the_run_says_once_that_there_are_no_curves(recipe, tmp_path, caplog, monkeypatch):
+def test_without_matplotlib_the_run_logs_once_that_there_are_no_curves(recipe, tmp_path, caplog, monkeypatch):
     caplog.set_level("INFO", logger="popi.training.joint")
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     train(recipe(evaluate_every=1), tmp_path / "run")
     said = [message for message in caplog.messages if "curves.png" in message]
-    assert said == ["no curves.png: matplotlib is not installed; install it with: pip install 'popi[bench]'"]
+    assert said == ["curves.png is not drawn: matplotlib is not installed; install it with: pip install 'popi[bench]'"]
     assert not (tmp_path / "run" / "curves.png").exists()
 
 
-def test_a_warmup_that_no_phase_outlasts_is_told(recipe, tmp_path, caplog):
+def test_a_warmup_as_long_as_a_phase_is_logged(recipe, tmp_path, caplog):
     caplog.set_level("INFO", logger="popi.training.joint")
     train(recipe(schedule="alternating", steps=4, warmup=2), tmp_path / "run")
-    assert "learning rates rise for 2 steps, and a phase has 2: they have no peak" in caplog.messages
+    assert "warmup (2 steps) is not shorter than a phase (2 steps)" in caplog.messages
     caplog.clear()
     train(recipe(steps=2), tmp_path / "another")
-    assert not any("peak" in message for message in caplog.messages)
+    assert not any("warmup" in message for message in caplog.messages)
 
 
 def test_users_of_a_file_with_fewer_pairs_than_wanted_are_counted(recipe, tmp_path, caplog):
     caplog.set_level("INFO", logger="popi.training.joint")
     train(recipe(pairs_per_summary=3, steps=1), tmp_path / "run")
-    assert "8 of 8 users have fewer than 3 pairs, and all of theirs judge their summaries" in caplog.messages
+    assert "8 of 8 users have fewer than 3 pairs; all of their pairs score their summaries" in caplog.messages
 
 
 def test_a_file_with_too_few_users_says_so(recipe, tmp_path):
-    with pytest.raises(InputError, match=r"11 of 12 users have evidence and pairs; 30 are held out, and none is left"):
+    with pytest.raises(
+        InputError, match=r"11 of 12 users have evidence and pairs; 30 are held out, and none is left for"
+    ):
         train(recipe(evaluate_users=30), tmp_path / "run")

@@ -104,11 +104,12 @@ def test_entropies_are_those_of_the_whole_distribution():
 
 
 @pytest.mark.parametrize("layout", ["shared", "padded"])
-@pytest.mark.parametrize("over", ["sum", "mean"])
-def test_responses_keep_their_order_whatever_they_share(layout, over):
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+def test_responses_keep_their_order_whatever_they_share(layout, reduction):
     model, _ = tiny_model()
     given = items()
     given = given[::2] + given[1::2]
-    expected = torch.stack([getattr(plain(model, item), over)() for item in given])
+    expected = torch.stack([getattr(plain(model, item), reduction)() for item in given])
     (rows,) = pack(model, given, batch_tokens=100_000, layout=layout)
-    torch.testing.assert_close(response_logps(model, given, rows, over=over).float(), expected, atol=1e-4, rtol=1e-5)
+    found = response_logps(model, given, rows, reduction=reduction).float()
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-5)

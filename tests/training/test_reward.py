@@ -1,16 +1,19 @@
-"""What summaries earn, and what the generator learns from the same pairs."""
+"""The rewards of summaries, and the training of the generator on the same pairs."""
 
 import pytest
 import torch
 
 from popi.data.example import HeldOutPair
-from popi.engine.chat_tokens import ChatTokens
 from popi.errors import PopiError
-from popi.summary import Author, PreferenceSummary, Provenance
+from popi.roles import Failure, SummaryPrompt
+from popi.signals import Statement, UserSignals
 from popi.testing import tiny_model
 from popi.training.objective import dpo_loss
+from popi.training.reference import Reference, reference_key
 from popi.training.reward import PairReward
-from popi.training.scoring import Judged, PairScorer, Reference, reference_key
+from popi.training.scoring import ConditionedPair, PairLogps
+from popi_inference.format import PromptedSummary
+from tests.training.helpers import scorer_of, summary
 
 PAIRS = [
     [
@@ -20,14 +23,16 @@ PAIRS = [
     for n in range(2)
 ]
 REFERENCE = Reference(
-    {reference_key(pair): 0.1 * place for place, pair in enumerate(pair for pairs in PAIRS for pair in pairs)}
+    {
+        reference_key(pair): PairLogps(0.1 * place, -0.2)
+        for place, pair in enumerate(pair for pairs in PAIRS for pair in pairs)
+    }
 )
 USERS = [0, 0, 1, 1]
 SUMMARIES = [
-    PreferenceSummary(user_id=str(user), text=text, provenance=Provenance(author=Author.INFERRED))
+    summary(text, str(user))
     for user, text in zip(USERS, ["- short", "- long answers", "- emoji", "- no emoji at all"], strict=True)
 ]
-TOKENS = [3, 4, 3, 6]
 
 
 @pytest.fixture
@@ -36,68 +41,88 @@ def model():
 
 
 def reward_of(model, **options):
-    scorer = PairScorer(model, ChatTokens(tiny_model()[1], "tiny"))
+    scorer = scorer_of(model, tiny_model()[1])
     settings = {
         "loss": "dpo",
         "beta": 0.1,
         "reward_beta": 0.3,
         "pairs_per_summary": 3,
-        "token_price": 0.0,
+        "length_penalty": 0.0,
+        "count_tokens": lambda text: len(text.split()),
         "seed": 0,
         **options,
     }
     return scorer, PairReward(scorer, PAIRS, REFERENCE, **settings)
 
 
-def judged(earn, step):
-    """The items of each summary, in the order in which they judge it."""
+def items_of(reward, step):
+    """The items of each summary, in order."""
     return [
-        [Judged(summary.text, pair, REFERENCE[pair]) for pair in earn._judges(user, step)]
+        [ConditionedPair(summary, pair, REFERENCE[pair]) for pair in reward._choose(user, step)]
         for user, summary in zip(USERS, SUMMARIES, strict=True)
     ]
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])
 @pytest.mark.parametrize("learns", [False, True])
-def test_a_summary_earns_minus_the_mean_loss_of_its_pairs_and_pays_for_its_tokens(model, count, learns):
-    scorer, earn = reward_of(model, pairs_per_summary=count, token_price=0.5, keep_gradient=learns)
-    earned, figures = earn(USERS, SUMMARIES, TOKENS, 4)
+def test_a_reward_is_minus_the_mean_loss_and_the_length_penalty(model, count, learns):
+    scorer, reward = reward_of(model, pairs_per_summary=count, length_penalty=0.5, keep_gradient=learns)
+    earned, metrics = reward(USERS, SUMMARIES, 4)
     expected = [
-        -dpo_loss(scorer.margins(items), 0.3).mean().item() - 0.5 * tokens
-        for items, tokens in zip(judged(earn, 4), TOKENS, strict=True)
+        -dpo_loss(scorer.ratios(items).margins_N, 0.3).mean().item() - 0.5 * len(summary.text.split())
+        for items, summary in zip(items_of(reward, 4), SUMMARIES, strict=True)
     ]
     assert earned == pytest.approx(expected, abs=1e-4)
-    assert 0 <= figures["accuracy"] <= 1
+    assert 0 <= metrics["rewards/accuracies"] <= 1
 
 
-def test_the_generator_learns_from_one_pair_of_each_summary_in_turn(model):
-    scorer, earn = reward_of(model, keep_gradient=True)
-    earn(USERS, SUMMARIES, TOKENS, 4)
+def test_the_generator_is_trained_on_one_pair_of_each_summary_in_turn(model):
+    scorer, reward = reward_of(model, keep_gradient=True)
+    reward(USERS, SUMMARIES, 4)
     found = torch.cat([value.grad.flatten() for value in model.parameters()])
     model.zero_grad()
-    one, two, three, four = judged(earn, 4)
-    lessons = [one[0], two[1], three[0], four[1]]
-    for _, margins in scorer.passes(lessons):
-        (dpo_loss(margins, 0.1).sum() / len(lessons)).backward()
+    one, two, three, four = items_of(reward, 4)
+    trained = [one[0], two[1], three[0], four[1]]
+    for _, ratios in scorer.passes(trained):
+        (dpo_loss(ratios.margins_N, 0.1).sum() / len(trained)).backward()
     expected = torch.cat([value.grad.flatten() for value in model.parameters()])
     assert (found - expected).abs().max() <= 1e-4 * expected.abs().max()
 
 
-def test_where_nobody_learns_no_gradient_is_collected(model):
-    _, earn = reward_of(model)
-    earn(USERS, SUMMARIES, TOKENS, 0)
+def test_without_training_there_is_no_gradient(model):
+    _, reward = reward_of(model)
+    reward(USERS, SUMMARIES, 0)
     assert all(value.grad is None for value in model.parameters())
 
 
-def test_summaries_of_a_user_have_the_same_judges_and_a_step_has_its_own(model):
-    _, earn = reward_of(model, pairs_per_summary=2)
-    assert earn._judges(0, 1) == earn._judges(0, 1)
-    assert len({tuple(pair.prompt for pair in earn._judges(0, step)) for step in range(10)}) > 1
+def test_all_summaries_of_a_user_in_a_step_have_the_same_pairs(model):
+    _, reward = reward_of(model, pairs_per_summary=2)
+    assert reward._choose(0, 1) == reward._choose(0, 1)
+    assert len({tuple(pair.prompt for pair in reward._choose(0, step)) for step in range(10)}) > 1
 
 
-def test_a_loss_that_is_no_number_is_an_error(model):
-    _, earn = reward_of(model)
+def test_a_loss_that_is_not_finite_is_an_error(model):
+    _, reward = reward_of(model)
     with torch.no_grad():
         model.get_output_embeddings().weight.fill_(float("nan"))
     with pytest.raises(PopiError, match="the loss became nan after 7 steps"):
-        earn(USERS, SUMMARIES, TOKENS, 7)
+        reward(USERS, SUMMARIES, 7)
+
+
+def test_a_reply_that_is_not_a_summary_is_rewarded_as_not_enough_evidence(model):
+    _, reward = reward_of(model, length_penalty=0.5)
+    nothing = summary("", "0").edit("")
+    (of_failure, metrics), (of_nothing, others) = (
+        reward([0], [reply], 4) for reply in (Failure("0", "the reply repeats itself"), nothing)
+    )
+    assert of_failure == pytest.approx(of_nothing)
+    assert (metrics["summaries/failed"], metrics["summaries/not_enough_evidence"]) == (1.0, 1.0)
+    assert (others["summaries/failed"], others["summaries/not_enough_evidence"]) == (0.0, 1.0)
+
+
+def test_citations_cost_nothing(model):
+    _, reward = reward_of(model, length_penalty=0.5)
+    prompt = SummaryPrompt(UserSignals(user_id="0", signals=(Statement(id="a", text="I like lists."),)), (), ("a",))
+    parse = PromptedSummary(len, budget=100, max_tokens=100).parse
+    plain, cited = (reward([0], [parse(prompt, reply)], 4)[0] for reply in ("- likes lists", "- likes lists [1]"))
+    assert plain == cited

@@ -1,7 +1,6 @@
 """The scorer against plain loops."""
 
-import json
-import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,136 +13,154 @@ from popi.errors import InputError
 from popi.prompts import DEFAULT
 from popi.signals import UserSignals
 from popi.testing import tiny_model
-from popi.training.scoring import Judged, PairScorer, Reference
+from popi.training.reference import Reference
+from popi.training.scoring import NO_REFERENCE, ConditionedPair, PairLogps
+from tests.training.helpers import answer_format, scorer_of, summary
 
 PAIRS = [
     HeldOutPair(prompt=f"How do I {n}?", chosen=f"Like so, {n} times.", rejected="No idea " * (n + 1)) for n in range(4)
 ]
 CONTEXTS = [None, "- short answers", "- long answers\n- no emoji"]
-ITEMS = [Judged(context, pair, 0.5 * place) for place, pair in enumerate(PAIRS) for context in CONTEXTS]
+ITEMS = [
+    ConditionedPair(context and summary(context), pair, PairLogps(0.5 * place, 0.25))
+    for place, pair in enumerate(PAIRS)
+    for context in CONTEXTS
+]
 
 
 @pytest.fixture
 def tiny():
-    model, tokenizer = tiny_model()
-    return model, ChatTokens(tokenizer, "tiny"), tokenizer
+    return tiny_model()
 
 
-async def by_hand(tiny, over="sum"):
+async def by_hand(tiny, reduction="sum"):
     """Each response by itself, through the backend."""
-    model, _, tokenizer = tiny
-    backend = TransformersBackend.from_model(model, tokenizer, "tiny")
+    backend = TransformersBackend.from_model(*tiny, "tiny")
 
     async def logp(item, answer):
-        [result] = await backend.score([ScoreRequest(DEFAULT.answer_messages(item.pair.prompt, item.context), answer)])
-        return result.logprob / (result.tokens if over == "mean" else 1)
+        messages = DEFAULT.answer_messages(item.pair.prompt, item.interface and item.interface.text)
+        [result] = await backend.score([ScoreRequest(messages, answer)])
+        return result.logprob / (result.tokens if reduction == "mean" else 1)
 
     return [
-        await logp(item, item.pair.chosen) - await logp(item, item.pair.rejected) - item.reference for item in ITEMS
+        [
+            await logp(item, item.pair.chosen) - item.reference.chosen,
+            await logp(item, item.pair.rejected) - item.reference.rejected,
+        ]
+        for item in ITEMS
     ]
 
 
 @pytest.mark.parametrize("batch_tokens", [1, 300, 100_000])
-@pytest.mark.parametrize("over", ["sum", "mean"])
-async def test_margins_are_those_of_single_responses(tiny, batch_tokens, over):
-    model, tokens, _ = tiny
-    scorer = PairScorer(model, tokens, batch_tokens=batch_tokens, over=over)
-    assert scorer.margins(ITEMS).tolist() == pytest.approx(await by_hand(tiny, over), abs=1e-4)
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+async def test_ratios_are_those_of_single_responses(tiny, batch_tokens, reduction):
+    ratios = scorer_of(*tiny, batch_tokens=batch_tokens, reduction=reduction).ratios(ITEMS)
+    for found, expected in zip(
+        zip(ratios.chosen_N.tolist(), ratios.rejected_N.tolist(), strict=True),
+        await by_hand(tiny, reduction),
+        strict=True,
+    ):
+        assert list(found) == pytest.approx(expected, abs=1e-4)
 
 
 def test_gradients_pass_by_pass_add_up_to_those_of_all_at_once(tiny):
-    model, tokens, _ = tiny
+    model, tokenizer = tiny
 
     def gradient(batch_tokens, *, apart):
         model.zero_grad()
-        scorer = PairScorer(model, tokens, batch_tokens=batch_tokens)
-        for margins in (found for _, found in scorer.passes(ITEMS)) if apart else [scorer.margins_for_gradient(ITEMS)]:
-            margins.sigmoid().sum().backward()
-        return torch.cat([value.grad.flatten() for value in model.parameters()]), scorer.tokens
+        scorer = scorer_of(model, tokenizer, batch_tokens=batch_tokens)
+        before = scorer.tokens_read
+        passes = (found for _, found in scorer.passes(ITEMS)) if apart else [scorer.ratios_for_gradient(ITEMS)]
+        for ratios in passes:
+            ratios.margins_N.sigmoid().sum().backward()
+        return torch.cat([value.grad.flatten() for value in model.parameters()]), scorer.tokens_read - before
 
     together, _ = gradient(100_000, apart=True)
     (apart, read), (recomputed, counted) = gradient(1, apart=True), gradient(1, apart=False)
-    # A margin is a small difference of large sums: their rounding weighs more in it.
+    # A margin is a small difference of large sums, so their rounding has a larger share in it.
     for found in (apart, recomputed):
         assert (together - found).abs().max() <= 1e-4 * together.abs().max()
-    assert counted == read, "what is computed again is not read again"
+    assert counted == read, "recomputed activations are not read again"
 
 
-def test_a_pair_that_has_no_room_is_bad_input(tiny):
-    model, tokens, _ = tiny
-    long = Judged("word " * 3000, PAIRS[0], 0.0)
-    with pytest.raises(InputError, match=r"the pair of the prompt 'How do I 0\?' takes \d+ tokens .* holds 2048"):
-        PairScorer(model, tokens).margins([long])
+def longest_pair(tokenizer, context):
+    """The tokens of the longest pair under a context."""
+    tokens = ChatTokens(tokenizer, "tiny")
+    [prompt] = tokens.render([DEFAULT.answer_messages(PAIRS[-1].prompt, context)], answered=True)
+    return len(prompt.tokens) + len(tokens.encode_responses([PAIRS[-1].rejected])[0])
 
 
-def test_pairs_without_room_for_a_long_summary_are_known_beforehand(tiny):
-    model, tokens, _ = tiny
-    scorer = PairScorer(model, tokens)
+def test_a_pair_that_does_not_fit_by_itself_is_an_error(tiny):
+    long = HeldOutPair(prompt="word " * 3000, chosen="yes", rejected="no")
+    with pytest.raises(
+        InputError, match=r"the pair with the prompt '(word )+' needs \d+ tokens .* has a context of 2048; remove"
+    ):
+        scorer_of(*tiny).ratios([ConditionedPair(summary("- short"), long, NO_REFERENCE)])
+
+
+def test_a_summary_that_does_not_fit_with_its_pair_is_cut_after_a_line(tiny):
+    """The writer's tokenizer may count fewer tokens than that of the generator."""
+    model, tokenizer = tiny
+    kept = "- likes tea\n- likes short answers"
+    model.config.max_position_embeddings = longest_pair(tokenizer, kept) + 3
+    scorer = scorer_of(model, tokenizer)
+    found, expected = (
+        scorer.ratios([ConditionedPair(summary(text), PAIRS[-1], NO_REFERENCE)]).chosen_N.item()
+        for text in (f"{kept}\n- wants {'very ' * 500}long answers", kept)
+    )
+    assert found == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.parametrize(("context", "reserve"), [("", 1000), (None, 0), ("I like tea.", 0)])
+def test_pairs_that_do_not_fit_are_found_before_training(tiny, context, reserve):
+    model, tokenizer = tiny
     users = [PersonalizationExample(user=UserSignals(user_id="Ada"), tests=tuple(PAIRS))]
-    scorer.check(users, [""], longest=1000)
-    with pytest.raises(InputError, match=r"user 'Ada': the pair of the prompt 'How do I 3\?' takes \d+ tokens, which"):
-        # What the longest of them leaves, and one more.
-        scorer.check(users, [""], longest=2048 - longest_pair(tokens, "") + 1)
-    scorer.check(users, [""], longest=2048 - longest_pair(tokens, ""))
-
-
-@pytest.mark.parametrize("context", [None, "I like tea."])
-def test_pairs_without_room_for_what_is_known_to_be_told_are_known_beforehand(tiny, context):
-    model, tokens, _ = tiny
-    users = [PersonalizationExample(user=UserSignals(user_id="Ada"), tests=tuple(PAIRS))]
-    model.config.max_position_embeddings = longest_pair(tokens, context)
-    PairScorer(model, tokens).check(users, [context])
+    interfaces = [None if context is None else summary(context)]
+    model.config.max_position_embeddings = longest_pair(tokenizer, context) + reserve
+    scorer_of(model, tokenizer).check(users, interfaces, reserve=reserve)
     model.config.max_position_embeddings -= 1
     with pytest.raises(
-        InputError, match=r"'How do I 3\?' takes \d+ tokens, which with what the generator is told do not"
+        InputError, match=r"user 'Ada': the pair with the prompt 'How do I 3\?' needs \d+ tokens with its"
     ):
-        PairScorer(model, tokens).check(users, [context])
+        scorer_of(model, tokenizer).check(users, interfaces, reserve=reserve)
 
 
-def longest_pair(tokens, context):
-    """The tokens of the longest pair under a context."""
-    [prompt] = tokens.render([DEFAULT.answer_messages(PAIRS[-1].prompt, context)])
-    return len(prompt.tokens) + len(tokens.encode([PAIRS[-1].rejected])[0]) + len(tokens.end_of_turn)
-
-
-def test_a_score_knows_no_dropout_and_leaves_no_trace(tiny):
-    model, tokens, _ = tiny
-    scorer = PairScorer(model, tokens)
-    expected = scorer.margins(ITEMS)
+def test_scoring_disables_dropout_and_restores_the_mode(tiny):
+    model, _ = tiny
+    scorer = scorer_of(*tiny)
+    expected = scorer.ratios(ITEMS).margins_N
     for layer in model.model.layers:
         layer.self_attn.attention_dropout = 0.5
     model.train()
-    assert torch.equal(scorer.margins(ITEMS), expected)
+    assert torch.equal(scorer.ratios(ITEMS).margins_N, expected) and model.training
 
 
-def test_the_reference_is_scored_once_and_kept(tiny, tmp_path, caplog):
-    caplog.set_level("INFO", logger="popi.training.scoring")
-    model, tokens, _ = tiny
-    scorer = PairScorer(model, tokens)
+def test_the_reference_is_scored_once_and_stored(tiny, tmp_path, caplog):
+    caplog.set_level("INFO", logger="popi.training.reference")
+    scorer = scorer_of(*tiny)
     file = tmp_path / "reference.json"
     made = Reference.of(PAIRS, scorer, fingerprint="a", file=file, batch=3)
-    assert caplog.messages == ["reference: 3 of 4 pairs scored", "reference: 4 of 4 pairs scored"]
-    bare = [Judged(None, pair, made[pair]) for pair in PAIRS]
-    assert scorer.margins(bare).abs().max() < 1e-4
-    read = scorer.tokens
+    assert caplog.messages == ["reference: scored 3 of 4 pairs", "reference: scored 4 of 4 pairs"]
+    plain = scorer.ratios([ConditionedPair(None, pair, made[pair]) for pair in PAIRS])
+    assert max(plain.chosen_N.abs().max(), plain.rejected_N.abs().max()) < 1e-4
+    read = scorer.tokens_read
     again = Reference.of(PAIRS, scorer, fingerprint="a", file=file)
-    assert scorer.tokens == read
+    assert scorer.tokens_read == read
     assert [again[pair] for pair in PAIRS] == [made[pair] for pair in PAIRS]
 
 
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"fingerprint": "b"}, "another model; put the model back, or choose another folder"),
-        ({"pairs": PAIRS[:2]}, "another pairs"),
-        ({"over": "mean"}, "another over"),
+        ({"fingerprint": "b"}, "another model; restore the model, or choose another folder"),
+        ({"pairs": PAIRS[:2]}, "another pairs; remove it"),
+        ({"reduction": "mean"}, "another reduction; remove it"),
+        ({"format": answer_format(prompts=replace(DEFAULT, answer="{context} {prompt}"))}, "another template hash"),
     ],
 )
-def test_a_stale_reference_is_refused(tiny, tmp_path, change, says):
-    model, tokens, _ = tiny
-
-    def make(pairs=PAIRS, fingerprint="a", over="sum"):
-        scorer = PairScorer(model, tokens, over=over)
+def test_a_reference_of_something_else_is_refused(tiny, tmp_path, change, says):
+    def make(pairs=PAIRS, fingerprint="a", reduction="sum", format=None):
+        scorer = scorer_of(*tiny, reduction=reduction, format=format)
         return Reference.of(pairs, scorer, fingerprint=fingerprint, file=tmp_path / "reference.json")
 
     make()
@@ -151,19 +168,6 @@ def test_a_stale_reference_is_refused(tiny, tmp_path, change, says):
         make(**change)
 
 
-def test_a_reference_of_other_templates_is_refused(tiny, tmp_path):
-    model, tokens, _ = tiny
-    file = tmp_path / "reference.json"
-    Reference.of(PAIRS, PairScorer(model, tokens), fingerprint="a", file=file)
-    kept = json.loads(file.read_text())
-    kept["made_of"]["template_hash"] = "old"
-    file.write_text(json.dumps(kept))
-    with pytest.raises(InputError, match="another template hash"):
-        Reference.of(PAIRS, PairScorer(model, tokens), fingerprint="a", file=file)
-
-
 def test_the_mean_over_tokens_does_not_depend_on_length(tiny, tmp_path):
-    model, tokens, _ = tiny
-    scorer = PairScorer(model, tokens, over="mean")
-    made = Reference.of(PAIRS, scorer, fingerprint="a", file=tmp_path / "r.json")
-    assert all(math.fabs(made[pair]) < 8 for pair in PAIRS)
+    made = Reference.of(PAIRS, scorer_of(*tiny, reduction="mean"), fingerprint="a", file=tmp_path / "r.json")
+    assert all(-8 < value < 0 for pair in PAIRS for value in made[pair])

@@ -1,9 +1,11 @@
-"""What we put behind TRL's seams does what TRL's own would do."""
+"""The parts behind the seams of TRL have the results of its own."""
 
 import pytest
 import torch
 
-from popi.errors import InputError
+from popi.engine.chat_tokens import ChatTokens
+from popi.engine.checks import verify
+from popi.errors import InputError, PopiError
 from popi.prompts import DEFAULT
 from popi.testing import tiny_model
 
@@ -13,9 +15,11 @@ pytestmark = pytest.mark.slow
 def make(folder, **options):
     from trl.trainer.grpo_config import GRPOConfig
 
+    from popi.training.rollouts import EngineRollouts
     from popi.training.writer import WriterTrainer
 
     model, tokenizer = tiny_model()
+    abilities = verify(model, ChatTokens(tokenizer, "tiny"), "tiny")
     model.save_pretrained(folder / "initial")
     model.config.name_or_path = str(folder / "initial")
     arguments = GRPOConfig(
@@ -35,9 +39,12 @@ def make(folder, **options):
         tokenizer,
         arguments,
         conversations=[DEFAULT.inference_messages(f"[1] said: I like {'very ' * n}much {n}") for n in range(4)],
-        order=range(4),
         names=["Ada", "Ben", "Cem", "Dov"],
-        earn=lambda users, summaries, tokens, step: ([float(n) for n in tokens], {}),
+        order=range(4),
+        parse=lambda place, reply, truncated: (place, reply, truncated),
+        reward=lambda users, replies, step: ([float(len(reply)) for _, reply, _ in replies], {}),
+        rollouts=EngineRollouts(model, abilities=abilities, batch_tokens=4096),
+        abilities=abilities,
         batch_tokens=4096,
     )
 
@@ -80,18 +87,19 @@ def test_the_update_is_that_of_whole_sequences(trainer):
 
 
 @pytest.mark.parametrize(("loss_type", "room"), [("grpo", None), ("dr_grpo", 8)])
-def test_the_loss_is_that_of_our_objective(trainer, loss_type, room):
-    from popi.training.objective import policy_loss
-
+def test_the_loss_is_that_of_grpo_and_of_dr_grpo(trainer, loss_type, room):
     made = batch(trainer)
     keep = made["completion_ids"].shape[1]
     ids = torch.cat([made["prompt_ids"], made["completion_ids"]], dim=1)
-    mask = torch.cat([made["prompt_mask"], made["completion_mask"]], dim=1)
+    mask_R_T = made["completion_mask"].float()
     trainer.loss_type = loss_type
-    logps, _, _ = trainer._get_per_token_logps_and_entropies(trainer.model, ids, mask, keep)
-    expected = policy_loss(
-        logps, logps.detach(), made["advantages"], made["completion_mask"].float(), kl=0.0, room=room
+    logps_R_T, _, _ = trainer._get_per_token_logps_and_entropies(
+        trainer.model, ids, torch.cat([made["prompt_mask"], made["completion_mask"]], dim=1), keep
     )
+    # GRPO averages over the tokens of each completion, Dr. GRPO divides their sum by the maximum length.
+    ratios_R_T = (logps_R_T - logps_R_T.detach()).exp()
+    sums_R = (-ratios_R_T * made["advantages"][:, None] * mask_R_T).sum(dim=1)
+    expected = (sums_R / (room or mask_R_T.sum(dim=1))).mean()
     trainer.current_gradient_accumulation_steps = 1
     torch.testing.assert_close(trainer._compute_loss(trainer.model, made), expected)
 
@@ -109,24 +117,19 @@ def test_a_step_samples_the_same_again_and_another_step_other_summaries(trainer)
     assert trainer.roll_out(prompts)["completion_ids"] == second
 
 
-def test_the_summaries_of_a_user_are_sampled_in_one_batch(trainer):
-    prompts = [trainer.train_dataset[place]["prompt"] for place in (0, 0, 0, 2, 2, 2)]
-    together = trainer.roll_out(prompts)["completion_ids"]
-    passes: list[torch.Size] = []
-    trainer.model.get_input_embeddings().register_forward_hook(lambda module, args, out: passes.append(args[0].shape))
-    trainer._batch_tokens = 1
-    assert trainer.roll_out(prompts)["completion_ids"] == together
-    # Each prompt is read once, and its three summaries are branches of its row.
-    assert [rows for rows, columns in passes if columns > 3] == [1, 1]
-    assert (1, 3) in passes
-
-
-def test_a_user_whose_signals_the_chat_template_refuses_is_named(trainer):
+def test_a_prompt_that_the_chat_template_rejects_is_named(trainer):
     prompts = [trainer.train_dataset[place]["prompt"] for place in (1, 2)]
     template = "{% if 'much 2' in messages[-1]['content'] %}{{ raise_exception('no twos') }}{% endif %}a"
     trainer._chat._tokenizer.chat_template = template
-    with pytest.raises(InputError, match=r"the signals of user 'Cem' cannot be read: .*no twos.*; mend the chat"):
+    with pytest.raises(InputError, match=r"the prompt of user 'Cem' cannot be rendered: .*no twos.*; fix the chat"):
         trainer.roll_out(prompts)
+
+
+def test_logits_that_are_not_finite_end_the_run(trainer):
+    with torch.no_grad():
+        trainer.model.get_output_embeddings().weight.fill_(float("nan"))
+    with pytest.raises(PopiError, match="a logit of the writer became nan after 0 steps; lower the learning rate"):
+        trainer.roll_out([trainer.train_dataset[0]["prompt"]])
 
 
 def test_processes_that_sample_for_one_step_sample_apart(trainer, monkeypatch):
@@ -136,12 +139,12 @@ def test_processes_that_sample_for_one_step_sample_apart(trainer, monkeypatch):
     assert trainer.roll_out(prompts[:2])["completion_ids"] == both[2:]
 
 
-def test_what_is_earned_goes_by_the_steps_of_the_run(trainer):
-    asked = []
-    trainer._earn = lambda users, summaries, tokens, step: (asked.append(step) or [0.0], {})
+def test_the_reward_function_gets_the_step_of_the_run(trainer):
+    steps = []
+    trainer._reward_fn = lambda users, replies, step: (steps.append(step) or [0.0], {})
     trainer._first, trainer.state.global_step = 4, 2
     trainer._reward(trainer._chat.encode(["- likes lists"]), user=[0])
-    assert asked == [6]
+    assert steps == [6]
 
 
 def test_groups_are_rewarded_against_their_own_mean(trainer):
@@ -149,34 +152,30 @@ def test_groups_are_rewarded_against_their_own_mean(trainer):
     made = batch(trainer)
     counts = made["completion_mask"].sum(dim=1).tolist()
     sampled = [ids[:length].tolist() for ids, length in zip(made["completion_ids"], counts, strict=True)]
-    texts = [trainer.read(ids).text for ids in sampled]
-    lengths = torch.tensor([float(len(ids)) for ids in trainer._chat.encode(texts)]).view(2, 3)
+    lengths = torch.tensor([float(len(trainer.read(0, ids)[1])) for ids in sampled]).view(2, 3)
     assert lengths.std(dim=1).min() > 0
     torch.testing.assert_close(made["advantages"].view(2, 3), lengths - lengths.mean(dim=1, keepdim=True))
 
 
-def test_reading_leaves_out_what_was_not_finished(trainer):
-    end = next(iter(trainer._ends))
-    ids = trainer._chat.encode(["- likes lists\n- likes emoji"])[0]
-    assert trainer.read([*ids, end]).text == "- likes lists\n- likes emoji"
-    assert trainer.read(ids).text == "- likes lists"
-    assert trainer.read([end]).status == "not_enough_evidence"
+def test_a_completion_is_parsed_without_its_end_and_without_reasoning(trainer):
+    end = next(iter(trainer._abilities.end_tokens))
+    list_, thought, open_ = trainer._chat.encode(
+        ["- likes lists", "<think>so\n</think>\n- likes lists", "<think>so then"]
+    )
+    assert trainer.read(1, [*list_, end]) == (1, "- likes lists", False)
+    assert trainer.read(2, list_) == (2, "- likes lists", True)
+    assert trainer.read(0, [*thought, end]) == (0, "- likes lists", False)
+    # A reply that ended inside its reasoning has no text.
+    assert trainer.read(0, [*open_, end]) == (0, "", True)
+    assert trainer.read(0, [end]) == (0, "", False)
 
 
-def test_citations_cost_nothing(trainer):
-    asked = []
-    trainer._earn = lambda users, summaries, tokens, step: (asked.append(tokens) or [0.0] * len(tokens), {})
-    trainer._reward(trainer._chat.encode(["- likes lists", "- likes lists [1, 2, 3]"]), user=[0, 0])
-    [[bare, cited]] = asked
-    assert bare == cited == len(trainer._chat.encode(["- likes lists"])[0])
-
-
-def test_a_reference_that_is_not_wholly_on_the_device_is_no_room(tmp_path, monkeypatch):
+def test_a_reference_that_does_not_fit_the_device_is_out_of_memory(tmp_path, monkeypatch):
     reference, _ = tiny_model()
     monkeypatch.setattr("trl.trainer.grpo_trainer.create_model_from_path", lambda name, **options: reference)
     make(tmp_path, beta=0.1)
     reference.hf_device_map = {"model.layers.0": 0, "model.layers.1": "cpu"}
-    with pytest.raises(torch.OutOfMemoryError, match="no room for the initial writer beside the one that learns"):
+    with pytest.raises(torch.OutOfMemoryError, match="no room for the initial writer beside the trained one"):
         make(tmp_path, beta=0.1)
 
 
