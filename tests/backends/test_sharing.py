@@ -297,7 +297,7 @@ async def test_closing_in_one_loop_closes_the_connections_of_all(serve: Serve) -
         await backend.chat([ask()])
         client = backend._client()
         opened.set()
-        while not client._http.is_closed:
+        while not client._openai.is_closed():
             await asyncio.sleep(0.005)
         closed.set()
         return True

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from typing import Any
 
-import httpx
+import httpx2
+from openai import APIConnectionError
 
 from popi.backends.base import FailureKind
 from popi.errors import BackendError, one_line
@@ -173,32 +174,35 @@ def failed(error: Exception, *, url: str, timeout: float) -> Failed:
     Raises:
         Exception: The same one, if it is of none of these kinds.
     """
+    # Its own message is "Connection error."
+    if isinstance(error, APIConnectionError) and isinstance(error.__cause__, Exception):
+        error = error.__cause__
     causes = list(_causes(error))
     why = _short(next((str(cause) for cause in causes if str(cause)), type(error).__name__))
     match error:
-        case httpx.TimeoutException() | TimeoutError():
+        case httpx2.TimeoutException() | TimeoutError():
             return Failed("timeout", f"no response within {timeout:g} s")
         case Rejected():
             return Failed(error.kind, error.message, error.retry_after)
-        case Malformed() | httpx.DecodingError():
+        case Malformed() | httpx2.DecodingError():
             return Failed("malformed", f"malformed response: {why}")
         case Stopped():
             return Failed("server", why)
-        case httpx.TransportError() if any(isinstance(cause, ssl.SSLCertVerificationError) for cause in causes):
+        case httpx2.TransportError() if any(isinstance(cause, ssl.SSLCertVerificationError) for cause in causes):
             return Failed("denied", f"the certificate of {url} is not valid: {why}")
-        case httpx.TransportError() if any(_is_unknown_host(cause) for cause in causes):
+        case httpx2.TransportError() if any(_is_unknown_host(cause) for cause in causes):
             return Failed("denied", f"the host of {url} is unknown: {why}")
         # Another attempt would fail in the same way, before anything is sent. The group is anyio's, of what a socket
         # raises that is no OSError.
         case (
             ExceptionGroup()
-            | httpx.LocalProtocolError()
-            | httpx.UnsupportedProtocol()
-            | httpx.TooManyRedirects()
-            | httpx.InvalidURL()
+            | httpx2.LocalProtocolError()
+            | httpx2.UnsupportedProtocol()
+            | httpx2.TooManyRedirects()
+            | httpx2.InvalidURL()
         ):
             return Failed("denied", f"requests to {url} cannot be sent: {why}")
-        case httpx.TransportError():
+        case httpx2.TransportError():
             return Failed("unreachable", f"connection to {url} failed: {why}")
         case ValueError():
             return Failed("request", f"the request cannot be sent: {why}")
