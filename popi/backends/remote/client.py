@@ -17,7 +17,7 @@ from functools import cache
 from typing import Any, Final
 
 import httpx2
-from openai import APIStatusError, AsyncOpenAI, AsyncStream, DefaultAsyncHttpx2Client, omit
+from openai import APIStatusError, AsyncOpenAI, DefaultAsyncHttpx2Client, omit
 
 from popi.backends.remote.failures import Malformed, Rejected, rejection
 from popi.backends.remote.server import Server
@@ -81,10 +81,10 @@ class Client:
                 content=json.dumps(body, allow_nan=False).encode(),
                 options={"headers": {"Authorization": self._server.authorization or omit}},
                 stream=True,
-                stream_cls=AsyncStream[Any],
             )
         except APIStatusError as error:
             raise self._error(error.body, error.response) or error from None
+        assert isinstance(response, httpx2.Response)
         async with aclosing(response), held(_bodies(response)) as bodies:
             async for data in bodies:
                 yield data if data is DONE else self._parse(data, response)

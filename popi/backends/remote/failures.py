@@ -164,7 +164,7 @@ class Failed:
 
 
 def failed(error: Exception, *, url: str, timeout: float) -> Failed:
-    """Reads an exception of the HTTP library, of a parser or of a timeout.
+    """Reads an exception of the SDK, of the HTTP library, of a parser or of a timeout.
 
     Args:
         error: The exception.
@@ -174,8 +174,8 @@ def failed(error: Exception, *, url: str, timeout: float) -> Failed:
     Raises:
         Exception: The same one, if it is of none of these kinds.
     """
-    # Its own message is "Connection error."
-    if isinstance(error, APIConnectionError) and isinstance(error.__cause__, Exception):
+    # The message of the SDK is only "Connection error."
+    if isinstance(error, APIConnectionError) and isinstance(error.__cause__, httpx2.HTTPError | OSError):
         error = error.__cause__
     causes = list(_causes(error))
     why = _short(next((str(cause) for cause in causes if str(cause)), type(error).__name__))
@@ -202,7 +202,8 @@ def failed(error: Exception, *, url: str, timeout: float) -> Failed:
             | httpx2.InvalidURL()
         ):
             return Failed("denied", f"requests to {url} cannot be sent: {why}")
-        case httpx2.TransportError():
+        # An error of TLS inside a body has no type of the HTTP library.
+        case httpx2.TransportError() | APIConnectionError() | OSError():
             return Failed("unreachable", f"connection to {url} failed: {why}")
         case ValueError():
             return Failed("request", f"the request cannot be sent: {why}")
