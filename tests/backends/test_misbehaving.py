@@ -201,6 +201,32 @@ async def test_a_server_may_stream_what_is_not_asked_as_a_stream_and_the_other_w
         assert (result.text, "".join(shown), last) == ("ha ha", "ha ha", result)
 
 
+HEADS = {
+    "nothing": b"",
+    "BOM": b"\xef\xbb\xbf",
+    "white space": b" ",
+    "a comment": b": ping\n\n",
+    "retry": b"retry: 9\n\n",
+}
+
+
+@pytest.mark.parametrize("head", HEADS.values(), ids=HEADS)
+@pytest.mark.parametrize("end", [b"\n", b"\r\n", b"\r"], ids=ascii)
+@pytest.mark.parametrize("kind", ["text/event-stream", "application/json"])
+async def test_a_stream_is_read_whatever_it_begins_with_and_is_labelled(
+    serve: Serve, head: bytes, end: bytes, kind: str
+) -> None:
+    events = [
+        b'data: {"choices": [{"delta": {"content": "ha "}}]}',
+        b'data: {"choices": [{"delta":%sdata: {"content": "ha"}}]}' % end,
+    ]
+    body = head + (end * 2).join([*events, b"event: ping", b"data: [DONE]"])
+    async with backend(serve(Scripted(body, headers={"Content-Type": kind}))) as served:
+        [result] = await served.chat([ask()])
+        assert (await streamed(served, ask()))[1] == result
+    assert result.text == "ha ha"
+
+
 HALVES = {
     "\ud83d short": "\ufffd short",
     "a\x07b\x00c": "a\x07b\x00c",

@@ -146,22 +146,25 @@ def _problem_of_key(value: str) -> str | None:
         return "ends with a line break"
     if any(char.isspace() for char in value):
         return "contains white space"
-    if not value.isascii():
-        return "contains a character that is not ASCII, such as a typographic dash"
-    return None if value.isprintable() else "contains a control character"
+    return _problem_of_header(value)
 
 
 def _read_headers() -> Iterator[str]:
     """The values of the headers that the SDK adds to each request, which may be secrets."""
     for line in os.environ.get(HEADERS_VARIABLE, "").split("\n"):
         value = line.partition(":")[2].strip()
-        if not (value.isascii() and value.isprintable()):
+        if problem := _problem_of_header(value):
             raise ConfigError(
-                f"a header in the environment variable {HEADERS_VARIABLE} contains a character that is not ASCII, "
-                "or a control character",
+                f"a header in the environment variable {HEADERS_VARIABLE} {problem}",
                 fix=f"set {HEADERS_VARIABLE} again, without it",
             )
         yield value
+
+
+def _problem_of_header(value: str) -> str | None:
+    if not value.isascii():
+        return "contains a character that is not ASCII, such as a typographic dash"
+    return None if value.isprintable() else "contains a control character"
 
 
 def _proxies() -> dict[str, str]:
