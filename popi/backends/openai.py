@@ -50,6 +50,9 @@ class OpenAIBackend(Backend):
     (``temperature``, ``top_p``, ``seed``, ``stream_options``, ``stop_token_ids``) after the first error that names it;
     the log reports it once. The model then samples as the server decides.
 
+    The SDK reads ``OPENAI_ORG_ID``, ``OPENAI_PROJECT_ID`` and ``OPENAI_CUSTOM_HEADERS`` from the environment, and adds
+    their headers to each request.
+
     Requests are not repeated: see :class:`popi.backends.wrappers.Retry`. The backend can be used from several event
     loops and threads, and in forked processes.
 

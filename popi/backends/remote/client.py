@@ -1,7 +1,6 @@
 """HTTP: sends a request through the openai SDK, and reads the JSON or the server-sent events of its response.
 
-The SDK's own streams hide whether a stream ended or broke off, and need a correct content type, so its responses are
-read here.
+Responses are read here: the SDK's own streams do not show whether they ended or broke off, and find no event in a JSON.
 """
 
 from __future__ import annotations
@@ -37,6 +36,9 @@ ENOUGH = len("event:")
 DRAIN = 0.2
 """Seconds to wait for the end of a response behind the end of its stream."""
 
+KEPT = 3.0
+"""Seconds to keep an idle connection. Servers close it after 5 by default; a request at that moment would be lost."""
+
 SHOWN = 200
 """Maximum number of characters of a body in an error."""
 
@@ -56,9 +58,11 @@ class Client:
             base_url=server.url,
             timeout=timeout,
             max_retries=0,
-            # The number of requests at once is limited elsewhere, where waiting does not count as a timeout.
             http_client=DefaultAsyncHttpx2Client(
-                limits=httpx2.Limits(), trust_env=server.proxied, verify=certificates()
+                # The number of requests at once is limited elsewhere, where waiting does not count as a timeout.
+                limits=httpx2.Limits(keepalive_expiry=KEPT),
+                trust_env=server.proxied,
+                verify=certificates(),
             ),
         )
 
