@@ -7,7 +7,6 @@ import hashlib
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
-from functools import cached_property
 from typing import Any, TypeVar
 
 from popi.backends.base import (
@@ -117,18 +116,24 @@ class OpenAIBackend(Backend):
             context_length=context_length,
             response_prefix=self._endpoint.response_prefix,
         )
-        self._answers_depend_on = [tokenizer and context_length, dict(fields or {}), dict(extra or {})]
-        self._tokenizer = tokenizer
+        options = json.dumps([tokenizer and context_length, dict(fields or {}), dict(extra or {})], sort_keys=True)
+        self._identity = json.dumps(
+            [
+                "openai",
+                self._server.url,
+                model,
+                None if tokenizer is None else _fingerprint(tokenizer),
+                hashlib.sha256(options.encode()).hexdigest()[:16],
+            ]
+        )
         self._places = Semaphore(max_concurrency)
         self._clients = PerLoop(lambda: Client(self._server, timeout=timeout))
         self._closed = False
 
-    @cached_property
+    @property
     def identity(self) -> str:
         """The address, the model, the tokenizer and the options that change responses. It contains no secrets."""
-        options = hashlib.sha256(json.dumps(self._answers_depend_on, sort_keys=True).encode()).hexdigest()[:16]
-        tokenizer = None if self._tokenizer is None else _fingerprint(self._tokenizer)
-        return json.dumps(["openai", self._server.url, self.model, tokenizer, options])
+        return self._identity
 
     async def chat(self, requests: Sequence[ChatRequest]) -> list[ChatResult]:
         """Continues each conversation.
