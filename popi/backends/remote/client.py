@@ -199,8 +199,9 @@ class EventReader:
 
     def _take(self, line: bytes) -> Iterator[bytes]:
         if not line:
-            if self._data:
-                yield b"\n".join(self._data)
+            # Servers keep a connection alive with events that are empty.
+            if data := b"\n".join(self._data):
+                yield data
             self._data = []
             return
         field, _, value = line.removeprefix(BOM).partition(b":")
