@@ -22,7 +22,7 @@ from popi.backends.base import (
 from popi.backends.deadline import turn
 from popi.backends.remote.client import Client, certificates
 from popi.backends.remote.endpoints import ByMessages, ByTokenIds, Endpoint
-from popi.backends.remote.failures import failed
+from popi.backends.remote.failures import Failed, failed
 from popi.backends.remote.fields import Fields
 from popi.backends.remote.server import read_server
 from popi.backends.sharing import PerLoop, Semaphore
@@ -158,7 +158,7 @@ class OpenAIBackend(Backend):
             except BackendError:
                 raise
             except Exception as error:
-                raise failed(error, url=self._server.url, timeout=self._timeout).raised(self.model) from error
+                raise self._failed(error).raised(self.model) from error
 
     async def score(self, requests: Sequence[ScoreRequest]) -> list[ScoreResult]:
         """Scores each response, including its end of turn, given its conversation.
@@ -189,6 +189,9 @@ class OpenAIBackend(Backend):
             raise BackendError(f"{self.model}: the backend is closed")
         return self._clients.get()
 
+    def _failed(self, error: Exception) -> Failed:
+        return failed(error, url=self._server.url, timeout=self._timeout, redact=self._server.redact)
+
     async def _each(
         self,
         requests: Sequence[Request],
@@ -205,7 +208,7 @@ class OpenAIBackend(Backend):
             except BackendError:
                 raise
             except Exception as error:
-                failure = failed(error, url=self._server.url, timeout=self._timeout)
+                failure = self._failed(error)
                 if failure.kind in ("denied", "unreachable"):
                     raise failure.raised(self.model) from error
                 return kind.failed(failure.error, failure.kind, model=self.model, retry_after=failure.retry_after)

@@ -244,7 +244,8 @@ async def test_a_server_may_count_no_tokens(usage: dict | None, counted: tuple[i
 
 
 def test_an_error_of_tls_inside_a_body_is_a_broken_connection() -> None:
-    failure = failed(ssl.SSLError(1, "decryption failed or bad record mac"), url="https://popi.example/v1", timeout=1)
+    error = ssl.SSLError(1, "decryption failed or bad record mac")
+    failure = failed(error, url="https://popi.example/v1", timeout=1, redact=str)
     assert failure.kind == "unreachable" and "https://popi.example/v1 failed: " in failure.error
 
 

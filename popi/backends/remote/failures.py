@@ -163,13 +163,14 @@ class Failed:
         return BackendError(f"{model}: {self.error}", failure=self.kind, retry_after=self.retry_after)
 
 
-def failed(error: Exception, *, url: str, timeout: float) -> Failed:
+def failed(error: Exception, *, url: str, timeout: float, redact: Callable[[str], str]) -> Failed:
     """Reads an exception of the SDK, of the HTTP library, of a parser or of a timeout.
 
     Args:
         error: The exception.
         url: Where the request was sent.
         timeout: Seconds after which it timed out.
+        redact: Hides secrets in a text.
 
     Raises:
         Exception: The same one, if it is of none of these kinds.
@@ -178,7 +179,7 @@ def failed(error: Exception, *, url: str, timeout: float) -> Failed:
     if isinstance(error, APIConnectionError) and isinstance(error.__cause__, httpx2.HTTPError | OSError):
         error = error.__cause__
     causes = list(_causes(error))
-    why = _short(next((str(cause) for cause in causes if str(cause)), type(error).__name__))
+    why = _short(redact(next((str(cause) for cause in causes if str(cause)), type(error).__name__)))
     match error:
         case httpx2.TimeoutException() | TimeoutError():
             return Failed("timeout", f"no response within {timeout:g} s")
