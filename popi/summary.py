@@ -10,7 +10,7 @@ from typing import Literal
 from pydantic import BaseModel, Field
 
 from popi.claims import NO_EVIDENCE, Claim, as_text, claims_in, is_frame, is_list, says_nothing, split_citations
-from popi.signals import FROZEN
+from popi.signals import FROZEN, Id
 
 __all__ = [
     "NO_EVIDENCE",
@@ -68,7 +68,7 @@ class PreferenceSummary(BaseModel):
 
     model_config = FROZEN
 
-    user_id: str
+    user_id: Id
     text: str
     claims: tuple[Claim, ...] = ()
     status: Literal["ok", "not_enough_evidence"] = "ok"

@@ -164,6 +164,12 @@ def test_provenance_is_kept_by_a_round_trip(user: UserSignals) -> None:
     assert again.provenance.time.tzinfo == UTC
 
 
+def test_the_user_of_a_summary_is_the_same_however_the_id_is_written() -> None:
+    made = {"text": "- x", "provenance": BY_MODEL}
+    ids = [PreferenceSummary.model_validate({"user_id": name, **made}).user_id for name in (7, 7.0, "7 ", "e\u0301")]
+    assert ids == ["7", "7", "7", "\u00e9"]
+
+
 def test_editing_keeps_the_evidence_of_what_is_left_alone() -> None:
     summary = summarize_claims("ada", [Claim(text="likes lists", evidence=("a",)), Claim(text="hates emoji")], BY_MODEL)
     edited = summary.edit("- likes lists\n- likes emoji")
