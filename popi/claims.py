@@ -15,28 +15,46 @@ from popi.signals import FROZEN
 NO_EVIDENCE = "Not enough evidence."
 """What a writer says, and what a generator reads, when the signals show no preference."""
 
-_AND = r"(?:[,;&\u060c\uff0c\u3001\uff1b]|and|und|et|y|和|及|と)"
+# Between two numbers stands a separator, a short word ("and" in any language), or both.
+_AND = r"(?:[,;&\u060c\uff0c\u3001\uff1b]\s*[^\W\d_]{0,4}|[^\W\d_]{1,4})"
+_SIGNAL = r"(?:(?:signals?|信号|シグナル|no\.?|#|\^)\s*)?"
 _DASH = r"[-\u2013\uff0d~\uff5e]"
 _NUMBERS = re.compile(rf"(\d{{1,6}})(?:\s*{_DASH}\s*(\d{{1,6}}))?")
 _OPENING, _CLOSING = "[\uff3b\u3010\u3014", "]\uff3d\u3011\u3015"
 _CITATION = re.compile(
-    rf"[{re.escape(_OPENING)}](?:(?:signals?|信号|シグナル)\s*)?"
-    rf"(?P<numbers>\d{{1,6}}(?:\s*(?:{_AND}|{_DASH})\s*\d{{1,6}})*)"
+    rf"[{re.escape(_OPENING)}]{_SIGNAL}"
+    rf"(?P<numbers>\d{{1,6}}(?:\s*(?:{_AND}|{_DASH})\s*{_SIGNAL}\d{{1,6}})*)(?:†[^{re.escape(_CLOSING)}]*)?"
     rf"[{re.escape(_CLOSING)}][\s.,;\u3002\uff0c\u3001\uff1b\uff0e\u060c\u061b\u06d4\u0964]*",
     re.IGNORECASE,
 )
 # Neither an abbreviation nor the number of a list ends a sentence; the full stops of other scripts always do.
 _SENTENCE_END = re.compile(
-    r"(?<=\w\w)[.!?]['\")\]]*(?=\s+[^\sa-z])|[\u3002\uff01\uff1f\uff61\u0964\u0965\u06d4\u061f][\u300d\u300f\u201d\uff09\u3011'\")]*"
+    r"(?<=\w\w)[.!?]['\")\]]*(?=\s+[^\sa-z])|[\u3002\uff01\uff1f\uff0e\uff61\u0964\u0965\u06d4\u061f\u1362\u104b\u17d4][\u300d\u300f\u201d\uff09\u3011'\")]*"
 )
 _BULLET = re.compile(
-    r"^\s*(?:(?:[-*\u2022\u2023\u25e6\u25aa\u25cf\u25cb\u2013\u2014]|\d{1,3}[.)])\s+"
+    r"^\s*(?:(?:[-*+\u2022\u2023\u2043\u25b6\u25b8\u25ba\u25e6\u25aa\u25cf\u25cb\u2013\u2014\u2192\u2713\u2714\u27a4]"
+    r"|\d{1,3}[.)])\s+(?:\[[ xX]\]\s+)?"
     r"|[\u30fb\u00b7\u25cf\u25cb\u2022]\s*"
-    r"|\d{1,3}[\u3001\uff0e\uff09]\s*|[(\uff08]\d{1,3}[)\uff09]\s*|[\u2460-\u2473]\s*)"
+    r"|(?:\d{1,3}[\u3001\uff0e\uff09]|[一二三四五六七八九十]{1,3}\u3001)\s*|[(\uff08]\d{1,3}[)\uff09]\s*|[\u2460-\u2473]\s*)"
 )
+_HEADING = re.compile(r"\s*#{1,6}\s.*")
+_FRAME = re.compile(r"\s*(?:```.*|</?\w+>)\s*")
+_KNOWLEDGE = r"(?:evidence|information|data|signals)"
+_PREFERENCES = r"(?:\S+\s+){0,3}preferences?"
 _NOTHING = re.compile(
-    r"(?:there\s+(?:is|was)\s+)?(?:not\s+enough|insufficient)\s+(?:evidence|information|data|signals)"
-    r"(?:\s+(?:to|for|about|of|from|in\s+the\s+signals|that)\b.*)?",
+    r"(?:(?:answer|summary|preferences|summary of preferences)\s*:\s*)?(?:(?:based on|from|given)\s[^,]{1,60},\s*)?"
+    rf"(?:(?:there\s+(?:is|was|are)\s+)?(?:not\s+enough|insufficient)\s+{_KNOWLEDGE}"
+    rf"|(?:there|(?:I|we|the\s+(?:user|signals?|data|evidence))(?:\s+\w+)?)\s*(?:\w+n['\u2019]t|(?:\w+\s+)?not)\s+(?:\w+\s+)?"
+    rf"(?:enough|sufficient)\s+{_KNOWLEDGE}"
+    r"|(?:there\s+is\s+)?no\s+(?:clear\s+)?evidence"
+    rf"|(?:(?:it\s+is\s+)?(?:impossible|not\s+possible|unable)\s+to|(?:I\s+)?(?:can\s?not|can['\u2019]t))"
+    rf"\s+(?:determine|infer|identify)\s+{_PREFERENCES}"
+    rf"|no\s+{_PREFERENCES}\s+(?:can|could)\s+be\s+(?:determined|inferred|identified)"
+    r"|nicht\s+gen(?:ug|ügend)\s+(?:hinweise|belege|informationen|daten)"
+    r"|(?:il\s+n['\u2019]y\s+a\s+)?pas\s+assez\s+d['\u2019](?:informations?|éléments|indices)"
+    r"|(?:evidencia|información|pruebas)\s+insuficientes?|no\s+hay\s+suficientes?\s+(?:evidencia|información|pruebas)"
+    r"|(?:证据|信息|證據|資訊)不足|没有足够的?(?:证据|信息)|(?:証拠|情報|根拠)が(?:不十分|足り).*)"
+    r"(?:\s+(?:to|for|about|of|from|in\s+the\s+signals|that|based\s+on|für|über|zu|pour|sur|para|sobre)\b.*|\s*[(,:;\u2013\u2014].*)?",
     re.IGNORECASE,
 )
 
@@ -88,13 +106,13 @@ def parse_claims(text: str, shown: Sequence[str] = ()) -> tuple[Claim, ...]:
 
 
 def claims_in(text: str, shown: Sequence[str] = ()) -> tuple[Claim, ...]:
-    """:func:`parse_claims` of free text, without headings (lines that end in a colon)."""
+    """:func:`parse_claims` of free text, without headings."""
     return parse_claims("\n".join(line for line in text.splitlines() if not is_heading(line)), shown)
 
 
 def says_nothing(claim: str) -> bool:
     """Whether a line says that there is not enough evidence for a preference."""
-    return _NOTHING.fullmatch(claim.strip(" -.*_\"'\u3002")) is not None
+    return _NOTHING.fullmatch(claim.strip(" -.!*_\"'\u201c\u201d\u3002")) is not None
 
 
 def split_citations(line: str, count: int) -> tuple[str, list[int]]:
@@ -159,8 +177,14 @@ def sentences_of(text: str) -> list[str]:
 
 
 def is_heading(line: str) -> bool:
-    """Whether a line announces others."""
-    return line.rstrip(" \t*_").endswith((":", "\uff1a")) and not _BULLET.match(line)
+    """Whether a line announces others: it ends in a colon, is a heading of Markdown, or only frames others."""
+    ends_in_colon = line.rstrip(" \t*_").endswith((":", "\uff1a")) and not _BULLET.match(line)
+    return ends_in_colon or _HEADING.fullmatch(line) is not None or is_frame(line)
+
+
+def is_frame(line: str) -> bool:
+    """Whether a line is a fence of code, or a tag alone. It is not part of a summary."""
+    return _FRAME.fullmatch(line) is not None
 
 
 def is_list(text: str) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import BaseModel, Field, field_validator
 
-from popi.signals import FROZEN
+from popi.signals import FROZEN, UserId
 from popi.summary import PreferenceSummary
 
 
@@ -24,7 +24,7 @@ class UserEmbedding(BaseModel):
 
     model_config = FROZEN
 
-    user_id: str
+    user_id: UserId
     vectors: tuple[tuple[float, ...], ...] = Field(min_length=1)
     model_fingerprint: str
 

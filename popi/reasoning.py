@@ -12,21 +12,29 @@ MARKERS = {
     "<think>": "</think>",
     "<thinking>": "</thinking>",
     "<thought>": "</thought>",
+    "<thoughts>": "</thoughts>",
     "<reasoning>": "</reasoning>",
+    "<reflection>": "</reflection>",
+    "<scratchpad>": "</scratchpad>",
     "[THINK]": "[/THINK]",
     "<seed:think>": "</seed:think>",
     "<mm:think>": "</mm:think>",
     "<|START_THINKING|>": "<|END_THINKING|>",
     "<|begin_of_thought|>": "<|end_of_thought|>",
+    "<|thinking|>": "<|/thinking|>",
+    "<|inner_prefix|>": "<|inner_suffix|>",
+    "\u25c1think\u25b7": "\u25c1/think\u25b7",
     "<|channel>": "<channel|>",
     "<|channel|>analysis<|message|>": "<|channel|>final<|message|>",
 }
-"""Opening and closing markers of reasoning blocks, by model family."""
+"""Opening and closing markers of reasoning blocks, by model family. They are found in upper and lower case."""
 
-_LONGEST = max(map(len, (*MARKERS, *MARKERS.values())))
-_OPENING = re.compile("|".join(map(re.escape, MARKERS)))
-_CLOSING = re.compile("|".join(map(re.escape, MARKERS.values())))
-_MARKER = re.compile(f"{_OPENING.pattern}|{_CLOSING.pattern}")
+_CLOSING_OF = {opening.lower(): closing for opening, closing in MARKERS.items()}
+_ALL = tuple(marker.lower() for pair in MARKERS.items() for marker in pair)
+_LONGEST = max(map(len, _ALL))
+_OPENING = re.compile("|".join(map(re.escape, MARKERS)), re.IGNORECASE)
+_CLOSING = re.compile("|".join(map(re.escape, MARKERS.values())), re.IGNORECASE)
+_MARKER = re.compile(f"{_OPENING.pattern}|{_CLOSING.pattern}", re.IGNORECASE)
 
 
 class ReasoningFilter:
@@ -71,11 +79,12 @@ class ReasoningFilter:
 
     def _pass(self, marker: str) -> str:
         """Enters or leaves a block, and returns the marker if it belongs to no block."""
-        if not self.inside and marker not in MARKERS and self._started:
+        closing = _CLOSING_OF.get(marker.lower())
+        if not self.inside and closing is None and self._started:
             self.orphan = True
             return marker
-        self.inside = not self.inside and marker in MARKERS
-        self._end = re.compile(re.escape(MARKERS[marker])) if self.inside else _MARKER
+        self.inside = not self.inside and closing is not None
+        self._end = re.compile(re.escape(closing), re.IGNORECASE) if self.inside and closing else _MARKER
         self._trim = True
         return ""
 
@@ -121,6 +130,5 @@ def strip_reasoning(text: str, *, opened: bool = False) -> str | None:
 
 def _start_of_marker(text: str) -> int:
     """Length of the longest end of a text that could be the beginning of a marker."""
-    lengths = range(min(_LONGEST - 1, len(text)), 0, -1)
-    markers = (*MARKERS, *MARKERS.values())
-    return next((size for size in lengths if any(marker.startswith(text[-size:]) for marker in markers)), 0)
+    end = text[1 - _LONGEST :].lower()
+    return next((size for size in range(len(end), 0, -1) if any(m.startswith(end[-size:]) for m in _ALL)), 0)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import unicodedata
 from collections.abc import Mapping
 from datetime import UTC, date, datetime
 from enum import StrEnum
@@ -38,6 +39,12 @@ EXACT = 2**53
 UNIX_SECONDS = tuple(datetime(year, 1, 1, tzinfo=UTC).timestamp() for year in (1990, 2100))
 """The range in which a number is read as a Unix time. Spreadsheet dates and numbers like 20240501 are outside it."""
 
+INVISIBLE = re.compile(r"^[\s\ufeff\u200b\u2060]+|[\s\ufeff\u200b\u2060]+$")
+"""White space, byte order marks and characters without width around an id."""
+
+MISSING = frozenset(("NaN", "nan", "NaT", "<NA>", "None", "null", "NULL"))
+"""How programs write "not given" into cells of tables."""
+
 WRITE_TIMES = "write times in ISO 8601, like 2024-05-01T12:00:00Z"
 
 
@@ -48,6 +55,12 @@ def number_as_text(value: object) -> object:
     if isinstance(value, float) and value.is_integer() and abs(value) < EXACT:
         return str(int(value))
     return value
+
+
+def _as_id(value: object) -> object:
+    """Makes ids that look the same equal: whole numbers and their text, composed and decomposed characters."""
+    value = number_as_text(value)
+    return INVISIBLE.sub("", unicodedata.normalize("NFC", value)) if isinstance(value, str) else value
 
 
 def _is_missing(value: object) -> bool:
@@ -64,13 +77,15 @@ def without_missing(value: object) -> object:
 
 
 def _as_time(value: object) -> object:
-    """Reads ISO 8601 or Unix time (seconds or milliseconds). A time without a zone is in UTC.
+    """Reads ISO 8601 or Unix time (seconds or milliseconds). A time without a zone is in UTC. Empty text is no time.
 
     Raises:
         ValueError: If the value is not a time, or could mean several.
     """
     if isinstance(value, str):
         text = value.strip()
+        if not text or text in MISSING:
+            return None
         value = float(text) if re.fullmatch(r"[+-]?\d+(\.\d*)?", text) else _iso_time(text)
     if isinstance(value, date) and not isinstance(value, datetime):
         value = datetime(value.year, value.month, value.day)
@@ -111,17 +126,17 @@ def _not_bool(value: object) -> object:
 Text = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
 """Text with at least one character that is not white space. Surrounding white space is removed."""
 
-Id = Annotated[str, StringConstraints(strip_whitespace=True), BeforeValidator(number_as_text)]
+Id = Annotated[str, BeforeValidator(_as_id)]
 """An id, possibly empty. Whole numbers become text, and surrounding white space is removed."""
 
-UserId = Annotated[Text, BeforeValidator(number_as_text)]
+UserId = Annotated[Text, BeforeValidator(_as_id)]
 """The id of a user. Every field and argument that names a user has this type, so that ``"ann "`` is ``"ann"``."""
 
 Fact = Annotated[Text, BeforeValidator(number_as_text)]
 """Text that may be given as a whole number."""
 
-Time = Annotated[datetime, BeforeValidator(_as_time)]
-"""A time in UTC, given in ISO 8601 or as an unambiguous Unix time."""
+Time = Annotated[datetime | None, BeforeValidator(_as_time)]
+"""A time in UTC, given in ISO 8601 or as an unambiguous Unix time; ``None`` if it is not given."""
 
 Number = Annotated[float, BeforeValidator(_not_bool)]
 """A number, but not true or false."""
@@ -179,7 +194,7 @@ class _Signal(FileRecord):
     """
 
     id: Id = ""
-    time: Time | None = None
+    time: Time = None
     origin: str = ""
     said_by: Speaker = Speaker.USER
 

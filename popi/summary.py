@@ -9,8 +9,8 @@ from typing import Literal
 
 from pydantic import BaseModel, Field
 
-from popi.claims import NO_EVIDENCE, Claim, as_text, claims_in, is_list, says_nothing, split_citations
-from popi.signals import FROZEN
+from popi.claims import NO_EVIDENCE, Claim, as_text, claims_in, is_frame, is_list, says_nothing, split_citations
+from popi.signals import FROZEN, Id
 
 __all__ = [
     "NO_EVIDENCE",
@@ -68,7 +68,7 @@ class PreferenceSummary(BaseModel):
 
     model_config = FROZEN
 
-    user_id: str
+    user_id: Id
     text: str
     claims: tuple[Claim, ...] = ()
     status: Literal["ok", "not_enough_evidence"] = "ok"
@@ -123,7 +123,8 @@ def read_reply(
         provenance: How the reply was made.
         keep: Whether a claim is kept; the line of one that is not is removed from the text too.
     """
-    lines = [line for line in reply.splitlines() if line.strip()]
+    lines = [line for line in reply.splitlines() if line.strip() and not is_frame(line)]
+    reply = "\n".join(lines)
     dropped = {claim.text for claim in claims_in(reply, shown) if not keep(claim)}
     if dropped:
         lines = [line for line in lines if not any(claim.text in dropped for claim in claims_in(line))]

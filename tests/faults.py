@@ -13,10 +13,11 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from email.message import Message
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Literal, get_args
 
-import httpx
+import httpx2
 
 Fault = Literal["429 until", "429", "500", "503 burst", "refused", "reset", "half a body", "stall", "html"]
 FAULTS: tuple[Fault, ...] = get_args(Fault)
@@ -88,7 +89,7 @@ class FaultyServer:
                 thread.join()
 
     async def _serve(self, listening: socket.socket) -> None:
-        async with httpx.AsyncClient(timeout=None) as self._client:
+        async with httpx2.AsyncClient(timeout=None) as self._client:
             await self._server.serve([listening])
 
     async def __call__(
@@ -271,7 +272,7 @@ class ScriptedServer:
     def __init__(self, script: Callable[[dict[str, Any]], Scripted]) -> None:
         self.script, self.url = script, ""
         self.bodies: list[dict[str, Any]] = []
-        self.headers: list[dict[str, str]] = []
+        self.headers: list[Message] = []
 
     @contextmanager
     def running(self) -> Iterator[ScriptedServer]:
@@ -310,7 +311,7 @@ class _Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         self.scripted.bodies.append(body)
-        self.scripted.headers.append(dict(self.headers))
+        self.scripted.headers.append(self.headers)
         reply = self.scripted.script(body)
         time.sleep(reply.delay)
         streams = body.get("stream", False) if reply.streams is None else reply.streams

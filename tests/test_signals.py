@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from pydantic import TypeAdapter, ValidationError
 
 from popi.errors import InputError
-from popi.io import as_line
+from popi.io import as_line, validate
 from popi.signals import Comment, Conversation, Signal, Speaker, Statement, Turn, UserSignals, as_user_id
 from tests.strategies import signals, users
 
@@ -197,10 +197,21 @@ def test_a_number_that_may_be_another_date_is_refused(given: object) -> None:
     assert given is True or "is not a Unix time from 1990 to 2100 in seconds or milliseconds" in error["msg"]
 
 
-@pytest.mark.parametrize("given", ["05/01/2024", "yesterday", "2024-13-01", "0001-01-01T00:00:00+05:00", ""])
+@pytest.mark.parametrize("given", ["05/01/2024", "yesterday", "2024-13-01", "0001-01-01T00:00:00+05:00", "12:00"])
 def test_a_text_that_is_not_a_time_is_refused(given: str) -> None:
     with pytest.raises(ValidationError, match=r"time\n"):
         Statement.model_validate({"text": "x", "time": given})
+
+
+@pytest.mark.parametrize("given", ["", " ", "NaT", "NaN", "None", "null", "<NA>"])
+def test_a_text_that_stands_for_no_time_is_no_time(given: str) -> None:
+    assert Statement.model_validate({"text": "x", "time": given}) == Statement(text="x")
+
+
+@pytest.mark.parametrize("field", ["text", "id", "origin", "said_by", "time"])
+def test_half_a_character_is_refused_in_every_field(field: str) -> None:
+    with pytest.raises(InputError, match=rf"field {field}: (contains half a character|.* is not a time)"):
+        validate(Statement, {"text": "x", field: "\ud83d"})
 
 
 def test_null_means_not_given() -> None:
@@ -221,6 +232,7 @@ def test_null_means_not_given() -> None:
     ("given", "text"),
     [
         *(("ann", "ann"), (" ann\n", "ann"), ("07", "07"), ("7.0", "7.0")),
+        *(("cafe\u0301", "caf\u00e9"), ("\ufeffann\u200b", "ann"), ("a\u200db", "a\u200db")),
         *((7, "7"), (7.0, "7"), (-0.0, "0"), (2**70, str(2**70)), (np.int64(7), "7")),
     ],
 )

@@ -116,6 +116,27 @@ def test_hostile_lines_are_read_in_no_time(line: str) -> None:
     assert time.process_time() - start < 2
 
 
+@pytest.mark.parametrize(
+    "reply",
+    [
+        "```markdown\n- short [1]\n- tables [1, 2, and 3]\n```",
+        "<answer>\n- short [1]\n- tables [1, signal 2, no. 3]\n</answer>",
+        "► short [#1]\n► tables [1 و 2 و 3]",
+        "- [ ] short [^1]\n- [x] tables【1†a】【2†b】【3†c】",
+        "一、short\uff3b1\uff3d\n二、tables\uff3b1、2、3\uff3d。",
+    ],
+)
+def test_the_frame_and_the_marks_of_a_list_are_no_claims(reply: str) -> None:
+    summary = read_reply("ada", reply, ("a", "b", "c"), BY_MODEL)
+    assert summary.text == "- short\n- tables"
+    assert [claim.evidence for claim in summary.claims] == [("a",), ("a", "b", "c")]
+
+
+def test_a_heading_is_no_claim() -> None:
+    summary = read_reply("ada", "## Preferences\n- short [1]", "a", BY_MODEL)
+    assert [claim.text for claim in summary.claims] == ["short"]
+
+
 def test_citing_what_is_not_shown_is_an_error() -> None:
     with pytest.raises(KeyError):
         with_citations([Claim(text="likes lists", evidence=("b",))], ["a"])
@@ -141,6 +162,12 @@ def test_provenance_is_kept_by_a_round_trip(user: UserSignals) -> None:
     again = PreferenceSummary.model_validate_json(as_line(summary))
     assert again == summary
     assert again.provenance.time.tzinfo == UTC
+
+
+def test_the_user_of_a_summary_is_the_same_however_the_id_is_written() -> None:
+    made = {"text": "- x", "provenance": BY_MODEL}
+    ids = [PreferenceSummary.model_validate({"user_id": name, **made}).user_id for name in (7, 7.0, "7 ", "e\u0301")]
+    assert ids == ["7", "7", "7", "\u00e9"]
 
 
 def test_editing_keeps_the_evidence_of_what_is_left_alone() -> None:

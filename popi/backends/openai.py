@@ -7,7 +7,6 @@ import hashlib
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
-from functools import cached_property
 from typing import Any, TypeVar
 
 from popi.backends.base import (
@@ -23,7 +22,7 @@ from popi.backends.base import (
 from popi.backends.deadline import turn
 from popi.backends.remote.client import Client, certificates
 from popi.backends.remote.endpoints import ByMessages, ByTokenIds, Endpoint
-from popi.backends.remote.failures import failed
+from popi.backends.remote.failures import Failed, failed
 from popi.backends.remote.fields import Fields
 from popi.backends.remote.server import read_server
 from popi.backends.sharing import PerLoop, Semaphore
@@ -49,6 +48,9 @@ class OpenAIBackend(Backend):
     field that the server does not know is renamed (``max_tokens`` to ``max_completion_tokens``) or dropped
     (``temperature``, ``top_p``, ``seed``, ``stream_options``, ``stop_token_ids``) after the first error that names it;
     the log reports it once. The model then samples as the server decides.
+
+    The SDK reads ``OPENAI_ORG_ID``, ``OPENAI_PROJECT_ID`` and ``OPENAI_CUSTOM_HEADERS`` from the environment, and adds
+    their headers to each request.
 
     Requests are not repeated: see :class:`popi.backends.wrappers.Retry`. The backend can be used from several event
     loops and threads, and in forked processes.
@@ -114,18 +116,24 @@ class OpenAIBackend(Backend):
             context_length=context_length,
             response_prefix=self._endpoint.response_prefix,
         )
-        self._answers_depend_on = [tokenizer and context_length, dict(fields or {}), dict(extra or {})]
-        self._tokenizer = tokenizer
+        options = json.dumps([tokenizer and context_length, dict(fields or {}), dict(extra or {})], sort_keys=True)
+        self._identity = json.dumps(
+            [
+                "openai",
+                self._server.url,
+                model,
+                None if tokenizer is None else _fingerprint(tokenizer),
+                hashlib.sha256(options.encode()).hexdigest()[:16],
+            ]
+        )
         self._places = Semaphore(max_concurrency)
         self._clients = PerLoop(lambda: Client(self._server, timeout=timeout))
         self._closed = False
 
-    @cached_property
+    @property
     def identity(self) -> str:
         """The address, the model, the tokenizer and the options that change responses. It contains no secrets."""
-        options = hashlib.sha256(json.dumps(self._answers_depend_on, sort_keys=True).encode()).hexdigest()[:16]
-        tokenizer = None if self._tokenizer is None else _fingerprint(self._tokenizer)
-        return json.dumps(["openai", self._server.url, self.model, tokenizer, options])
+        return self._identity
 
     async def chat(self, requests: Sequence[ChatRequest]) -> list[ChatResult]:
         """Continues each conversation.
@@ -150,7 +158,7 @@ class OpenAIBackend(Backend):
             except BackendError:
                 raise
             except Exception as error:
-                raise failed(error, url=self._server.url, timeout=self._timeout).raised(self.model) from error
+                raise self._failed(error).raised(self.model) from error
 
     async def score(self, requests: Sequence[ScoreRequest]) -> list[ScoreResult]:
         """Scores each response, including its end of turn, given its conversation.
@@ -181,6 +189,9 @@ class OpenAIBackend(Backend):
             raise BackendError(f"{self.model}: the backend is closed")
         return self._clients.get()
 
+    def _failed(self, error: Exception) -> Failed:
+        return failed(error, url=self._server.url, timeout=self._timeout, redact=self._server.redact)
+
     async def _each(
         self,
         requests: Sequence[Request],
@@ -197,7 +208,7 @@ class OpenAIBackend(Backend):
             except BackendError:
                 raise
             except Exception as error:
-                failure = failed(error, url=self._server.url, timeout=self._timeout)
+                failure = self._failed(error)
                 if failure.kind in ("denied", "unreachable"):
                     raise failure.raised(self.model) from error
                 return kind.failed(failure.error, failure.kind, model=self.model, retry_after=failure.retry_after)

@@ -13,7 +13,7 @@ from popi.data.convert import Conversion, Dropped, check_any, read_records
 from popi.data.example import PersonalizationExample
 from popi.errors import InputError
 from popi.io import BadRows, parse_lines, parse_rows, validate
-from popi.signals import Conversation, FileRecord, Id, Speaker, Time, Turn, UserSignals, number_as_text
+from popi.signals import Conversation, FileRecord, Id, Speaker, Time, Turn, UserSignals, as_user_id, number_as_text
 
 ORIGIN = "chat"
 
@@ -47,13 +47,13 @@ class _Record(FileRecord):
     user_id: Id = ""
     user: Id = ""
     metadata: Any = None
-    time: Time | None = Field(None, validation_alias=AliasChoices("time", "created_at", "created", "timestamp"))
+    time: Time = Field(None, validation_alias=AliasChoices("time", "created_at", "created", "timestamp"))
 
     def named_user(self) -> str:
         """The id of the user, or an empty text."""
         more = self.metadata if isinstance(self.metadata, Mapping) else {}
         ids = (self.user_id, self.user, *(number_as_text(more.get(name)) for name in ("user_id", "user")))
-        return next((text for name in ids if isinstance(name, str) and (text := name.strip())), "")
+        return next((as_user_id(name) for name in ids if isinstance(name, str) and name.strip()), "")
 
 
 def convert_chat(path: Path, *, bad_rows: BadRows | None = None) -> Conversion:

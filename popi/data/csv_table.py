@@ -32,6 +32,7 @@ from popi.data.example import HeldOutPair, PersonalizationExample, find_unusable
 from popi.errors import InputError, did_you_mean
 from popi.io import BadRows, parse_rows, read_text, validate
 from popi.signals import (
+    MISSING,
     Comment,
     Demographics,
     Edit,
@@ -47,6 +48,9 @@ HELD_OUT = "held_out"
 USER, KIND, FACTS = "user_id", "kind", "facts."
 SHARED = ("id", "time", "origin", "said_by")
 NUMBERS = ("score", "worst", "best")
+NOT_TEXTS = (USER, KIND, *SHARED, *NUMBERS)
+"""The columns in which a cell like NaN is empty. In the others it may be a text."""
+
 DELIMITERS = ",;\t"
 
 # Statement is before comment: a text that is not about anything is a statement.
@@ -203,6 +207,7 @@ def _parse(
             fix = "write empty cells too"
         raise InputError(what, file=path, line=line, fix=fix)
     filled = {name: text for name, cell in zip(names, cells, strict=True) if _known(name) and (text := cell.strip())}
+    filled = {name: text for name, text in filled.items() if text not in MISSING or name not in NOT_TEXTS}
     if delimiter == ";":  # the delimiter where numbers have decimal commas
         filled |= {name: filled[name].replace(",", ".") for name in NUMBERS if name in filled}
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import unicodedata
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Annotated, Any
@@ -78,7 +79,8 @@ def find_unusable(user: UserSignals, tests: Sequence[HeldOutPair]) -> dict[int, 
 
     A pair is unusable if a signal contains its prompt together with one of its responses, because a generator that sees
     the signals can then look up the answer, or if an earlier pair has the same prompt and the same two responses, in
-    either order. A comment without a prompt matches any prompt. Texts are compared without regard to white space.
+    either order. A comment without a prompt matches any prompt. Texts are compared without regard to
+    white space, case and the encoding of characters.
 
     Args:
         user: The signals.
@@ -148,4 +150,4 @@ def _shown(signal: Signal) -> list[tuple[str, str]]:
 
 
 def _key(text: str) -> str:
-    return " ".join(text.split())
+    return " ".join(unicodedata.normalize("NFKC", text).casefold().split())

@@ -11,7 +11,7 @@ from popi.backends.base import Backend, ChatRequest, ChatResult, ScoreRequest
 from popi.backends.openai import OpenAIBackend
 from popi.errors import BackendError
 from popi.prompts import Message
-from tests.faults import Scripted, ScriptedServer, Serve, piece
+from tests.faults import Scripted, ScriptedServer, Serve, piece, rendered
 from tests.servers import SERVED
 
 USAGE = {"prompt_tokens": 7, "completion_tokens": 6}
@@ -55,6 +55,8 @@ RESPONSES: dict[str, Pieces] = {
     "the same usage in every piece": [*[piece(word, usage=USAGE) for word in WORDS], piece(reason="stop")],
     "empty usage in every piece": [*[piece(word, usage={}) for word in WORDS], piece(reason="stop")],
     "null usage": [piece("ha ha good", "stop", usage=None)],
+    "usage of another form": [piece("ha ha ", usage=[]), piece("good", "stop", usage="unknown")],
+    "an empty finish reason in every piece": [*[piece(word, "") for word in WORDS], piece(reason="stop")],
     "usage at the end": [piece("ha ha "), piece("good", "stop"), piece(choices=[], usage=USAGE)],
     "null choices at the end": [piece("ha ha "), piece("good", "stop"), piece(choices=None, usage=USAGE)],
     "no choices at the beginning": [piece(choices=[]), piece("ha ha good", "stop")],
@@ -66,6 +68,8 @@ RESPONSES: dict[str, Pieces] = {
     "another finish reason": [piece("ha ha good", "eos_token")],
     "a block of reasoning": [piece("<thi"), piece("nk>why"), piece("?</think>\n\nha ha"), piece(" good", "stop")],
     "a block that the template opened": [piece("</think>"), piece("\n\nha ha good", "stop")],
+    "a block in capitals": [piece("<THINK>why?</TH"), piece("INK>ha ha good", "stop")],
+    "a block with other marks": [piece("\u25c1think\u25b7why?\u25c1/think\u25b7"), piece("ha ha good", "stop")],
     "an empty block": [piece("<think>\n\n</think>\n\nha ha good", "stop")],
 }  # fmt: skip
 
@@ -80,6 +84,56 @@ async def test_a_response_is_complete_and_the_same_in_chat_and_stream(
         shown, last = await streamed(served, ask())
     assert (result.text, result.finish_reason, result.error) == ("ha ha good", "stop", None)
     assert last == result and "".join(shown) == result.text
+
+
+@pytest.mark.parametrize(
+    ("word", "reason"),
+    [
+        *[(word, "length") for word in ("length", "max_tokens", "MAX_TOKENS", "model_context_window_exceeded")],
+        *[(word, "filtered") for word in ("content_filter", "content-filter", "SAFETY", "sensitive")],
+        *[(word, "stop") for word in ("stop", "end_turn", "STOP", "eos")],
+    ],
+)
+async def test_servers_have_many_words_for_the_end_of_a_response(
+    serve: Serve, tokenizer: str | None, word: str, reason: str
+) -> None:
+    async with backend(serve(Scripted([piece("ha ha", word)])), tokenizer) as served:
+        [result] = await served.chat([ask()])
+        _, last = await streamed(served, ask())
+    assert (result.text, result.finish_reason) == ("ha ha", reason)
+    assert last == result if reason != "filtered" else isinstance(last, BackendError)
+
+
+@pytest.mark.parametrize("word", ["error", "abort", "network_error", "timeout"])
+async def test_a_response_that_the_server_stopped_is_a_failure(serve: Serve, tokenizer: str | None, word: str) -> None:
+    async with backend(serve(Scripted([piece("ha ha", word)])), tokenizer) as served:
+        [result] = await served.chat([ask()])
+        _, last = await streamed(served, ask())
+    assert (result.failure, result.error) == ("server", f"the server stopped the response ({word})")
+    assert isinstance(last, BackendError) and last.failure == "server"
+
+
+KEPT_ALIVE = {
+    "empty events": b"data:\n\ndata: \n\n",
+    "comments": b": waiting\n\n:\n\n",
+    "other fields": b"event: ping\nid: 7\nretry: 100\n\n",
+}
+ENDS = {"[DONE] twice": b"data: [DONE]\n\ndata: [DONE]\n\n", "no space": b"data:[DONE]\n\n", "no [DONE]": b""}
+
+
+@pytest.mark.parametrize("end", ENDS.values(), ids=ENDS)
+@pytest.mark.parametrize("between", KEPT_ALIVE.values(), ids=KEPT_ALIVE)
+@pytest.mark.parametrize("line_end", [b"\n", b"\r\n", b"\r"], ids=ascii)
+async def test_a_stream_may_be_kept_alive_and_end_in_several_ways(
+    serve: Serve, between: bytes, end: bytes, line_end: bytes
+) -> None:
+    events = [b"data: " + json.dumps(rendered(part, "delta")).encode() + b"\n\n" for part in RESPONSES["plain"]]
+    body = (between + between.join([*events, end])).replace(b"\n", line_end)
+    server = serve(Scripted(body, headers={"Content-Type": "text/event-stream"}))
+    async with backend(server) as served:
+        shown, last = await streamed(served, ask())
+        assert [last] == await served.chat([ask()])
+    assert isinstance(last, ChatResult) and (shown, last.text) == (["ha ", "ha ", "good"], "ha ha good")
 
 
 OF_MESSAGES: dict[str, Pieces] = {
@@ -201,6 +255,32 @@ async def test_a_server_may_stream_what_is_not_asked_as_a_stream_and_the_other_w
         assert (result.text, "".join(shown), last) == ("ha ha", "ha ha", result)
 
 
+HEADS = {
+    "nothing": b"",
+    "BOM": b"\xef\xbb\xbf",
+    "white space": b" ",
+    "a comment": b": ping\n\n",
+    "retry": b"retry: 9\n\n",
+}
+
+
+@pytest.mark.parametrize("head", HEADS.values(), ids=HEADS)
+@pytest.mark.parametrize("end", [b"\n", b"\r\n", b"\r"], ids=ascii)
+@pytest.mark.parametrize("kind", ["text/event-stream", "application/json"])
+async def test_a_stream_is_read_whatever_it_begins_with_and_is_labelled(
+    serve: Serve, head: bytes, end: bytes, kind: str
+) -> None:
+    events = [
+        b'data: {"choices": [{"delta": {"content": "ha "}}]}',
+        b'data: {"choices": [{"delta":%sdata: {"content": "ha"}}]}' % end,
+    ]
+    body = head + (end * 2).join([*events, b"event: ping", b"data: [DONE]"])
+    async with backend(serve(Scripted(body, headers={"Content-Type": kind}))) as served:
+        [result] = await served.chat([ask()])
+        assert (await streamed(served, ask()))[1] == result
+    assert result.text == "ha ha"
+
+
 HALVES = {
     "\ud83d short": "\ufffd short",
     "a\x07b\x00c": "a\x07b\x00c",
@@ -304,6 +384,32 @@ async def test_the_servers_own_message_is_shown_and_decides_the_kind(
         shown, last = await streamed(served, ask())
         assert isinstance(last, BackendError) and (shown, last.failure) == ([], kind)
         assert str(last).startswith(f"m: {says}")
+
+
+UNKNOWN_ERRORS = [
+    {"base_resp": {"status_code": 1004, "status_msg": "the key is not valid"}},
+    {"choices": None, "error_code": 18, "error_msg": "the key is not valid"},
+    {"fault": {"faultstring": "the key is not valid"}},
+]
+
+
+@pytest.mark.parametrize("body", UNKNOWN_ERRORS, ids=lambda body: next(reversed(body)))
+async def test_an_error_of_unknown_form_is_shown_as_it_is(
+    serve: Serve, tokenizer: str | None, body: dict[str, Any]
+) -> None:
+    async with backend(serve(Scripted(body)), tokenizer) as served:
+        [result] = await served.chat([ask()])
+        _, last = await streamed(served, ask())
+    assert result.failure == "malformed" and "the key is not valid" in str(result.error)
+    assert isinstance(last, BackendError) and "the key is not valid" in str(last)
+
+
+async def test_an_error_of_unknown_form_shows_no_secret(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SOME_KEY", "sk-secret-123")
+    server = serve(Scripted({"fault": "sk-secret-123 is not known"}))
+    async with OpenAIBackend("m", base_url=server.url, key="SOME_KEY") as served:
+        [result] = await served.chat([ask()])
+    assert "is not known" in str(result.error) and "secret" not in str(result.error)
 
 
 async def test_events_of_other_kinds_are_left_out(serve: Serve, tokenizer: str | None) -> None:

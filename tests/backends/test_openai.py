@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+import ssl
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
@@ -14,6 +15,7 @@ import pytest
 
 from popi.backends.base import PASSING, ChatRequest, ChatResult, ScoreRequest
 from popi.backends.openai import OpenAIBackend
+from popi.backends.remote.failures import failed
 from popi.errors import BackendError, ConfigError
 from popi.prompts import Message
 from tests.faults import Scripted, Serve, piece
@@ -239,6 +241,12 @@ async def test_a_server_may_count_no_tokens(usage: dict | None, counted: tuple[i
     async with answering(http("200 OK", body)) as url, backend(url) as box:
         [result] = await box.chat([ask()])
         assert (result.text, result.prompt_tokens, result.completion_tokens) == ("Rice.", *counted)
+
+
+def test_an_error_of_tls_inside_a_body_is_a_broken_connection() -> None:
+    error = ssl.SSLError(1, "decryption failed or bad record mac")
+    failure = failed(error, url="https://popi.example/v1", timeout=1, redact=str)
+    assert failure.kind == "unreachable" and "https://popi.example/v1 failed: " in failure.error
 
 
 def streamed(*deltas: str, end: str = "stop", **more: str) -> bytes:

@@ -177,6 +177,27 @@ async def test_a_user_name_and_a_password_may_be_part_of_the_address(serve: Serv
         OpenAIBackend("m", base_url=url, key=KEY)
 
 
+async def test_headers_of_the_environment_are_sent_and_are_secrets(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def script(body: dict[str, Any]) -> Scripted:
+        return Scripted({"error": {"message": f"gate: {server.headers[-1]['X-Gate']}"}}, status=400)
+
+    server = serve(script)
+    monkeypatch.setenv("OPENAI_CUSTOM_HEADERS", f"X-Gate: {SECRET}\nAuthorization: Bearer other")
+    async with OpenAIBackend("m", base_url=server.url, key=None) as served:
+        assert (await served.chat([ask()]))[0].error == "HTTP 400: gate: [hidden]"
+    assert "Authorization" not in server.headers[-1]
+
+
+@pytest.mark.parametrize("character", ["\x07", "\r", "\u2011"], ids=ascii)
+def test_a_header_that_cannot_be_sent_is_an_error(character: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_CUSTOM_HEADERS", f"A: b\nX-Gate: {SECRET}{character}{SECRET}")
+    with pytest.raises(ConfigError, match="a header in the environment variable OPENAI_CUSTOM_HEADERS") as caught:
+        OpenAIBackend("m", key=None)
+    assert SECRET not in str(caught.value) and "\n" not in str(caught.value)
+
+
 OPTIONS: dict[str, dict[str, Any]] = {
     "key": {"key": KEY},
     "user": {"key": None, "user": f"ann:{SECRET}"},

@@ -244,6 +244,20 @@ def test_a_fork_in_the_middle_of_requests_leaves_nothing_locked(serve: Serve, tm
 
 
 @forking
+def test_a_child_inherits_no_open_file_of_a_cache(serve: Serve, tmp_path: Path) -> None:
+    backend = full(serve(slowly), tmp_path, Ledger(cap=1.0))
+    [before] = asyncio.run(backend.chat([ask()]))
+    assert isinstance(backend, Cache) and backend._open_connection is not None
+
+    async def child() -> bool:
+        inherited = backend._open_connection
+        return inherited is None and await backend.chat([ask()]) == [before] and backend.hits == 1
+
+    assert in_child(child)
+    assert asyncio.run(backend.chat([ask()])) == [before]
+
+
+@forking
 def test_a_fork_forgets_what_the_parent_reserved_and_probes() -> None:
     ledger, breaker = Ledger(cap=1.0), Breaker(failures=1, cooldown=1e-9)
     assert ledger.try_reserve(1.0)
@@ -297,7 +311,7 @@ async def test_closing_in_one_loop_closes_the_connections_of_all(serve: Serve) -
         await backend.chat([ask()])
         client = backend._client()
         opened.set()
-        while not client._http.is_closed:
+        while not client._openai.is_closed():
             await asyncio.sleep(0.005)
         closed.set()
         return True

@@ -82,6 +82,13 @@ def test_the_user_is_named_in_one_of_four_fields(save: Save, named: dict[str, An
     assert example.user.user_id == "7"
 
 
+def test_a_user_is_the_same_however_the_id_is_encoded(save: Save) -> None:
+    named = [{"user": "caf\u00e9"}, {"metadata": {"user_id": "cafe\u0301"}}]
+    records = [{"messages": [{"role": "user", "content": f"{n}"}], **name} for n, name in enumerate(named)]
+    [example] = convert_chat(save(*records)).examples
+    assert len(example.user.signals) == 2
+
+
 @pytest.mark.parametrize("name", ["time", "created_at", "created", "timestamp"])
 def test_the_time_is_read_in_utc(save: Save, name: str) -> None:
     for value in (1714564800, 1714564800000, "2024-05-01T14:00:00+02:00"):

@@ -137,6 +137,23 @@ def test_what_was_dropped_is_told_with_line_and_reason(write: Write, tmp_path: P
     assert tuple(read_examples(tmp_path / "users.jsonl")) == conversion.examples
 
 
+@pytest.mark.parametrize("missing", ["NaN", "nan", "NaT", "<NA>", "None", "null"])
+def test_a_cell_may_say_that_it_is_empty(write: Write, missing: str) -> None:
+    row = {"user_id": "ann", "text": "x", "time": missing, "score": missing, "id": missing, "kind": missing}
+    [example] = convert_csv(write(row, {"user_id": "ann", "text": missing})).examples
+    assert [signal.model_dump(include={"kind", "text", "time"}) for signal in example.user.signals] == [
+        {"kind": "statement", "text": text, "time": None} for text in ("x", missing)
+    ]
+    with pytest.raises(InputError, match="the id of the user is empty"):
+        convert_csv(write({"user_id": missing, "text": "x"}))
+
+
+def test_users_of_a_table_are_the_same_however_their_ids_are_encoded(write: Write) -> None:
+    names = ["caf\u00e9", "cafe\u0301", "\ufeffcaf\u00e9 "]
+    [example] = convert_csv(write(*({"user_id": name, "text": f"{n}"} for n, name in enumerate(names)))).examples
+    assert len(example.user.signals) == 3
+
+
 BAD: list[tuple[dict[str, Any], str | None, str]] = [
     ({"user_id": " ", "text": "x"}, "user_id", "the id of the user is empty"),
     ({"kind": "shrug", "text": "x"}, "kind", "unknown kind 'shrug'; known names: comment"),

@@ -33,6 +33,8 @@ REVEALING: Sequence[Signal] = (
     Edit(prompt="How?", original="Anything.", edited="Like this."),
     Comment(text="Great!", about="Like this.", prompt="How?"),
     Comment(text="Great!", about="Like this."),
+    Rating(prompt="HOW?", response="LIKE THIS.", score=5),
+    Rating(prompt="How\uff1f", response="Li\u212ae this.", score=5),
     Conversation(turns=turns("How?", "Like this.", "Great!")),
     Conversation(turns=turns("Hello", "Hello!", "How?", "Like that.")),
 )

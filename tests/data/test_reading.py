@@ -94,7 +94,14 @@ def test_reads_one_line_at_a_time(users_file: Path) -> None:
 
 
 def test_a_user_is_the_same_however_the_id_is_written(users_file: Path) -> None:
-    for first, second in ((7, "7"), (7.0, " 7"), ("ann ", "ann"), (12345678901234567890, "12345678901234567890")):
+    for first, second in (
+        (7, "7"),
+        (7.0, " 7"),
+        ("ann ", "ann"),
+        (12345678901234567890, "12345678901234567890"),
+        ("caf\u00e9", "cafe\u0301"),
+        ("\ufeffann", "ann"),
+    ):
         with pytest.raises(InputError, match="is already in line 1"):
             list(read_users(write(users_file, {"user_id": first}, {"user_id": second})))
     ids = ["7.5", "07", "7.0", "Ann", "ann"]

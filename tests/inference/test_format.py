@@ -69,12 +69,37 @@ def test_a_reply_without_words_is_not_a_summary(reply: str) -> None:
         "Not enough evidence to determine this user's preferences.",
         "There is not enough information about this user.",
         "Insufficient evidence in the signals.",
+        "Summary: Not enough evidence!",
+        "“Not enough evidence.”",
+        "Not enough evidence (there is only one signal).",
+        "There isn't enough evidence to infer anything.",
+        "The signals do not provide sufficient information about preferences.",
+        "Based on these signals, I don't have enough information.",
+        "No preferences can be inferred from the signals.",
+        "Unable to determine the user's preferences.",
+        "Nicht genügend Hinweise.",
+        "No hay suficiente información sobre el usuario.",
+        "证据不足。",
+        "情報が不十分です。",
     ],
 )
 def test_only_the_sentinel_means_that_nothing_is_known(reply: str) -> None:
     summary = read(reply)
     assert isinstance(summary, PreferenceSummary)
     assert (summary.status, summary.text, summary.claims) == ("not_enough_evidence", NO_EVIDENCE, ())
+
+
+@pytest.mark.parametrize(
+    "claim",
+    [
+        "dislikes answers that say there is not enough evidence",
+        "no information about calories",
+        "enough information to decide alone",
+        "can't stand preferences that are assumed",
+    ],
+)
+def test_claims_with_the_words_of_the_sentinel_are_claims(claim: str) -> None:
+    assert claims_of(f"- {claim} [1]") == [(claim, ("short",))]
 
 
 def test_a_claim_about_evidence_is_a_claim() -> None:

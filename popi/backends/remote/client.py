@@ -1,4 +1,7 @@
-"""HTTP: sends a request, and reads the JSON or the server-sent events of its response."""
+"""HTTP: sends a request through the openai SDK, and reads the JSON or the server-sent events of its response.
+
+Responses are read here: the SDK's own streams do not show whether they ended or broke off, and find no event in a JSON.
+"""
 
 from __future__ import annotations
 
@@ -7,12 +10,13 @@ import json
 import os
 import re
 import ssl
-from collections.abc import AsyncIterator, Iterator, Mapping
-from contextlib import suppress
+from collections.abc import AsyncIterator, Mapping
+from contextlib import aclosing, suppress
 from functools import cache
 from typing import Any, Final
 
-import httpx
+import httpx2
+from openai import APIStatusError, AsyncOpenAI, DefaultAsyncHttpx2Client, omit
 
 from popi.backends.remote.failures import Malformed, Rejected, rejection
 from popi.backends.remote.server import Server
@@ -32,7 +36,8 @@ ENOUGH = len("event:")
 DRAIN = 0.2
 """Seconds to wait for the end of a response behind the end of its stream."""
 
-LINE_END = re.compile(rb"\r\n|\n|\r(?=[^\n])")
+KEPT = 3.0
+"""Seconds to keep an idle connection. Servers close it after 5 by default; a request at that moment would be lost."""
 
 SHOWN = 200
 """Maximum number of characters of a body in an error."""
@@ -47,18 +52,18 @@ class Client:
     """
 
     def __init__(self, server: Server, *, timeout: float) -> None:
-        self._server, self._timeout = server, timeout
-        headers = {"Accept": "application/json, text/event-stream", "Content-Type": "application/json"}
-        if server.authorization is not None:
-            headers["Authorization"] = server.authorization
-        self._http = httpx.AsyncClient(
-            headers=headers,
+        self._server = server
+        self._openai = AsyncOpenAI(
+            api_key="none",  # The header of each request replaces it.
+            base_url=server.url,
             timeout=timeout,
-            # The number of requests at once is limited elsewhere, where waiting does not count as a timeout.
-            limits=httpx.Limits(max_connections=None, max_keepalive_connections=None),
-            follow_redirects=True,
-            trust_env=server.proxied,
-            verify=certificates(),
+            max_retries=0,
+            http_client=DefaultAsyncHttpx2Client(
+                # The number of requests at once is limited elsewhere, where waiting does not count as a timeout.
+                limits=httpx2.Limits(keepalive_expiry=KEPT),
+                trust_env=server.proxied,
+                verify=certificates(),
+            ),
         )
 
     async def bodies(self, path: str, body: Mapping[str, Any]) -> AsyncIterator[Any]:
@@ -69,61 +74,41 @@ class Client:
         Raises:
             Rejected: If the server responds with an error, whatever the status.
             Malformed: If a body is not JSON.
-            httpx.HTTPError: If the request fails on the way.
-            TimeoutError: If the next piece of a stream does not arrive in time.
+            openai.APIConnectionError: If the request fails before the response.
+            httpx2.HTTPError: If the response breaks off.
         """
-        # Only ASCII: half a character in a prompt has no UTF-8.
-        content = json.dumps(body, allow_nan=False).encode()
-        async with self._http.stream("POST", self._server.url + path, content=content) as response:
-            if response.status_code >= 300:
-                raise await self._rejected(response)
-            async with held(self._timely(response.aiter_bytes())) as pieces:
-                head = b""
-                async for piece in pieces:
-                    head += piece
-                    if len(head.lstrip()) >= ENOUGH:
-                        break
-                async with held(_bodies(head, pieces)) as bodies:
-                    async for data in bodies:
-                        yield data if data is DONE else self._parse(data, response)
+        try:
+            response = await self._openai.post(
+                path,
+                cast_to=httpx2.Response,
+                # Only ASCII: half a character in a prompt has no UTF-8.
+                content=json.dumps(body, allow_nan=False).encode(),
+                options={"headers": {"Authorization": self._server.authorization or omit}},
+                stream=True,
+            )
+        except APIStatusError as error:
+            raise self._error(error.body, error.response) or error from None
+        assert isinstance(response, httpx2.Response)
+        async with aclosing(response), held(_bodies(response)) as bodies:
+            async for data in bodies:
+                yield data if data is DONE else self._parse(data, response)
 
     async def close(self) -> None:
         """Closes the connections."""
-        await self._http.aclose()
+        await self._openai.close()
 
-    async def _timely(self, pieces: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
-        """The same pieces, each within the timeout."""
-        async with held(pieces):
-            while True:
-                async with asyncio.timeout(self._timeout):
-                    piece = await anext(pieces, None)
-                if piece is None:
-                    return
-                yield piece
-
-    async def _rejected(self, response: httpx.Response) -> Rejected:
-        text = (await response.aread()).decode("utf-8", "replace")
+    def _parse(self, data: str, response: httpx2.Response) -> Any:
         try:
-            body = json.loads(text, strict=False)
-        except (ValueError, RecursionError):
-            body = text
-        error = self._error(body, response)
-        assert error is not None
-        return error
-
-    def _parse(self, data: bytes, response: httpx.Response) -> Any:
-        text = data.decode("utf-8-sig", "replace")
-        try:
-            body = json.loads(text, strict=False)
+            body = json.loads(data, strict=False)
         # A ValueError that is no JSONDecodeError comes from a number with thousands of digits.
         except (ValueError, RecursionError):
-            shown = self._server.redact(text)[:SHOWN]
+            shown = self._server.redact(data).strip()[:SHOWN]
             raise Malformed(f"the body is not JSON: {shown}" if shown else "the body is empty") from None
         if error := self._error(_error_of(body), response):
             raise error
         return body
 
-    def _error(self, body: Any, response: httpx.Response) -> Rejected | None:
+    def _error(self, body: Any, response: httpx2.Response) -> Rejected | None:
         return rejection(
             body,
             status=response.status_code,
@@ -133,37 +118,45 @@ class Client:
         )
 
 
-async def _bodies(head: bytes, rest: AsyncIterator[bytes]) -> AsyncIterator[Any]:
-    """The data of each event of a stream, or the whole body of another response.
+async def _bodies(response: httpx2.Response) -> AsyncIterator[Any]:
+    """The data of each event of a stream, or the whole body of another response; then ``DONE``.
 
     The first bytes decide which it is: servers ignore the ``stream`` of a request, and label either kind as the other.
     """
-    if not EVENT.match(head.removeprefix(BOM).lstrip()):
-        yield b"".join([head, *[piece async for piece in rest]])
+    pieces, head = response.aiter_bytes(), b""
+    async for piece in pieces:
+        head = (head + piece).removeprefix(BOM).lstrip()
+        if len(head) >= ENOUGH:
+            break
+    if not EVENT.match(head):
+        yield b"".join([head, *[piece async for piece in pieces]]).decode("utf-8", "replace")
         yield DONE
         return
-    async with held(_events(head, rest)) as events:
-        async for data in events:
-            if data.strip() == b"[DONE]":
+    async with held(aiter(_events(head, pieces, response))) as events:
+        async for event in events:
+            if event.data.strip() == "[DONE]":
                 yield DONE
                 # A connection can be used again only if its response was read to the end, which may never come.
                 with suppress(TimeoutError):
                     async with asyncio.timeout(DRAIN):
-                        async for _ in rest:
+                        async for _ in pieces:
                             pass
                 return
-            yield data
+            if event.data:
+                yield event.data
 
 
-async def _events(head: bytes, rest: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
-    reader = EventReader()
-    for data in reader.feed(head):
-        yield data
-    async for piece in rest:
-        for data in reader.feed(piece):
-            yield data
-    for data in reader.finish():
-        yield data
+def _events(head: bytes, rest: AsyncIterator[bytes], response: httpx2.Response) -> httpx2.EventSource:
+    async def content() -> AsyncIterator[bytes]:
+        yield head
+        async for piece in rest:
+            yield piece
+        yield b"\n\n"  # ends an event that no empty line ends
+
+    labelled = httpx2.Response(
+        200, headers={"Content-Type": "text/event-stream"}, content=content(), request=response.request
+    )
+    return httpx2.EventSource(labelled, max_event_size=None)
 
 
 def _error_of(body: Any) -> Any:
@@ -174,42 +167,8 @@ def _error_of(body: Any) -> Any:
     return {"error": inner} if inner else body
 
 
-class EventReader:
-    r"""Splits the bytes of a stream into the data of server-sent events. Comments and other fields are left out.
-
-    Example:
-        >>> reader = EventReader()
-        >>> list(reader.feed(b"data: on")), list(reader.feed(b"e\n\n: comment\n\ndata: two")), list(reader.finish())
-        ([], [b'one'], [b'two'])
-    """
-
-    def __init__(self) -> None:
-        self._line, self._data = b"", list[bytes]()
-
-    def feed(self, piece: bytes) -> Iterator[bytes]:
-        """Takes the next bytes, and yields the data of the events that they complete."""
-        *lines, self._line = LINE_END.split(self._line + piece)
-        for line in lines:
-            yield from self._take(line)
-
-    def finish(self) -> Iterator[bytes]:
-        """Yields the data of an event that no empty line ends."""
-        yield from self._take(self._line.rstrip(b"\r"))
-        yield from self._take(b"")
-
-    def _take(self, line: bytes) -> Iterator[bytes]:
-        if not line:
-            if self._data:
-                yield b"\n".join(self._data)
-            self._data = []
-            return
-        field, _, value = line.removeprefix(BOM).partition(b":")
-        if field == b"data":
-            self._data.append(value.removeprefix(b" "))
-
-
 def certificates() -> ssl.SSLContext:
-    """The certificates to trust: those of ``SSL_CERT_FILE`` or ``SSL_CERT_DIR``, or those of certifi.
+    """The certificates to trust: those of ``SSL_CERT_FILE`` or ``SSL_CERT_DIR``, or those of the system.
 
     Raises:
         ConfigError: If they cannot be read.
@@ -221,7 +180,7 @@ def certificates() -> ssl.SSLContext:
 def _certificates(file: str | None, folder: str | None) -> ssl.SSLContext:
     """Loading them takes longer than everything else that a client does at its start."""
     try:
-        return httpx.create_ssl_context()
+        return httpx2.create_ssl_context()
     except OSError as error:
         name = "SSL_CERT_FILE" if file else "SSL_CERT_DIR"
         raise ConfigError(

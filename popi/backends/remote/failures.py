@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from typing import Any
 
-import httpx
+import httpx2
+from openai import APIConnectionError
 
 from popi.backends.base import FailureKind
 from popi.errors import BackendError, one_line
@@ -162,43 +163,48 @@ class Failed:
         return BackendError(f"{model}: {self.error}", failure=self.kind, retry_after=self.retry_after)
 
 
-def failed(error: Exception, *, url: str, timeout: float) -> Failed:
-    """Reads an exception of the HTTP library, of a parser or of a timeout.
+def failed(error: Exception, *, url: str, timeout: float, redact: Callable[[str], str]) -> Failed:
+    """Reads an exception of the SDK, of the HTTP library, of a parser or of a timeout.
 
     Args:
         error: The exception.
         url: Where the request was sent.
         timeout: Seconds after which it timed out.
+        redact: Hides secrets in a text.
 
     Raises:
         Exception: The same one, if it is of none of these kinds.
     """
+    # The message of the SDK is only "Connection error."
+    if isinstance(error, APIConnectionError) and isinstance(error.__cause__, httpx2.HTTPError | OSError):
+        error = error.__cause__
     causes = list(_causes(error))
-    why = _short(next((str(cause) for cause in causes if str(cause)), type(error).__name__))
+    why = _short(redact(next((str(cause) for cause in causes if str(cause)), type(error).__name__)))
     match error:
-        case httpx.TimeoutException() | TimeoutError():
+        case httpx2.TimeoutException() | TimeoutError():
             return Failed("timeout", f"no response within {timeout:g} s")
         case Rejected():
             return Failed(error.kind, error.message, error.retry_after)
-        case Malformed() | httpx.DecodingError():
+        case Malformed() | httpx2.DecodingError():
             return Failed("malformed", f"malformed response: {why}")
         case Stopped():
             return Failed("server", why)
-        case httpx.TransportError() if any(isinstance(cause, ssl.SSLCertVerificationError) for cause in causes):
+        case httpx2.TransportError() if any(isinstance(cause, ssl.SSLCertVerificationError) for cause in causes):
             return Failed("denied", f"the certificate of {url} is not valid: {why}")
-        case httpx.TransportError() if any(_is_unknown_host(cause) for cause in causes):
+        case httpx2.TransportError() if any(_is_unknown_host(cause) for cause in causes):
             return Failed("denied", f"the host of {url} is unknown: {why}")
         # Another attempt would fail in the same way, before anything is sent. The group is anyio's, of what a socket
         # raises that is no OSError.
         case (
             ExceptionGroup()
-            | httpx.LocalProtocolError()
-            | httpx.UnsupportedProtocol()
-            | httpx.TooManyRedirects()
-            | httpx.InvalidURL()
+            | httpx2.LocalProtocolError()
+            | httpx2.UnsupportedProtocol()
+            | httpx2.TooManyRedirects()
+            | httpx2.InvalidURL()
         ):
             return Failed("denied", f"requests to {url} cannot be sent: {why}")
-        case httpx.TransportError():
+        # An error of TLS inside a body has no type of the HTTP library.
+        case httpx2.TransportError() | APIConnectionError() | OSError():
             return Failed("unreachable", f"connection to {url} failed: {why}")
         case ValueError():
             return Failed("request", f"the request cannot be sent: {why}")

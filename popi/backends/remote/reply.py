@@ -12,11 +12,15 @@ from popi.backends.remote.wire import Choice, Chunk, read
 from popi.backends.results import ORPHAN, Pieces, complete
 from popi.errors import BackendError
 
-STOPPED = {"abort", "error", "cancelled", "insufficient_system_resource"}
-"""Finish reasons of responses that the server stopped."""
-
-FINISH_REASONS: dict[str, FinishReason] = {"length": "length", "content_filter": "filtered"}
-"""Finish reasons that are not ``stop``, for which servers have many words."""
+FINISH_REASONS: dict[str, FinishReason] = {
+    **dict.fromkeys(("length", "max_tokens", "max_length", "max_output_tokens", "max_completion_tokens"), "length"),
+    **dict.fromkeys(("model_length", "token_limit", "context_length", "model_context_window_exceeded"), "length"),
+    **dict.fromkeys(("content_filter", "safety", "sensitive", "blocklist", "prohibited_content"), "filtered"),
+    **dict.fromkeys(("recitation", "spii"), "filtered"),
+    **dict.fromkeys(("abort", "aborted", "cancelled", "canceled", "error", "failed", "timeout"), "error"),
+    **dict.fromkeys(("network_error", "insufficient_system_resource"), "error"),
+}
+"""The words of servers for a response that the model did not end. All others mean ``stop``, which has many words."""
 
 REFUSED = "the model refused: {}"
 FILTERED = "the content filter of the server removed the response, or the rest of it"
@@ -34,7 +38,7 @@ class Reply:
     def __init__(self, request: ChatRequest, model: str, *, opened: bool = False) -> None:
         self._request, self._model, self._opened = request, model, opened
         self._pieces = Pieces(request, opened=opened)
-        self._text, self._refusal = "", ""
+        self._text = self._refusal = self._other = ""
         self._prompt_tokens = self._completion_tokens = 0
         self._responds = self._reasoned = self._calls_tools = self._whole = False
         self._reason: str | None = None
@@ -49,6 +53,8 @@ class Reply:
             self._whole = True
             return ""
         chunk = read(Chunk, body)
+        if not chunk.choices and chunk.usage is None and body:
+            self._other = self._other or f": {body}"
         if chunk.usage is not None:
             details = chunk.usage.completion_tokens_details
             self._prompt_tokens = chunk.usage.prompt_tokens or self._prompt_tokens
@@ -64,10 +70,11 @@ class Reply:
         Raises:
             Malformed: If the response ended before the model did, or contains nothing.
         """
-        if not self._whole and self._reason is None:
+        ended_early = not self._whole and self._reason is None
+        if not self._responds and (self._other or not ended_early):
+            raise Malformed(f"there is no message in the response{self._other}")
+        if ended_early:
             raise Malformed("the response ended early")
-        if not self._responds:
-            raise Malformed("there is no message in the response")
         return self._pieces.finish()
 
     def result(self) -> ChatResult:
@@ -76,9 +83,10 @@ class Reply:
         Raises:
             Stopped: If the server stopped the response.
         """
-        if self._reason in STOPPED:
+        word = (self._reason or "").lower().replace("-", "_")
+        reason: FinishReason = "refused" if self._refusal else FINISH_REASONS.get(word, "stop")
+        if reason == "error":
             raise Stopped(f"the server stopped the response ({self._reason})")
-        reason: FinishReason = "refused" if self._refusal else FINISH_REASONS.get(self._reason or "", "stop")
         result = complete(
             self._text,
             reason,

@@ -18,6 +18,7 @@ from popi.errors import ConfigError
 
 OPENAI = "https://api.openai.com/v1"
 URL_VARIABLE = "OPENAI_BASE_URL"
+HEADERS_VARIABLE = "OPENAI_CUSTOM_HEADERS"
 PROXIES = ("http", "https", "all")
 HIDDEN = "[hidden]"
 
@@ -54,7 +55,7 @@ class Server:
 
 
 def read_server(base_url: str | None, key: str | None, extra: Mapping[str, Any]) -> Server:
-    """Reads and checks the address, the key and the proxies.
+    """Reads and checks the address, the key, the headers and the proxies.
 
     Args:
         base_url: Base URL of the API; ``None`` is ``OPENAI_BASE_URL``, or OpenAI's own.
@@ -82,7 +83,7 @@ def read_server(base_url: str | None, key: str | None, extra: Mapping[str, Any])
     proxied = not proxy_bypass(parts.hostname or "")
     if proxied:
         _check_proxies()
-    hidden = {secret for secret in secrets if len(secret) >= SHORTEST_SECRET} | {*_values(extra)}
+    hidden = {secret for secret in secrets if len(secret) >= SHORTEST_SECRET} | {*_values([extra, *_read_headers()])}
     longest_first = tuple(sorted(hidden, key=len, reverse=True))
     return Server(urlunsplit(parts).rstrip("/"), authorization, longest_first, proxied)
 
@@ -145,6 +146,22 @@ def _problem_of_key(value: str) -> str | None:
         return "ends with a line break"
     if any(char.isspace() for char in value):
         return "contains white space"
+    return _problem_of_header(value)
+
+
+def _read_headers() -> Iterator[str]:
+    """The values of the headers that the SDK adds to each request, which may be secrets."""
+    for line in os.environ.get(HEADERS_VARIABLE, "").split("\n"):
+        value = line.partition(":")[2].strip()
+        if problem := _problem_of_header(value):
+            raise ConfigError(
+                f"a header in the environment variable {HEADERS_VARIABLE} {problem}",
+                fix=f"set {HEADERS_VARIABLE} again, without it",
+            )
+        yield value
+
+
+def _problem_of_header(value: str) -> str | None:
     if not value.isascii():
         return "contains a character that is not ASCII, such as a typographic dash"
     return None if value.isprintable() else "contains a control character"

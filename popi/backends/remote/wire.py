@@ -5,6 +5,7 @@ A whole response and a piece of a stream have one form here: a whole one is a st
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, NonNegativeInt, ValidationError, field_validator
@@ -117,6 +118,11 @@ class Chunk(_Wire):
     @classmethod
     def _none_is_empty(cls, choices: Any) -> Any:
         return [] if choices is None else choices
+
+    @field_validator("usage", mode="before")
+    @classmethod
+    def _other_usage_is_none(cls, usage: Any) -> Any:
+        return usage if isinstance(usage, Mapping) else None
 
 
 Wire = TypeVar("Wire", bound=_Wire)

@@ -7,13 +7,11 @@ import json
 import logging
 import math
 import sqlite3
-import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
 from popi.backends.base import Backend, ChatRequest, ChatResult, OnComplete, ScoreRequest, ScoreResult, ignore_result
-from popi.backends.sharing import renew_after_fork
 from popi.backends.together import held
 from popi.backends.wrappers.base import Request, Result, Wrapper
 from popi.engine.forking import ForkLock
@@ -48,20 +46,15 @@ class Cache(Wrapper):
     def __init__(self, inner: Backend, file: Path) -> None:
         super().__init__(inner)
         self.hits = self.misses = 0
-        self._file, self._writes, self._closed, self._lock = file, True, False, ForkLock()
-        self._local, self._connections = threading.local(), list[sqlite3.Connection]()
-        self._inherited: list[object] = []
-        renew_after_fork(self)
+        self._file, self._writes, self._closed = file, True, False
+        self._open_connection: sqlite3.Connection | None = None
+        # SQLite has locks of its own, and a child must not inherit an open file: held in every call, closed in a fork.
+        self._lock = ForkLock(before_fork=self._disconnect)
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
-            self._connection().execute(TABLE)
+            self._execute(TABLE)
         except (OSError, sqlite3.Error) as error:
             raise InputError(f"cannot be used as a cache: {error}", file=file, fix="name another file") from error
-
-    def after_fork(self) -> None:
-        """Forgets the connections of the parent process: SQLite allows neither to use nor to close them here."""
-        self._inherited.append((self._local, self._connections))
-        self._local, self._connections = threading.local(), []
 
     async def chat(self, requests: Sequence[ChatRequest]) -> list[ChatResult]:
         """Continues each conversation.
@@ -105,9 +98,7 @@ class Cache(Wrapper):
         """Closes the file and the backend."""
         with self._lock:
             self._closed = True
-            connections, self._connections = self._connections, []
-        for connection in connections:
-            connection.close()
+            self._disconnect()
         await self.inner.close()
 
     async def _each(
@@ -143,23 +134,31 @@ class Cache(Wrapper):
         identity = self.identity  # of a live model it is a hash of all weights
         return [_key(request, identity) for request in requests]
 
+    def _execute(self, statement: str, values: Sequence[str] = ()) -> tuple[str] | None:
+        """Executes a statement, and returns the first row of its result."""
+        with self._lock:
+            row: tuple[str] | None = self._connection().execute(statement, values).fetchone()
+        return row
+
     def _connection(self) -> sqlite3.Connection:
-        """The connection of this thread."""
-        connection: sqlite3.Connection | None = getattr(self._local, "connection", None)
-        if connection is None:
+        if self._open_connection is None:
             # Each statement is its own transaction: a result is kept whatever happens next.
-            connection = sqlite3.connect(self._file, isolation_level=None, timeout=30, check_same_thread=False)
-            connection.execute("PRAGMA journal_mode=WAL")
-            with self._lock:
-                self._connections.append(connection)
-            self._local.connection = connection
-        return connection
+            self._open_connection = sqlite3.connect(
+                self._file, isolation_level=None, timeout=30, check_same_thread=False
+            )
+            self._open_connection.execute("PRAGMA journal_mode=WAL")
+        return self._open_connection
+
+    def _disconnect(self) -> None:
+        connection, self._open_connection = self._open_connection, None
+        if connection is not None:
+            connection.close()
 
     def _read(self, key: str, kind: type[Result]) -> Result | None:
         if self._closed:
             raise BackendError(f"{self.model}: the cache is closed")
         try:
-            row = self._connection().execute("SELECT result FROM results WHERE key = ?", (key,)).fetchone()
+            row = self._execute("SELECT result FROM results WHERE key = ?", (key,))
         except sqlite3.Error as error:
             raise BackendError(f"{self.model}: the cache {self._file} cannot be read: {error}") from error
         try:
@@ -175,7 +174,7 @@ class Cache(Wrapper):
             return
         try:
             text = json.dumps(asdict(result))
-            self._connection().execute("INSERT OR REPLACE INTO results VALUES (?, ?)", (key, text))
+            self._execute("INSERT OR REPLACE INTO results VALUES (?, ?)", (key, text))
             self._writes = True
         except sqlite3.Error as error:
             if self._writes:

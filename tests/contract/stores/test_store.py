@@ -72,6 +72,14 @@ def test_an_id_is_the_same_user_with_and_without_white_space(store: Store) -> No
     assert store.users() == []
 
 
+def test_an_id_is_the_same_user_however_its_characters_are_encoded(store: Store) -> None:
+    store.add_signals("Jose\u0301", SHORT)
+    assert store.signals("Jos\u00e9").signals == (SHORT,) and store.users() == ["Jos\u00e9"]
+    store.edit("Jos\u00e9", "- mine")
+    assert store.current("Jose\u0301") is not None
+    assert store.delete("Jose\u0301") and store.users() == []
+
+
 def test_an_empty_id_is_refused(store: Store) -> None:
     for call in (store.signals, store.history, store.add_signals, store.current, store.delete, store.withdraw_edit):
         with pytest.raises(InputError, match="the id of the user is empty"):
