@@ -145,7 +145,7 @@ def test_the_defaults_of_a_joint_recipe_are_those_of_popi_as_released(tmp_path):
         ({"generator": {"model": "b", "loss": "ppo"}}, "field generator.loss"),
         (
             {"generator": {"model": "b", "context": "none"}},
-            "generator.context must be summary unless the generator is trained alone",
+            "generator.context must be summary unless train is generator",
         ),
         ({"schedule": "alternating", "rounds": 11}, "steps must be at least the number of rounds, 11"),
     ],

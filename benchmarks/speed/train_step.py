@@ -122,7 +122,7 @@ class Step:
         return [completion.token_ids for completion in completions]
 
     def texts(self, completions: Sequence[Sequence[int]]) -> list[str]:
-        """What the generator reads of samples."""
+        """The texts of samples."""
         return [self.chat.decode(ids) for ids in completions]
 
     def plain_scoring(self, completions: Sequence[Sequence[int]]) -> Tensor:
@@ -200,7 +200,7 @@ class Step:
 
 
 def read(chat: ChatTokens, example: PersonalizationExample, length: int) -> list[Message]:
-    """What a writer reads of a user whose signals have about this many tokens."""
+    """The prompt of a writer for a user whose signals have about this many tokens."""
     text = render_signals(example.user.signals, lambda part: len(chat.encode([part])[0])).text
     ids = chat.encode([text])[0]
     return DEFAULT.inference_messages(chat.decode((ids * (length // len(ids) + 1))[:length]))

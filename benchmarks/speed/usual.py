@@ -1,4 +1,4 @@
-"""Scoring as it is usually written, for the benchmarks: whole sequences in padded batches, logits at every position."""
+"""The usual implementation of scoring, for the benchmarks: whole sequences in padded batches, all logits."""
 
 from __future__ import annotations
 

@@ -82,7 +82,7 @@ class Generator(Section):
         loss: ``dpo`` or ``ipo``.
         beta: Beta of the objective in the loss, and in the writer's reward unless ``writer.beta`` is set.
         reduction: How the log-probabilities of a response's tokens are reduced: ``sum`` or ``mean``.
-        context: What a generator that is trained alone reads about the user: a summary, the raw signals, or nothing.
+        context: The context of a generator that is trained without the writer: a summary, the raw signals, or nothing.
         max_grad_norm: Maximum norm of the gradient.
     """
 
@@ -127,8 +127,8 @@ class JointRecipe(Section):
             ``alternating`` repeats this in ``rounds``. ``interleaved`` updates both in each step, on the same samples.
         rounds: Number of rounds of the alternating schedule.
         steps: Number of updates of the writer, and of the generator.
-        users_per_step: Number of users whose summaries are sampled in a step. The generator is trained on one pair per
-            summary, also if it is trained alone.
+        users_per_step: Number of users whose summaries are sampled in a step. The generator is trained on one pair for
+            each of these summaries.
         pairs_per_summary: Number of held-out pairs of the user that score a summary. A user of a file with fewer pairs
             has all of them used. The generator is trained on one of them.
         warmup: Number of steps in each phase until the learning rates reach their peak.
@@ -165,7 +165,7 @@ class JointRecipe(Section):
         if self.shared and (self.writer.model != self.generator.model or self.train != "both"):
             raise ValueError("shared weights need train: both, and the same model in both roles")
         if self.generator.context != "summary" and self.train != "generator":
-            raise ValueError("generator.context must be summary unless the generator is trained alone")
+            raise ValueError("generator.context must be summary unless train is generator")
         if self.schedule == "alternating" and self.steps < self.rounds:
             raise ValueError(f"steps must be at least the number of rounds, {self.rounds}")
         if self.data.world is not None and self.pairs_per_summary > self.data.pairs:

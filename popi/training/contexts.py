@@ -1,4 +1,4 @@
-"""What the generator reads about users in training: summaries of the writer, their raw signals, or nothing."""
+"""The contexts of the generator in training: summaries of the writer, raw signals, or nothing."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ CHUNK = 1024
 
 
 class Contexts:
-    """Provides what the generator reads about users.
+    """Provides the contexts of users.
 
     Args:
         kind: Summaries, raw signals, or nothing.
@@ -76,7 +76,7 @@ class Contexts:
         phase: str,
         folder: Path,
     ) -> tuple[list[ConditionedPair], dict[str, float]]:
-        """Conditioned pairs for a phase that trains the generator alone, one of each user in turn.
+        """Conditioned pairs for a phase that trains only the generator. Users alternate.
 
         Args:
             users: The training users.

@@ -65,7 +65,7 @@ def answer_format(name: str, backend: Backend, *, options: Mapping[str, Any]) ->
 def summarizer(
     format: SummaryFormat, backend: Backend, *, max_tokens: int, temperature: float, seed: int
 ) -> PreferenceInference:
-    """Makes an inference that asks a model once for each summary, in a given format.
+    """Makes an inference that requests each summary once, in a given format.
 
     Args:
         format: Renders the prompts and parses the replies.

@@ -1,4 +1,4 @@
-"""Training of the generator: its loss on conditioned pairs, in a trainer of its own or beside the writer's steps."""
+"""Training of the generator on conditioned pairs, in a separate trainer or in the steps of the writer."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ class GeneratorTrainer(CheckpointedTrainer):
 
 
 class GeneratorUpdate:
-    """Updates the generator beside the writer's steps: AdamW with the learning rate schedule of a trainer.
+    """Updates the generator in the steps of the writer: AdamW with the learning rate schedule of a trainer.
 
     Args:
         model: The generator.

@@ -13,12 +13,12 @@ from popi.training.schedule import Phase
 
 
 class MetricsCallback(TrainerCallback):
-    """Reports the metrics of each step of a phase, with an evaluation on held-out users every so often.
+    """Reports the metrics of each step of a phase, and evaluates on held-out users.
 
     Args:
         phase: The phase.
         evaluate: Evaluates on held-out users, given the step of the run.
-        every: Number of steps between evaluations. There is one at the end of the phase, too.
+        every: Number of steps between evaluations. The last step of the phase is evaluated, too.
         log: Takes the metrics of a step, and its evaluation if there was one.
         before: Costs before the first step. They are reported with it.
     """

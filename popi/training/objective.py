@@ -50,7 +50,7 @@ class LogRatios:
 def dpo_loss(h: Tensor, beta: float) -> Tensor:
     """-log sigmoid(beta h) / beta, elementwise (DPO, arXiv 2305.18290; POPI divides by beta).
 
-    Its gradient with respect to h lies in (-1, 0) for every beta, so rewards with different beta are comparable.
+    Its gradient with respect to h is in (-1, 0) for every beta, so rewards with different beta are comparable.
     """
     return -logsigmoid(beta * h) / beta
 

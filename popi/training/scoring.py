@@ -37,10 +37,10 @@ NO_REFERENCE = PairLogps(0.0, 0.0)
 
 @dataclass(frozen=True, slots=True)
 class ConditionedPair:
-    """A pair under what the generator reads about the user.
+    """A pair under a context.
 
     Attributes:
-        interface: What the generator reads; ``None`` gives the plain prompt.
+        interface: The context; ``None`` gives the plain prompt.
         pair: The pair.
         reference: log pi_ref(y_w|x) and log pi_ref(y_l|x) on the plain prompt.
     """
@@ -91,8 +91,7 @@ class PairScorer:
 
         Args:
             users: The users.
-            interfaces: What the generator reads about each user. An empty summary stands for one that is still to be
-                inferred.
+            interfaces: The context of each user. It is an empty summary if the summary is still to be inferred.
             reserve: Maximum number of tokens of a summary that is still to be inferred.
 
         Raises:

@@ -110,7 +110,7 @@ def summary_prompts(users: Sequence[PersonalizationExample], format: SummaryForm
 def epoch_order(users: int, count: int, *, seed: int) -> list[int]:
     """The order of the users of a run: epochs in which each user occurs once, each in another random order.
 
-    The order of the whole run is drawn at once, so a resumed run has no state to restore.
+    The order of the whole run depends on the seed only, so a resumed run has no state to restore.
 
     Args:
         users: Number of users.

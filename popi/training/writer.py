@@ -69,7 +69,7 @@ class WriterTrainer(CheckpointedTrainer, GRPOTrainer, Generic[Parsed]):
         parse: Parses replies.
         reward: Rewards parsed replies.
         rollouts: Samples replies.
-        abilities: What the loaded model can be trusted with.
+        abilities: The layout of a batch and the end tokens.
         batch_tokens: Maximum number of tokens of a forward pass of the update.
         first: Number of steps of the run before this trainer's. Random numbers depend on the step of the run.
         callbacks: Callbacks of transformers.
@@ -185,7 +185,7 @@ class WriterTrainer(CheckpointedTrainer, GRPOTrainer, Generic[Parsed]):
         return self._parse(place, visible or "", not ended or visible is None)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        """The step of TRL, timed. The update is what is neither rollout nor scoring."""
+        """The step of TRL, timed. The update is the rest of its time, without rollout and scoring."""
         began = time.perf_counter()
         loss: Tensor = super().training_step(*args, **kwargs)  # type: ignore[no-untyped-call]
         metrics = self._metrics["train"]
