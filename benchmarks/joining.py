@@ -4,8 +4,8 @@
 
 Each way is ``recipes/popi_mini`` with some values replaced, and has the same number of steps and users. An interrupted
 run is resumed. The models are evaluated as by ``popi eval``, on users with unseen combinations of tastes, and each
-generator under the context that it was trained with. The cost is the sum over the steps: tokens that the writer sampled,
-tokens that the generator read in scoring, tokens that were read with a gradient, and seconds.
+generator under the context that it was trained with. The cost is the sum over the steps: tokens that the writer
+sampled, tokens that the generator read in scoring, tokens that were read with a gradient, and seconds.
 """
 
 from __future__ import annotations
