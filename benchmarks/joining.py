@@ -1,12 +1,12 @@
-"""What each way of joining a writer and a generator is worth, and what it costs.
+"""The accuracy and the cost of different ways to train a writer and a generator together.
 
     python benchmarks/joining.py --out runs/joining
 
-Every way is ``recipes/popi_mini`` with a few values replaced: as many steps with as many users. A way is trained, or
-goes on where it was stopped, and is then measured on users of unseen combinations of tastes as ``popi eval`` does it,
-each generator under the context that it was trained with. What it costs is the sum over its steps: tokens that the
-writer sampled, tokens that the generator read to judge, tokens with a gradient behind the writer's loss or behind that
-of a generator which learns apart, and seconds.
+Each variant is ``recipes/popi_mini`` with a few values replaced and the same number of steps and users. The script
+trains it, or resumes its training, and measures it like ``popi eval`` on users with unseen combinations of tastes, with
+the context that its generator was trained with. The cost is summed over the steps: tokens that the writer sampled,
+tokens that the generator scored, tokens in the gradient of the writer and of a generator that is trained separately,
+and seconds.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ SPLIT = "unseen-combinations"
 
 
 class Way(NamedTuple):
-    """A way of joining: what it replaces in the recipe, and the row under which it is measured."""
+    """A variant: the values that it replaces in the recipe, and the row under which it is measured."""
 
     changes: dict[str, Any]
     row: str = "popi-summary"
@@ -56,12 +56,14 @@ WAYS = {
 
 
 def main() -> None:
-    """Trains and measures the ways, and prints a line for each."""
+    """Trains and measures the variants, and prints a line for each."""
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS), metavar="WAY", help=", ".join(WAYS))
-    arguments.add_argument("--users", type=int, default=500, help="who are measured")
-    arguments.add_argument("--set", nargs="+", default=[], metavar="FIELD=VALUE", help="replaces values in all ways")
-    arguments.add_argument("--out", type=Path, required=True, help="folder of the runs and of what was measured")
+    arguments.add_argument("--users", type=int, default=500, help="number of users for evaluation")
+    arguments.add_argument(
+        "--set", nargs="+", default=[], metavar="FIELD=VALUE", help="values to replace in all variants"
+    )
+    arguments.add_argument("--out", type=Path, required=True, help="folder of the runs and their measurements")
     given = arguments.parse_args()
     overrides = parse_overrides(given.set)
 
@@ -78,7 +80,7 @@ def main() -> None:
 
 
 async def measure(recipe: JointRecipe, folder: Path, row: str, users: int) -> Results:
-    """The accuracy of a run's models, beside that of the evidence oracle under the same generator."""
+    """The accuracy of a run's models, and of the evidence oracle under the same generator."""
     before = {WRITER: recipe.writer.model, GENERATOR: recipe.generator.model}
     after = before | {role: str(folder / role) for role in recipe.results()}
     async with opened((*before.values(), *after.values())) as backends:
@@ -97,7 +99,7 @@ async def measure(recipe: JointRecipe, folder: Path, row: str, users: int) -> Re
 
 
 def accuracies(results: Results) -> Iterator[str]:
-    """In percent with their intervals, in the order of the rows."""
+    """The accuracies in percent with their intervals, in the order of the rows."""
     for cell in results.cells:
         value, low, high = (100 * end for end in (cell.accuracy.value, cell.accuracy.low, cell.accuracy.high))
         yield f"{value:.1f} [{low:.1f}, {high:.1f}]"

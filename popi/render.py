@@ -31,7 +31,7 @@ HALF_LIFE = 32
 """Number of newer signals after which the weight of a signal halves."""
 
 PATIENCE = 32
-"""Number of consecutive signals that do not fit after which no more are tried."""
+"""Maximum number of consecutive signals that do not fit. After them no more are tried."""
 
 LEAST = 16
 """Minimum number of characters that a cut leaves of each text."""
@@ -61,7 +61,7 @@ class RenderedSignals:
 def describe(signal: Signal, limit: int | None = None, prompts: PromptSet = DEFAULT) -> str:
     """Renders one signal as text, without its number.
 
-    Text by somebody else is marked as such. Lines that start like one of our labels are quoted with ``>``, so that no
+    Text by another person is marked as such. Lines that start like one of our labels are quoted with ``>``, so that no
     text passes for another signal or speaker.
 
     Args:
@@ -147,7 +147,7 @@ class _Rendering:
         else:
             order = _best_first(self._signals)
             blocks = self._choose(order, budget)
-            # A signal that fits is no substitute for evidence: the best signal is shown in part rather than not at all.
+            # A signal that fits cannot replace evidence: the best signal is cut rather than left out.
             if order and all(self._signals[n].is_evidence != self._signals[order[0]].is_evidence for n in blocks):
                 shortened = self._shorten(order[0], budget)
                 if shortened is not None:
@@ -174,7 +174,7 @@ class _Rendering:
         return "\n".join(self._numbered(place, block) for place, block in enumerate(blocks, start=1))
 
     def _choose(self, order: Sequence[int], budget: int) -> dict[int, str]:
-        """Takes the best signals that fit, whole. A long one is skipped in favour of shorter ones behind it."""
+        """Takes the best signals that fit, whole. A long one is skipped in favour of later, shorter ones."""
         blocks: dict[int, str] = {}
         left, misses = budget, 0
         for place in order:
@@ -192,7 +192,7 @@ class _Rendering:
         return blocks
 
     def _shorten(self, place: int, budget: int) -> str | None:
-        """As much of a signal as fits, or ``None`` if that is too little to say anything."""
+        """The part of a signal that fits, or ``None`` if the part is too short to be useful."""
         signal, count = self._signals[place], len(self._groups[place])
 
         def text(limit: int) -> str:
@@ -206,8 +206,8 @@ class _Rendering:
         return text(limits[fitting - 1]) if fitting else None
 
     def _count_up_to(self, limit: int, text: str) -> int:
-        """The length of a text, or of a beginning of it that is already over the limit."""
-        # Few texts have so many characters to a token, so a text that is far too long is seldom counted to its end.
+        """The length of a text, or of its first part if that is already over the limit."""
+        # Few texts have this many characters per token, so a text that is much too long is rarely counted to its end.
         beginning = text[: 8 * (limit + 1)]
         count = self._count_tokens(beginning)
         return count if count > limit or len(beginning) == len(text) else self._count_tokens(text)
@@ -232,7 +232,7 @@ def _labels(prompts: PromptSet) -> re.Pattern[str]:
         for template in (*prompts.signal.values(), *prompts.turn.values(), prompts.not_by_user)
         for line in template.split("\n")
     } - {""}
-    # Whatever is not a letter or a digit may stand in front: list marks, characters without width.
+    # Characters other than letters and digits may come first: list marks, zero-width characters.
     return re.compile(rf"\n(?=[^\w\n\[]*(?i:\[[^\w\n]*\d|{'|'.join(map(re.escape, sorted(starts)))}))")
 
 

@@ -1,16 +1,15 @@
-"""The rewards of a GRPO step: our scorer against the procedure as it is usually written.
+"""The rewards of a GRPO step: popi's scorer against the usual procedure.
 
     python benchmarks/speed/reward_scoring.py
 
-The usual procedure scores every sample by itself: whole sequences in a padded batch, logits of every position, and the
-reference's forward passes again for each sample. Ours computes the reference once for each pair, what prompts and
-answers have in common in front once, and logits only where an answer's token is predicted. Both run in this process, in
-turn, on the same model and batch; equal rewards are asserted. "possible" is the ratio of the tokens that pass through
-the model.
+The usual procedure scores every sample separately: whole sequences in a padded batch, logits at every position, and a
+forward pass of the reference for each sample. popi computes the reference once for each pair, common prefixes once, and
+logits only for the tokens of responses. Both run alternately in this process, on the same model and batch, and the
+script checks that rewards are equal. "possible" is the ratio of the numbers of tokens that pass through the model.
 
-Peak memory is measured apart, for each side and shape in a fresh process of its own: a process that has grown once has
-room for what comes after. It is the most that the process holds while it scores, above what it held just before, the
-model loaded and used on a tiny shape (Linux).
+Peak memory is measured in a separate process for each side and shape, because a process keeps memory that it has
+allocated once. It is the maximum resident memory during scoring, minus that before, when the model was loaded and had
+scored a tiny batch (Linux).
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ from popi.training.scoring import Judged, PairScorer
 
 MODEL, BETA = "popi-mini-base", 0.1
 TINY = 1, 1, 1, 8
-"""Users, pairs, samples and answer tokens of a batch that makes a process load what scoring needs."""
+"""Users, pairs, samples and response tokens of a warm-up batch."""
 
 Side = Literal["usual", "ours"]
 
@@ -48,9 +47,11 @@ def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("--model", default=MODEL)
     arguments.add_argument("--users", type=int, default=8)
-    arguments.add_argument("--pairs", type=int, default=4, help="that judge a summary")
+    arguments.add_argument("--pairs", type=int, default=4, help="number of pairs per summary")
     arguments.add_argument("--samples", type=int, nargs="+", default=[4, 8, 16])
-    arguments.add_argument("--lengths", type=int, nargs="+", default=[32, 128, 512], help="tokens of an answer, about")
+    arguments.add_argument(
+        "--lengths", type=int, nargs="+", default=[32, 128, 512], help="approximate number of tokens of a response"
+    )
     arguments.add_argument("--repeats", type=int, default=3)
     given = arguments.parse_args()
     model, tokenizer = load(given.model, None, "float32")
@@ -76,7 +77,7 @@ def main() -> None:
 
 
 def batch(tokens: ChatTokens, users: int, pairs: int, samples: int, length: int) -> tuple[list[Judged], float]:
-    """Pairs under summaries, with answers of about this many tokens, and the mean length of these."""
+    """Pairs under summaries, with responses of about ``length`` tokens, and their mean length."""
     items = []
     for place, example in enumerate(generate(split="train", users=users, seed=0, tests=pairs)):
         long = [
@@ -94,7 +95,7 @@ def batch(tokens: ChatTokens, users: int, pairs: int, samples: int, length: int)
 
 
 def stretch(tokens: ChatTokens, text: str, length: int) -> str:
-    """A text repeated until it has about this many tokens."""
+    """Repeats a text until it has about ``length`` tokens."""
     return " ".join([text] * max(1, round(length / len(tokens.encode([text])[0]))))
 
 
@@ -105,27 +106,27 @@ def usual_losses(model: Any, tokens: ChatTokens, items: list[Judged]) -> Tensor:
 
 
 def tokens_of_usual(tokens: ChatTokens, items: list[Judged]) -> int:
-    """How many tokens this reads, padding not counted."""
+    """Number of tokens that the usual procedure reads, without padding."""
     return sum(len(p) + len(a) for bare in (False, True) for p, a in laid_out(tokens, items, bare=bare))
 
 
 @torch.no_grad()
 def our_losses(scorer: PairScorer, items: list[Judged]) -> Tensor:
-    """The same by the scorer, the reference of each pair included."""
+    """The loss of each item from popi's scorer, including the reference of each pair: (items,)."""
     pairs = list(dict.fromkeys(item.pair for item in items))
     bare = dict(zip(pairs, scorer.margins([Judged(None, pair, 0.0) for pair in pairs]).tolist(), strict=True))
     return dpo_loss(scorer.margins([Judged(item.context, item.pair, bare[item.pair]) for item in items]), BETA)
 
 
 class Measured:
-    """A result with the time that it took."""
+    """A result and its duration."""
 
     def __init__(self, result: Tensor, seconds: float) -> None:
         self.result, self.seconds = result, seconds
 
 
 def measure(work: Callable[[], Tensor], repeats: int) -> Measured:
-    """Runs work some times; the best time counts."""
+    """Runs the work ``repeats`` times, and returns the best time."""
     best = float("inf")
     for _ in range(repeats):
         began = time.perf_counter()
@@ -135,10 +136,10 @@ def measure(work: Callable[[], Tensor], repeats: int) -> Measured:
 
 
 def peak(side: Side, name: str, shape: tuple[int, int, int, int]) -> float:
-    """What scoring a batch takes at its peak, in MiB.
+    """Peak memory of scoring a batch, in MiB.
 
     Args:
-        side: Who scores.
+        side: The scorer.
         name: The model.
         shape: Users, pairs, samples and answer tokens of the batch.
     """
@@ -147,7 +148,7 @@ def peak(side: Side, name: str, shape: tuple[int, int, int, int]) -> float:
 
 
 def growth(side: Side, name: str, shape: tuple[int, int, int, int]) -> float:
-    """How much this process grows at most while it scores a batch, in MiB; only a fresh one can tell."""
+    """Peak memory of this process while it scores a batch, minus that before, in MiB. Needs a fresh process."""
     _return_what_is_freed()
     model, tokenizer = load(name, None, "float32")
     tokens = ChatTokens(tokenizer, name)
@@ -157,7 +158,7 @@ def growth(side: Side, name: str, shape: tuple[int, int, int, int]) -> float:
 
     score(batch(tokens, *TINY)[0])
     items, _ = batch(tokens, *shape)
-    # Sets the peak so far to what is held now: loading a model takes more than holding it.
+    # Resets the recorded peak, because loading a model needs more memory than the loaded model.
     Path("/proc/self/clear_refs").write_text("5")
     before = held("VmRSS")
     score(items)
@@ -165,14 +166,14 @@ def growth(side: Side, name: str, shape: tuple[int, int, int, int]) -> float:
 
 
 def _return_what_is_freed() -> None:
-    """Lets glibc give back large blocks at once: which of them it would keep differs from run to run by a quarter."""
+    """Makes glibc return large blocks immediately. Otherwise the measured memory varies by a quarter between runs."""
     mallopt, trim, mmap = ctypes.CDLL(None).mallopt, -1, -3
     for threshold in (trim, mmap):
         mallopt(threshold, 1 << 16)
 
 
 def held(what: str) -> int:
-    """KiB of this process in memory: ``VmRSS`` is now, ``VmHWM`` at its peak."""
+    """Resident memory of this process in KiB: ``VmRSS`` is the present value, ``VmHWM`` the peak."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return int(next(line.split()[1] for line in lines if line.startswith(f"{what}:")))
 

@@ -1,17 +1,16 @@
-"""An interleaved training step: ours against a plain TRL script of the same procedure.
+"""An interleaved training step: popi against a plain TRL script of the same procedure.
 
     python benchmarks/speed/train_step.py
 
 A step samples G summaries for each of U users, scores a pair under each, and collects the gradient of the writer (GRPO
-with a KL divergence) and of the generator (DPO). The plain script is TRL's own ``GRPOTrainer`` without a seam of ours:
-its sampling with ``generate``, its log-probabilities and its loss; the reward scores whole sequences with a reference
-beside the generator, and the generator learns from the same sequences in a pass of its own. Ours samples and updates
-with the prompt of a user computed once for all of their summaries, and takes rewards and the generator's gradient from
-the same pass.
+with a KL divergence) and of the generator (DPO). The plain script uses TRL's ``GRPOTrainer``: its sampling with
+``generate``, its log-probabilities and its loss. Its reward scores whole sequences with the generator and the
+reference, and a separate pass over the same sequences trains the generator. popi computes the prompt of a user once for
+all of their summaries, and takes rewards and the generator's gradient from the same pass.
 
-Both sides run in this process, in turn, on the same weights. Both sample exactly S tokens; scoring and update then get
-the same samples, and the gradients are compared: the largest difference over the largest gradient, at which the script
-stops where it is more than rounding. "possible" is what the writer's tokens alone allow: (T + S) G against T + G S.
+Both sides run alternately in this process, on the same weights. Both sample exactly S tokens. Scoring and update then
+get the same samples, and the script stops if the gradients differ by more than rounding (the largest difference divided
+by the largest gradient). "possible" is the ratio of the writer's tokens: (T + S) G against T + G S.
 """
 
 from __future__ import annotations
@@ -49,19 +48,19 @@ ROUNDING = 1e-5
 
 
 class Step:
-    """The parts of a step, each side with models of its own.
+    """The parts of a step. Each side has its own models.
 
     Args:
         name: The model of both roles.
         users: Users of the step.
-        length: Tokens of their signals, about.
-        samples: Summaries of each.
-        summary: Tokens of a summary.
+        length: Approximate number of tokens of their signals.
+        samples: Number of summaries per user.
+        summary: Number of tokens of a summary.
     """
 
     def __init__(self, name: str, users: int, length: int, samples: int, summary: int) -> None:
         model, tokenizer = load(name, None, "float32")
-        # Positions are rotated, so that time can be measured beyond what the model was trained for.
+        # Rotary positions allow sequences that are longer than those of the training.
         model.config.max_position_embeddings = CONTEXT
         self.chat, self.samples, self.summary = ChatTokens(tokenizer, name), samples, summary
         self.people = list(generate(split="train", users=users, seed=0, tests=1))
@@ -103,7 +102,7 @@ class Step:
         return list(self.plain._generate_single_turn(self.prompts, None, {}, self.samples)[0])
 
     def our_rollout(self) -> list[list[int]]:
-        """Ours; no token ends a summary, as none does before S tokens on the other side."""
+        """Sampling with the engine. No token ends a summary, as in TRL before S tokens."""
         drafts = [Draft(ids, self.summary, temperature=1.0, seed=place) for place, ids in enumerate(self.prompts)]
         completions = decode(
             self.ours.model,
@@ -115,11 +114,11 @@ class Step:
         return [completion.token_ids for completion in completions]
 
     def texts(self, completions: Sequence[Sequence[int]]) -> list[str]:
-        """What the generator reads of samples."""
+        """The texts of samples."""
         return [self.chat.decode(ids) for ids in completions]
 
     def plain_scoring(self, completions: Sequence[Sequence[int]]) -> Tensor:
-        """Rewards of each sample with a reference beside, then the generator's gradient: (U G,)."""
+        """Rewards of each sample with a reference model, then the generator's gradient: (U G,)."""
         items = [
             Judged(text, self.people[place // self.samples].tests[0], 0.0)
             for place, text in enumerate(self.texts(completions))
@@ -135,7 +134,7 @@ class Step:
         return rewards
 
     def our_scoring(self, completions: Sequence[Sequence[int]]) -> Tensor:
-        """The same in one pass, the reference computed once for each pair."""
+        """The same in one pass, with the reference computed once for each pair: (U G,)."""
         scorer = PairScorer(self.generators[1], self.chat, batch_tokens=BATCH_TOKENS)
         pairs = [example.tests[0] for example in self.people]
         bare = scorer.margins([Judged(None, pair, 0.0) for pair in pairs]).tolist()
@@ -159,7 +158,7 @@ class Step:
         return torch.tensor(earn(users, summaries, [0] * len(users), 0)[0])
 
     def update(self, trainer: GRPOTrainer, completions: Sequence[Sequence[int]], advantages: Tensor) -> None:
-        """The gradient of the writer by a trainer's own log-probabilities and loss, the initial writer's included."""
+        """The gradient of the writer from a trainer's own log-probabilities and loss, including the initial writer."""
         width = max(map(len, self.prompts))
         prompt_ids = torch.tensor([[*[0] * (width - len(ids)), *ids] for ids in self.prompts])
         prompt_mask = torch.tensor([[*[0] * (width - len(ids)), *[1] * len(ids)] for ids in self.prompts])
@@ -193,7 +192,7 @@ class Step:
 
 
 def read(chat: ChatTokens, example: PersonalizationExample, length: int) -> list[Message]:
-    """What a writer reads of a user whose signals have about this many tokens."""
+    """The request for the summary of a user, with about ``length`` tokens of signals."""
     text = render_signals(example.user.signals, lambda part: len(chat.encode([part])[0])).text
     ids = chat.encode([text])[0]
     return DEFAULT.inference_messages(chat.decode((ids * (length // len(ids) + 1))[:length]))
@@ -213,7 +212,7 @@ def arguments(batch: int, options: dict[str, Any]) -> GRPOConfig:
 
 
 def timed(work: Callable[[], Any], repeats: int) -> tuple[float, Any]:
-    """The best time of some runs, in seconds, and the last result."""
+    """The best time of ``repeats`` runs, in seconds, and the last result."""
     best = float("inf")
     for _ in range(repeats):
         began = time.perf_counter()
@@ -223,13 +222,13 @@ def timed(work: Callable[[], Any], repeats: int) -> tuple[float, Any]:
 
 
 def gradient_difference(ours: Any, plain: Any) -> float:
-    """The largest difference of two models' gradients over the largest gradient."""
+    """The largest difference of two models' gradients, divided by the largest gradient."""
     pairs = [(a.grad, b.grad) for a, b in zip(ours.parameters(), plain.parameters(), strict=True) if b.grad is not None]
     return float(max((a - b).abs().max() for a, b in pairs) / max(b.abs().max() for _, b in pairs))
 
 
 def measure(name: str, users: int, length: int, samples: int, summary: int, repeats: int) -> None:
-    """Prints a line: seconds of each part on both sides, the ratio, and how far the gradients are apart."""
+    """Prints a line: seconds of each part on both sides, the ratio, and the difference of the gradients."""
     step = Step(name, users, length, samples, summary)
     plain: list[float] = []
     ours: list[float] = []

@@ -1,4 +1,4 @@
-"""Scoring as it is usually written, for the benchmarks: whole sequences in padded batches, logits of every position."""
+"""The usual way to score, for the benchmarks: whole sequences in padded batches, logits at every position."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from popi.prompts import DEFAULT
 from popi.training.scoring import Judged
 
 SEQUENCES = 8
-"""In one batch."""
+"""Number of sequences in a batch."""
 
 
 def differences(model: Any, tokens: ChatTokens, items: list[Judged], *, bare: bool = False) -> Tensor:
@@ -22,7 +22,7 @@ def differences(model: Any, tokens: ChatTokens, items: list[Judged], *, bare: bo
         model: The generator, or its reference.
         tokens: Its tokenizer.
         items: Pairs under summaries.
-        bare: Leave the summaries out.
+        bare: Whether to leave out the summaries.
     """
     rows = laid_out(tokens, items, bare=bare)
     parts = [rows[start : start + SEQUENCES] for start in range(0, len(rows), SEQUENCES)]
@@ -31,7 +31,7 @@ def differences(model: Any, tokens: ChatTokens, items: list[Judged], *, bare: bo
 
 
 def laid_out(tokens: ChatTokens, items: list[Judged], *, bare: bool) -> list[tuple[list[int], list[int]]]:
-    """Prompt and answer of every sequence, the chosen and the rejected one of each item in turn."""
+    """Prompt and response of every sequence: for each item the chosen one, then the rejected one."""
     prompts = tokens.render(
         [DEFAULT.answer_messages(item.pair.prompt, None if bare else item.context) for item in items]
     )
@@ -43,7 +43,7 @@ def laid_out(tokens: ChatTokens, items: list[Judged], *, bare: bool) -> list[tup
 
 
 def sequence_logps(model: Any, rows: list[tuple[list[int], list[int]]]) -> Tensor:
-    """Log-probabilities of answers behind their prompts: (rows,), in nats."""
+    """Log-probabilities of responses after their prompts: (rows,), in nats."""
     lengths = [len(prompt) + len(answer) for prompt, answer in rows]
     width = max(lengths)
     ids = torch.tensor(

@@ -73,7 +73,7 @@ class Question(Conditioned):
     Attributes:
         line: Its line.
         user: The user, or ``None``.
-        answered: Whether there is a response already.
+        answered: Whether it has a response already.
     """
 
     line: int = 0
@@ -98,7 +98,7 @@ def load_summaries(path: Path) -> dict[str, PreferenceSummary]:
 class Job:
     """The prompts without a response, and the file of responses.
 
-    All prompts are read at once, before a model is loaded, so that bad rows are found first.
+    All prompts are read before a model is loaded, so that bad rows are reported early.
 
     Args:
         lines: The file of responses.
@@ -184,7 +184,7 @@ class Job:
             summary = self._summaries.get(line.user_id)
             if summary is None:
                 raise InputError(
-                    f"there is no summary of user {line.user_id!r}",
+                    f"no summary of user {line.user_id!r}",
                     file=self._prompts,
                     line=number,
                     field="user_id",

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from popi.io import BadRows
 
 JUDGED = 200
-"""Number of users per sample whose responses are judged. Writing a response costs far more than scoring one."""
+"""Number of users per sample whose responses are judged. Writing a response costs much more than scoring one."""
 
 WORLD_USERS = 1000
 """Default number of users per sample of a world."""
@@ -124,7 +124,7 @@ def show(results: Results, *, as_json: bool) -> None:
 
 @asynccontextmanager
 async def opened(models: Iterable[str]) -> AsyncIterator[dict[str, Backend]]:
-    """Opens the backends of models, each once. At the end it closes them and prints what they cost."""
+    """Opens the backends of models, each once. At the end it closes them and prints their cost."""
     from popi.cli.batches import accounted, load_backend
 
     async with AsyncExitStack() as stack:
@@ -220,7 +220,7 @@ def run_config(
 
 
 def _fingerprint(model: str) -> str | None:
-    """The fingerprint of a model's files; for a backend file, of what its responses depend on."""
+    """The fingerprint of a model's files; for a backend file, of everything in it that affects responses."""
     from popi.assembly import FILES, answers_rest_on
     from popi.models import fingerprint
 

@@ -56,7 +56,7 @@ class Done(NamedTuple):
 class Job:
     """The users who need a summary, and the file of summaries.
 
-    All signals are read at once, before a model is loaded, so that bad rows are found first.
+    All signals are read before a model is loaded, so that bad rows are reported early.
 
     Args:
         lines: The file of summaries.
@@ -177,7 +177,7 @@ async def _write(job: Job, personalizer: Personalizer, settings: Mapping[str, An
     assert inference is not None
     async with personalizer:
         if inference.kind != "summary":
-            raise ConfigError(f"the inference {settings['inference']!r} infers no summaries")
+            raise ConfigError(f"the inference {settings['inference']!r} does not infer summaries")
         template_hash = None if inference.format is None else inference.format.template_hash
         job.check({**settings, "template_hash": template_hash}, inference.name)
         users = affordable(job.pending_users(), ledger)

@@ -15,10 +15,12 @@ def summarize(
     signals: Annotated[Path, typer.Option(help="JSON lines: signals of users, or examples that contain them.")],
     model: Annotated[str, typer.Option(help="The model: a shipped name, path, hub id, or YAML file of a backend.")],
     out: Annotated[Path, typer.Option(help="JSON lines: the summaries, one per user.")],
-    inference: Annotated[str, typer.Option(help="What writes them: llm, raw, empty, or module:Class.")] = "llm",
+    inference: Annotated[str, typer.Option(help="The inference class: llm, raw, empty, or module:Class.")] = "llm",
     budget: Annotated[
         int | None,
-        typer.Option(min=1, help="Maximum tokens of a user's signals [default: what the model has room for]."),
+        typer.Option(
+            min=1, help="Maximum number of tokens of a user's signals [default: as many as fit the model's context]."
+        ),
     ] = None,
     max_tokens: Annotated[
         int | None, typer.Option(min=1, help="Maximum number of tokens of a summary [default: 256].")

@@ -22,8 +22,8 @@ from popi.reasoning import MARKERS
 log = logging.getLogger(__name__)
 
 # Some templates write today's date into every conversation, so that equal requests would differ from day to day: the
-# date is fixed to the one that Llama's templates use by default. Others open a reasoning block unless they are told not
-# to.
+# date is fixed to the one that Llama's templates use by default. Others open a reasoning block unless an argument
+# disables it.
 PINNED_DATE = date(2024, 7, 26)
 TEMPLATE_ARGUMENTS: dict[str, Any] = {
     "date_string": PINNED_DATE.strftime("%d %b %Y"),
@@ -115,15 +115,15 @@ class ChatTokens:
 
         Args:
             conversations: Conversations that end with a message of the user.
-            answered: Whether a given response follows, see :meth:`encode_responses`, which has no reasoning in front of
-                it. It matters only if the generation prompt opens a reasoning block.
+            answered: Whether a given response without reasoning follows, see :meth:`encode_responses`. It matters only
+                if the generation prompt opens a reasoning block.
         """
         texts: dict[tuple[Message, ...], str] = {}
         refused: dict[tuple[Message, ...], Rendered] = {}
         for conversation in dict.fromkeys(tuple(conversation) for conversation in conversations):
             try:
                 texts[conversation] = self._prompt(conversation, answered=answered)
-            # A template is a program, and raises what it likes.
+            # A template is a program and can raise any exception.
             except Exception as error:
                 refused[conversation] = Rendered(
                     [], f"the chat template rejects the conversation: {one_line(str(error))}"
@@ -154,7 +154,7 @@ class ChatTokens:
 
     def _decode(self, tokens: Sequence[int]) -> str:
         with self._lock:
-            # Cleaning up spaces would change words that a stream has already shown.
+            # Cleaning up spaces would change text that a stream has already emitted.
             text = self._tokenizer.decode(list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return str(text)
 
@@ -200,7 +200,9 @@ class ChatTokens:
         if turn.words != WORDS[0]:
             self._log(f"changes the response {WORDS[0]!r} to {turn.words!r}; responses are scored without the change")
         if not turn.agrees:
-            self._log("starts a finished turn unlike a generated one; responses are scored after the generation prompt")
+            self._log(
+                "starts finished and generated turns differently; responses are scored after the generation prompt"
+            )
         base = self._prompt(QUESTIONS[:1], answered=True)
         spaces = base[len(base.rstrip(" ")) :]
         [whole] = self._encode([base + turn.words + turn.after])
@@ -210,7 +212,9 @@ class ChatTokens:
             if whole[: len(frame) + len(words)] == [*frame, *words]:
                 self._trims, self._lead = trims, lead
                 return whole[len(frame) + len(words) :]
-        self._log("joins a response with the text around it to other tokens; responses are scored by their own tokens")
+        self._log(
+            "merges a response and the text around it into common tokens; responses are scored by their own tokens"
+        )
         return self._encode([turn.after])[0]
 
     def _check_end(self, after: list[int]) -> tuple[int, ...]:

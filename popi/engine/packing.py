@@ -12,10 +12,10 @@ from transformers import PreTrainedModel
 from popi.engine.cache import Layout, fixed_length
 from popi.engine.trees import TokenTree, common_prefix
 
-# Logits take the most memory in scoring: at most 2^28 of them at once, 1 GiB in fp32.
+# Logits take the most memory in scoring: at most 2^28 of them per pass, 1 GiB in fp32.
 MAX_LOGITS = 2**28
 
-# The activations of more tokens do not fit the caches of a processor (docs/log.md). A GPU is faster with more.
+# The activations of more tokens do not fit the caches of a CPU (docs/log.md). A GPU is faster with more.
 CPU_OWN_TOKENS = 2048
 
 # Attention between the branches of a row is masked, but computed (docs/log.md): a row has about as many tokens after
@@ -51,13 +51,13 @@ class Row:
 
     @classmethod
     def of(cls, scored: Sequence[Scored], items: list[int], prefix: int) -> Row:
-        """Makes a row of items whose prompts have this many first tokens in common."""
+        """Makes a row of items whose prompts share their first ``prefix`` tokens."""
         tree = TokenTree.of([scored[index].behind(prefix) for index in items])
         return cls(items, scored[items[0]].prompt[:prefix], tree)
 
     @classmethod
     def whole(cls, scored: Sequence[Scored], index: int) -> Row:
-        """Makes a row of one item, whose last token is read too: it counts where the length of a sequence does."""
+        """Makes a row of one item and reads its last token too, because the length of the sequence affects scores."""
         return cls([index], [], TokenTree.of([[*scored[index].prompt, *scored[index].response]]))
 
 
@@ -66,7 +66,7 @@ def pack(
 ) -> Iterator[list[Row]]:
     """Sorts items into forward passes: those with the same first tokens in a row, rows of similar length in a pass.
 
-    An item that is longer than :func:`popi.engine.cache.fixed_length` has a pass of its own, with those that have to
+    An item that is longer than :func:`popi.engine.cache.fixed_length` has a separate pass, with the items that have to
     be in the same pass.
 
     Args:
@@ -74,7 +74,7 @@ def pack(
         items: Prompts and responses.
         batch_tokens: Maximum number of tokens in the rows of a pass.
         layout: Layout of the batch. Rows are padded on the right, which needs no mask, so ``padded`` and ``single``
-            make no difference. In ``plain`` each unit has a pass of its own.
+            make no difference. In ``plain`` each unit has a separate pass.
         together: Number of neighbours that have equal prompts and have to be in one pass.
     """
     units = [list(range(start, start + together)) for start in range(0, len(items), together)]

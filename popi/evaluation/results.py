@@ -26,7 +26,7 @@ class Cell(_Figures):
         differences: The accuracy minus that of each reference row, on the same pairs. If the backend does not score,
             the win rate minus theirs, for the same users.
         win_rate: Win rate of its responses against its own responses to the plain prompt. A tie counts one half.
-        judged: Number of responses behind the win rate.
+        judged: Number of responses in the win rate.
         context_tokens: Mean length of the interface, by the generator's tokenizer.
         prompt_tokens: Mean length of the conversation of a judged response, interface included; ``None`` if the server
             does not count tokens, as for ``completion_tokens``.

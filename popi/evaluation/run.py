@@ -43,7 +43,7 @@ async def evaluate(
 
     Args:
         samples: The users. No user is in two of them.
-        rows: What the generators read. A row that cannot be made from the data is left out and named in the results.
+        rows: The rows of the table. A row that cannot be made from the data is left out and named in the results.
         columns: The generators. A cell whose generator does not accept the interface of its row is unavailable.
         writer: The inference under test.
         untrained: The inference that it was trained from; ``None`` if it was not trained.

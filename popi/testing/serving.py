@@ -42,7 +42,7 @@ class VLLMServer:
     process: subprocess.Popen[bytes]
 
     def kill(self) -> None:
-        """Kills the whole process group, as an operating system does that runs out of memory."""
+        """Kills the whole process group, as an operating system does when memory runs out."""
         with suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()

@@ -290,7 +290,7 @@ def test_where_a_file_has_no_room_the_run_says_so_and_goes_on_later(recipe, tmp_
     full = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300, preexec_fn=limit)
     assert full.returncode == 1
     last = full.stderr.splitlines()[-1]
-    assert "cannot write" in last and last.endswith("once that is mended, the same command goes on")
+    assert "cannot write" in last and last.endswith("fix this and run the same command to resume")
     assert "Traceback" not in full.stderr
     subprocess.run(command, check=True, capture_output=True, timeout=300)
     assert (tmp_path / "run" / "generator" / "model.safetensors").exists()
@@ -472,7 +472,7 @@ def test_a_folder_of_something_else_is_left_as_it_is(recipe, tmp_path):
     thesis = tmp_path / "mine" / "writer" / "thesis.txt"
     thesis.parent.mkdir(parents=True)
     thesis.write_text("years of work")
-    with pytest.raises(InputError, match="holds no run, but writer; choose another folder"):
+    with pytest.raises(InputError, match="contains writer, which does not belong to a run; choose another folder"):
         train(recipe(), tmp_path / "mine")
     assert thesis.read_text() == "years of work"
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["writer"]

@@ -20,17 +20,17 @@ from popi.backends.together import held
 from popi.errors import ConfigError
 
 DONE: Final = object()
-"""Comes behind the last body of a response that is known to be whole."""
+"""Yielded after the last body of a complete response."""
 
 BOM = b"\xef\xbb\xbf"
 EVENT = re.compile(rb"(data|event|id|retry)?:")
-"""How a stream of server-sent events begins: with a field, or a comment."""
+"""Matches the start of a stream of server-sent events: a field or a comment."""
 
 ENOUGH = len("event:")
-"""Number of bytes that tell such a stream from a JSON."""
+"""Number of bytes that distinguish such a stream from JSON."""
 
 DRAIN = 0.2
-"""Seconds to wait for the end of a response behind the end of its stream."""
+"""Seconds to wait for the end of a response after the end of its stream."""
 
 LINE_END = re.compile(rb"\r\n|\n|\r(?=[^\n])")
 
@@ -54,7 +54,7 @@ class Client:
         self._http = httpx.AsyncClient(
             headers=headers,
             timeout=timeout,
-            # The number of requests at once is limited elsewhere, where waiting does not count as a timeout.
+            # Concurrency is limited elsewhere, where waiting does not count towards the timeout.
             limits=httpx.Limits(max_connections=None, max_keepalive_connections=None),
             follow_redirects=True,
             trust_env=server.proxied,
@@ -64,15 +64,15 @@ class Client:
     async def bodies(self, path: str, body: Mapping[str, Any]) -> AsyncIterator[Any]:
         """Sends a request, and yields the parsed body of the response, or each body of its stream; then ``DONE``.
 
-        A stream that just ends yields no ``DONE``.
+        A stream that ends early yields no ``DONE``.
 
         Raises:
-            Rejected: If the server responds with an error, whatever the status.
+            Rejected: If the server responds with an error, with any status.
             Malformed: If a body is not JSON.
-            httpx.HTTPError: If the request fails on the way.
+            httpx.HTTPError: If the connection fails.
             TimeoutError: If the next piece of a stream does not arrive in time.
         """
-        # Only ASCII: half a character in a prompt has no UTF-8.
+        # ASCII only: UTF-8 cannot encode a lone surrogate in a prompt.
         content = json.dumps(body, allow_nan=False).encode()
         async with self._http.stream("POST", self._server.url + path, content=content) as response:
             if response.status_code >= 300:
@@ -115,7 +115,7 @@ class Client:
         text = data.decode("utf-8-sig", "replace")
         try:
             body = json.loads(text, strict=False)
-        # A ValueError that is no JSONDecodeError comes from a number with thousands of digits.
+        # A number with thousands of digits raises a plain ValueError.
         except (ValueError, RecursionError):
             shown = self._server.redact(text)[:SHOWN]
             raise Malformed(f"the body is not JSON: {shown}" if shown else "the body is empty") from None
@@ -136,7 +136,7 @@ class Client:
 async def _bodies(head: bytes, rest: AsyncIterator[bytes]) -> AsyncIterator[Any]:
     """The data of each event of a stream, or the whole body of another response.
 
-    The first bytes decide which it is: servers ignore the ``stream`` of a request, and label either kind as the other.
+    The first bytes decide which it is, because some servers ignore ``stream`` or send the wrong content type.
     """
     if not EVENT.match(head.removeprefix(BOM).lstrip()):
         yield b"".join([head, *[piece async for piece in rest]])
@@ -146,7 +146,7 @@ async def _bodies(head: bytes, rest: AsyncIterator[bytes]) -> AsyncIterator[Any]
         async for data in events:
             if data.strip() == b"[DONE]":
                 yield DONE
-                # A connection can be used again only if its response was read to the end, which may never come.
+                # A connection can be reused only if its response was read to the end, which some servers never send.
                 with suppress(TimeoutError):
                     async with asyncio.timeout(DRAIN):
                         async for _ in rest:
@@ -193,7 +193,7 @@ class EventReader:
             yield from self._take(line)
 
     def finish(self) -> Iterator[bytes]:
-        """Yields the data of an event that no empty line ends."""
+        """Yields the data of the last event if no empty line follows it."""
         yield from self._take(self._line.rstrip(b"\r"))
         yield from self._take(b"")
 
@@ -219,7 +219,7 @@ def certificates() -> ssl.SSLContext:
 
 @cache
 def _certificates(file: str | None, folder: str | None) -> ssl.SSLContext:
-    """Loading them takes longer than everything else that a client does at its start."""
+    """Cached, because loading certificates takes longer than the rest of creating a client."""
     try:
         return httpx.create_ssl_context()
     except OSError as error:

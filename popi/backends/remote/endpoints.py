@@ -1,4 +1,4 @@
-"""The two ways to use a server that speaks OpenAI's protocol: by messages, and by token ids."""
+"""The two endpoints of an OpenAI-compatible server: chat completions of messages, and completions of token ids."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ class Endpoint(ABC):
         return result
 
     async def _bodies(self, client: Client, arguments: dict[str, Any]) -> AsyncIterator[Any]:
-        """Sends a request, again with other fields if the server rejects one, and yields the bodies of the response."""
+        """Sends a request, and yields the bodies of the response. Retries if the server rejects a field."""
         attempt, begun = self._fields.attempt(arguments), False
         while not begun:
             try:
@@ -161,7 +161,7 @@ class ByTokenIds(Endpoint):
         self._opened = tokens.opens_reasoning
 
     async def score(self, client: Client, request: ScoreRequest) -> ScoreResult:
-        """Scores a response: the server echoes it with its conversation, and adds nothing."""
+        """Scores a response: the server echoes it with its conversation, and generates nothing."""
         if not self.scores:
             raise BackendError(f"{self._model}: scoring is turned off by the option scores", failure="denied")
         [response] = self._tokens.encode_responses([request.response])
@@ -221,7 +221,7 @@ class ByTokenIds(Endpoint):
 
 
 def _sampling(request: ChatRequest) -> dict[str, Any]:
-    """The fields that decide how a response is sampled. Values that change nothing are not sent."""
+    """The fields that decide how a response is sampled. Fields without effect are left out."""
     arguments: dict[str, Any] = {"max_tokens": request.max_tokens, "temperature": request.temperature}
     if request.temperature > 0 and request.top_p < 1:
         arguments["top_p"] = request.top_p

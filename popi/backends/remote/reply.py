@@ -1,4 +1,4 @@
-"""Puts the pieces of a server's response together."""
+"""Assembles the pieces of a server's response."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ STOPPED = {"abort", "error", "cancelled", "insufficient_system_resource"}
 """Finish reasons of responses that the server stopped."""
 
 FINISH_REASONS: dict[str, FinishReason] = {"length": "length", "content_filter": "filtered"}
-"""Finish reasons that are not ``stop``, for which servers have many words."""
+"""Finish reasons that are not ``stop``, for which servers use many names."""
 
 REFUSED = "the model refused: {}"
 FILTERED = "the content filter of the server removed the response, or the rest of it"
@@ -43,7 +43,7 @@ class Reply:
         """Takes the next body, and returns the text that can now be shown.
 
         Raises:
-            Malformed: If the body has another form.
+            Malformed: If the body does not follow the protocol.
         """
         if body is DONE:
             self._whole = True
@@ -54,7 +54,7 @@ class Reply:
             self._prompt_tokens = chunk.usage.prompt_tokens or self._prompt_tokens
             self._completion_tokens = chunk.usage.completion_tokens or self._completion_tokens
             self._reasoned |= bool(details and details.reasoning_tokens)
-        # A report of the usage alone comes behind the last piece.
+        # A body that only reports usage follows the last piece.
         self._whole = not chunk.choices and chunk.usage is not None and self._responds
         return self._take(chunk.first) if chunk.first else ""
 
@@ -67,7 +67,7 @@ class Reply:
         if not self._whole and self._reason is None:
             raise Malformed("the response ended early")
         if not self._responds:
-            raise Malformed("there is no message in the response")
+            raise Malformed("the response contains no message")
         return self._pieces.finish()
 
     def result(self) -> ChatResult:

@@ -1,4 +1,4 @@
-"""What every wrapper passes on, and a base for wrappers that treat each request by itself."""
+"""Base classes of wrappers."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class Wrapper(Backend):
 
 
 class OneByOne(Wrapper):
-    """A wrapper that treats each request by itself, all at the same time: none delays another."""
+    """A wrapper that processes requests separately and concurrently, so that none delays another."""
 
     async def chat(self, requests: Sequence[ChatRequest]) -> list[ChatResult]:
         """See :meth:`Backend.chat`."""

@@ -60,7 +60,7 @@ class Breaker:
         renew_after_fork(self)
 
     def after_fork(self) -> None:
-        """Forgets a probe that runs in the parent process."""
+        """Drops a probe that runs in the parent process."""
         self._probing = False
 
     @property

@@ -25,20 +25,32 @@ TABLE = "CREATE TABLE IF NOT EXISTS results (key TEXT PRIMARY KEY, result TEXT N
 
 
 class Cache(Wrapper):
-    """Keeps responses and scores in a file, and sends no request whose result is there.
+    """Stores responses and scores in a file, and does not send requests whose results are stored.
 
-    A result is kept if the request determines it: greedy decoding, or sampling with a seed. Failures are never kept.
-    Entries are found by the request and by :attr:`Backend.identity`, so that another server, or other weights, never
-    answer under the same name. Several threads and processes may share a file.
+    A result is stored if the request determines it: greedy decoding, or sampling with a seed. Failures are not stored.
+    Entries are found by the request and by :attr:`Backend.identity`, so that results of another server, or of other
+    weights, are never returned under the same name. Several threads and processes may share a file.
 
-    If the file cannot be written, for example because the disk is full, results are returned and not kept.
+    If the file cannot be written, for example because the disk is full, results are returned but not stored.
+
+    Example:
+        >>> import asyncio, tempfile
+        >>> from popi.prompts import Message
+        >>> from popi.testing import ScriptedBackend
+        >>> requests = [ChatRequest([Message("user", "Hello")])]
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     cache = Cache(ScriptedBackend({"Hello": "Hi."}), file=Path(folder, "results.sqlite"))
+        ...     first, second = asyncio.run(cache.chat(requests)), asyncio.run(cache.chat(requests))
+        ...     asyncio.run(cache.close())
+        >>> first == second, cache.hits, cache.misses
+        (True, 1, 1)
 
     Args:
         inner: The backend.
         file: An SQLite file. It is created if it does not exist.
 
     Attributes:
-        hits: Number of requests whose results were in the file.
+        hits: Number of requests whose results were stored.
         misses: Number of requests that were passed on.
 
     Raises:
@@ -59,7 +71,7 @@ class Cache(Wrapper):
             raise InputError(f"cannot be used as a cache: {error}", file=file, fix="name another file") from error
 
     def after_fork(self) -> None:
-        """Forgets the connections of the parent process: SQLite allows neither to use nor to close them here."""
+        """Drops the connections of the parent process. SQLite does not allow a child to use or close them."""
         self._inherited.append((self._local, self._connections))
         self._local, self._connections = threading.local(), []
 
@@ -147,7 +159,7 @@ class Cache(Wrapper):
         """The connection of this thread."""
         connection: sqlite3.Connection | None = getattr(self._local, "connection", None)
         if connection is None:
-            # Each statement is its own transaction: a result is kept whatever happens next.
+            # Each statement is its own transaction: a result stays stored even if a later statement fails.
             connection = sqlite3.connect(self._file, isolation_level=None, timeout=30, check_same_thread=False)
             connection.execute("PRAGMA journal_mode=WAL")
             with self._lock:
@@ -179,13 +191,13 @@ class Cache(Wrapper):
             self._writes = True
         except sqlite3.Error as error:
             if self._writes:
-                log.warning("%s: results are no longer kept: %s", self._file, error)
+                log.warning("%s: results are no longer stored: %s", self._file, error)
             self._writes = False
 
 
 def _key(request: ChatRequest | ScoreRequest, identity: str) -> str | None:
     if isinstance(request, ChatRequest) and request.temperature > 0 and request.seed is None:
         return None
-    # The user on whose account it is booked does not change the result.
+    # The user whose account is charged does not change the result.
     parts = [type(request).__name__, identity, asdict(replace(request, user=""))]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

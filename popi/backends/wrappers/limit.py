@@ -21,9 +21,18 @@ MINUTE = 60.0
 class Limit(OneByOne):
     """Delays requests so that they stay within the limits of a server.
 
-    The allowance of a minute may be used at once, and comes back evenly. Tokens are counted before a request is sent:
-    those of its messages, and ``max_tokens`` for the response. The limits hold for all event loops and threads of a
-    process together.
+    The limits per minute are token buckets: the allowance may be used in one burst, and is refilled at a constant rate.
+    Tokens are counted before a request is sent: those of its messages, and ``max_tokens`` for the response. All
+    event loops and threads of a process share the limits.
+
+    Example:
+        >>> import asyncio
+        >>> from popi.prompts import Message
+        >>> from popi.testing import ScriptedBackend
+        >>> backend = Limit(ScriptedBackend({"Hello": "Hi."}), max_concurrency=4, requests_per_minute=500)
+        >>> [result] = asyncio.run(backend.chat([ChatRequest([Message("user", "Hello")])]))
+        >>> result.text
+        'Hi.'
 
     Args:
         inner: The backend.
@@ -105,7 +114,7 @@ class Limit(OneByOne):
 
 
 class _Allowance:
-    """An amount that may be taken in a minute, at once or bit by bit, and comes back evenly.
+    """A token bucket: an amount that may be taken in a minute, and is refilled at a constant rate.
 
     Args:
         per_minute: The amount.
@@ -116,7 +125,7 @@ class _Allowance:
         self._lock = ForkLock()
 
     async def take(self, amount: float) -> None:
-        """Takes an amount, and waits until it has come back, after those who took before."""
+        """Takes an amount, and waits until the bucket has been refilled that far. Earlier callers come first."""
         if (missing := self._add(amount) - self._size) > 0:
             try:
                 await asyncio.sleep(missing * MINUTE / self._size)

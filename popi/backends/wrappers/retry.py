@@ -25,9 +25,19 @@ Anything = TypeVar("Anything")
 class Retry(OneByOne):
     """Repeats requests after transient failures: a rate limit, a timeout, a server that fails or is unreachable.
 
-    Waits are drawn at random from a range that doubles with every attempt ("full jitter"), and are no shorter than the
-    server asks for. A request that the model cannot serve is not repeated, and neither is a stream after its first
-    piece. Each request is treated by itself: one that fails delays no other.
+    Waits are drawn at random from a range that doubles with every attempt ("full jitter"), and are at least as long as
+    the server requests. A request that the model cannot serve is not repeated, and neither is a stream after its first
+    piece. Requests are retried independently: a failing request does not delay the others.
+
+    Example:
+        >>> import asyncio
+        >>> from popi.prompts import Message
+        >>> from popi.testing import ScriptedBackend
+        >>> replies = iter([ChatResult.failed("too many requests", "rate_limit", model="m"), "Hi."])
+        >>> backend = Retry(ScriptedBackend(lambda request: next(replies)), attempts=2, first=0.001)
+        >>> [result] = asyncio.run(backend.chat([ChatRequest([Message("user", "Hello")])]))
+        >>> result.text
+        'Hi.'
 
     Args:
         inner: The backend.
@@ -64,7 +74,8 @@ class Retry(OneByOne):
         """Continues one conversation, and yields the text in pieces. It is repeated only before the first piece.
 
         Raises:
-            BackendError: If the request fails, does not begin in time, or the stream breaks.
+            BackendError: If the request fails, the first piece does not arrive before the deadline, or the stream
+                breaks.
         """
 
         async def begin() -> tuple[AsyncIterator[str], str | None]:
