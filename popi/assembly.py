@@ -58,7 +58,7 @@ def open_backend(model: str, *, role: str = "") -> tuple[Backend, Ledger]:
         raise
 
 
-def answers_rest_on(file: Path) -> tuple[str, list[str]]:
+def response_fingerprint(file: Path) -> tuple[str, list[str]]:
     """Returns a fingerprint of everything in a backend file that affects responses, and the local models that it names.
 
     The fingerprint does not depend on concurrency, retries, prices and the key.

@@ -12,16 +12,16 @@ from itertools import islice
 from typing import Any, TypeVar
 
 from popi.backends.sharing import renew_after_fork
-from popi.backends.together import held
+from popi.backends.together import closing
 from popi.errors import BackendError, ConfigError
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-AHEAD = 16
+BUFFERED = 16
 """Maximum number of results that wait for a slow reader."""
 
-DEAD_AFTER = 8
+MAX_ERRORS_IN_A_ROW = 8
 """Minimum number of errors in a row after which a backend counts as not available."""
 
 CLOSED = "closed while the request was running"
@@ -89,11 +89,11 @@ class BackgroundLoop:
             BackendError: If the loop is stopped.
         """
         here, arrived, over = asyncio.get_running_loop(), asyncio.Queue[tuple[Item] | None](), asyncio.Event()
-        room = asyncio.Semaphore(AHEAD)
+        room = asyncio.Semaphore(BUFFERED)
         task: asyncio.Task[None]
 
         async def read() -> None:
-            async with held(items):
+            async with closing(items):
                 async for item in items:
                     await room.acquire()
                     _call(here, arrived.put_nowait, (item,))
@@ -249,13 +249,13 @@ async def attempts(
             result = await work(item)
         except BackendError as error:
             errors_in_a_row += 1
-            if error.failure in (None, "denied") or errors_in_a_row >= max(max_concurrency, DEAD_AFTER):
+            if error.failure in (None, "denied") or errors_in_a_row >= max(max_concurrency, MAX_ERRORS_IN_A_ROW):
                 raise
             return error
         errors_in_a_row = 0
         return result
 
-    async with held(as_completed(items, attempt, max_concurrency=max_concurrency)) as results:
+    async with closing(as_completed(items, attempt, max_concurrency=max_concurrency)) as results:
         async for item, result in results:
             if isinstance(result, BackendError):
                 unsure.append((item, result))

@@ -69,7 +69,7 @@ class BadRows:
             self.first.append(error)
 
     def check(self, good: int) -> None:
-        """Raises an error if there are bad rows and they are not to be skipped, or if there is no good row.
+        """Raises an error if bad rows are not skipped, or if all rows are bad.
 
         Args:
             good: Number of good rows.

@@ -13,7 +13,7 @@ from popi.assembly import open_backend
 from popi.backends.base import Backend, ChatResult, FailureKind
 from popi.backends.ledger import Ledger, Spent
 from popi.backends.sharing import renew_after_fork
-from popi.backends.together import held
+from popi.backends.together import closing
 from popi.concurrency import BackgroundLoop, attempts
 from popi.errors import BackendError, ConfigError, PopiError
 from popi.interface import Interface
@@ -151,9 +151,9 @@ class Personalizer:
                 ledgers=[ledger for _, ledger in opened.values()],
             )
         except BaseException:
-            closing = BackgroundLoop()
-            closing.wait(_close(backend for backend, _ in opened.values()))
-            closing.stop()
+            loop = BackgroundLoop()
+            loop.wait(_close(backend for backend, _ in opened.values()))
+            loop.stop()
             raise
 
     def observe(self, user_id: str, *signals: Signal) -> None:
@@ -257,7 +257,7 @@ class Personalizer:
         """
         results: list[ChatResult] = []
         pieces = self._stream(user_id, prompt, interface, results.append)
-        async with held(self._background.iterate(pieces)) as iterated:
+        async with closing(self._background.iterate(pieces)) as iterated:
             async for piece in iterated:
                 yield piece
         if not results:
@@ -281,14 +281,14 @@ class Personalizer:
             BackendError: If the backend is not available. All finished results have been yielded by then.
         """
         outcomes = attempts(users, self._summarize, _failed, max_concurrency=max_concurrency)
-        async with held(self._background.iterate(outcomes)) as iterated:
+        async with closing(self._background.iterate(outcomes)) as iterated:
             async for user, outcome in iterated:
                 yield user, outcome
 
     async def respond_many(
         self, items: Iterable[Prompt], *, max_concurrency: int = MAX_CONCURRENCY
     ) -> AsyncIterator[tuple[Prompt, Response | Failure]]:
-        """Responds to many prompts, and yields each response as soon as it is there.
+        """Responds to many prompts, and yields each response as soon as it is finished.
 
         Args:
             items: Pairs of a user id and a prompt, or prompts with the interface of the user. They are read on demand.
@@ -301,7 +301,7 @@ class Personalizer:
             BackendError: If the backend is not available. All finished results have been yielded by then.
         """
         outcomes = attempts(items, self._respond_to, _failed, max_concurrency=max_concurrency)
-        async with held(self._background.iterate(outcomes)) as iterated:
+        async with closing(self._background.iterate(outcomes)) as iterated:
             async for item, outcome in iterated:
                 yield item, outcome
 
@@ -450,7 +450,7 @@ class Personalizer:
             raise BackendError(
                 f"no response for user {conditioned.user_id!r}: {conditioned.error}", failure=conditioned.failure
             )
-        async with held(generator.stream(conditioned, on_result)) as pieces:
+        async with closing(generator.stream(conditioned, on_result)) as pieces:
             async for piece in pieces:
                 yield piece
 

@@ -1,6 +1,6 @@
 """Names of backends, inferences and generators.
 
-A name stands for a ``module:Class`` string, which is imported when it is first used. Wherever popi takes such a name, a
+A name refers to a ``module:Class`` string, which is imported when it is first used. Wherever popi takes such a name, a
 ``module:Class`` of your code works too.
 """
 

@@ -2,7 +2,7 @@
 
 Which signals are kept depends on their kind and age. The kept ones are shown oldest first, so that a new signal only
 adds to the end of the text and a cached prefix stays valid. Nothing is cut silently: the result names the omitted
-signals, and a signal that alone exceeds the budget is cut with a visible marker.
+signals, and a single signal that exceeds the budget is cut with a visible marker.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ INFORMATIVENESS = {
 HALF_LIFE = 32
 """Number of newer signals after which the weight of a signal halves."""
 
-PATIENCE = 32
+MAX_MISSES = 32
 """Maximum number of consecutive signals that do not fit. After them no more are tried."""
 
 LEAST = 16
@@ -45,7 +45,7 @@ class RenderedSignals:
 
     Attributes:
         text: The numbered signals, oldest first.
-        shown: The signal id behind each number: signal ``n`` of the text is ``shown[n - 1]``.
+        shown: The signal id of each number: signal ``n`` of the text is ``shown[n - 1]``.
         omitted: Ids of signals that did not fit, oldest first.
         cut: Ids of signals that are shown in part.
         tokens: Length of ``text``.
@@ -61,8 +61,8 @@ class RenderedSignals:
 def describe(signal: Signal, limit: int | None = None, prompts: PromptSet = DEFAULT) -> str:
     """Renders one signal as text, without its number.
 
-    Text by another person is marked as such. Lines that start like one of our labels are quoted with ``>``, so that no
-    text passes for another signal or speaker.
+    Text by another person is marked as such. Lines that start like one of the labels of the templates are quoted with
+    ``>``, so that no text passes for another signal or speaker.
 
     Args:
         signal: The signal.
@@ -133,7 +133,7 @@ class _Rendering:
         same: dict[str, list[Signal]] = {}
         for signal in reversed(signals):
             same.setdefault(describe(signal, prompts=prompts), []).append(signal)
-        # Newest first above; the newest of equal signals stands for all.
+        # The loop above runs from newest to oldest, so that the newest of equal signals represents them.
         groups = list(reversed(same.items()))
         self._signals = [group[0] for _, group in groups]
         self._groups = [group for _, group in groups]
@@ -184,7 +184,7 @@ class _Rendering:
                 left, misses = left - cost, 0
             else:
                 misses += 1
-                if misses == PATIENCE:
+                if misses == MAX_MISSES:
                     break
         # A text may have more tokens than its parts.
         while blocks and self._count_tokens(self._join(blocks[place] for place in sorted(blocks))) > budget:
@@ -216,17 +216,17 @@ class _Rendering:
 def _best_first(signals: Sequence[Signal]) -> list[int]:
     """Indices of the signals: evidence first, then by kind and age."""
 
-    def worth(place: int) -> tuple[bool, float, int]:
+    def priority(place: int) -> tuple[bool, float, int]:
         age = len(signals) - 1 - place
         kind = INFORMATIVENESS[signals[place].kind]
         return signals[place].is_evidence, kind * 0.5 ** (age / HALF_LIFE), place
 
-    return sorted(range(len(signals)), key=worth, reverse=True)
+    return sorted(range(len(signals)), key=priority, reverse=True)
 
 
 @cache
 def _labels(prompts: PromptSet) -> re.Pattern[str]:
-    """Matches the line break in front of a line that starts like one of our labels."""
+    """Matches the line break before a line that starts like one of the labels of the templates."""
     starts = {
         line.partition("{")[0].strip()
         for template in (*prompts.signal.values(), *prompts.turn.values(), prompts.not_by_user)

@@ -6,7 +6,7 @@ import logging
 from collections.abc import AsyncIterator, Callable, Sequence
 
 from popi.backends.base import Backend, ChatRequest, ChatResult, OnComplete, ScoreRequest, ScoreResult, ignore_result
-from popi.backends.together import held
+from popi.backends.together import closing
 from popi.errors import ConfigError
 from popi.interface import Interface, UserEmbedding
 from popi.prompts import DEFAULT, Message, PromptSet
@@ -128,7 +128,7 @@ class PromptedGenerator(ConditionedGenerator):
 
     async def stream(self, item: Conditioned, on_complete: OnComplete = ignore_result) -> AsyncIterator[str]:
         """See :meth:`ConditionedGenerator.stream`."""
-        async with held(self._backend.stream(self._request(item), on_complete)) as pieces:
+        async with closing(self._backend.stream(self._request(item), on_complete)) as pieces:
             async for piece in pieces:
                 yield piece
 

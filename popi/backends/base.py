@@ -43,7 +43,7 @@ FailureKind = Literal[
   reason, not a failure.
 """
 
-PASSING: frozenset[FailureKind] = frozenset({"rate_limit", "timeout", "unreachable", "server", "malformed"})
+TRANSIENT: frozenset[FailureKind] = frozenset({"rate_limit", "timeout", "unreachable", "server", "malformed"})
 """Transient failures: the same request may succeed later."""
 
 

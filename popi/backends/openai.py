@@ -27,7 +27,7 @@ from popi.backends.remote.failures import failed
 from popi.backends.remote.fields import Fields
 from popi.backends.remote.server import read_server
 from popi.backends.sharing import PerLoop, Semaphore
-from popi.backends.together import each, held
+from popi.backends.together import closing, each
 from popi.errors import BackendError, ConfigError, MissingExtra
 from popi.models import folder_of
 from popi.provenance import fingerprint_files
@@ -149,7 +149,7 @@ class OpenAIBackend(Backend):
         client = self._client()
         async with turn(self._places):
             try:
-                async with held(self._endpoint.stream(client, request, on_complete)) as pieces:
+                async with closing(self._endpoint.stream(client, request, on_complete)) as pieces:
                     async for piece in pieces:
                         yield piece
             except BackendError:

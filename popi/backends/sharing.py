@@ -66,7 +66,7 @@ class Waiter:
 
 
 class Semaphore:
-    """A semaphore for tasks of any event loop. Tasks get their places in the order in which they asked for them.
+    """A semaphore for tasks of any event loop. Tasks get their places in the order of their calls of :meth:`acquire`.
 
     Args:
         places: Number of tasks that can hold a place at the same time.

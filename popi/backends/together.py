@@ -86,7 +86,7 @@ async def each(
 
 
 @asynccontextmanager
-async def held(pieces: AsyncIterator[Result]) -> AsyncIterator[AsyncIterator[Result]]:
+async def closing(pieces: AsyncIterator[Result]) -> AsyncIterator[AsyncIterator[Result]]:
     """Closes a stream at the end of the block, so that its connection and its place are released immediately."""
     try:
         yield pieces

@@ -26,7 +26,7 @@ from popi.backends.base import (
 from popi.backends.responses import Response, after_prefix
 from popi.backends.results import scored
 from popi.backends.streaming import Emit, streamed
-from popi.backends.together import held
+from popi.backends.together import closing
 from popi.engine.admission import admitted
 from popi.engine.chat_tokens import ChatTokens, Rendered
 from popi.engine.checks import verify
@@ -185,7 +185,7 @@ class TransformersBackend(Backend):
             [result] = await self._chat([request], emit)
             return result
 
-        async with held(streamed(self.model, chat, on_complete)) as pieces:
+        async with closing(streamed(self.model, chat, on_complete)) as pieces:
             async for piece in pieces:
                 yield piece
 

@@ -25,7 +25,7 @@ from popi.backends.base import (
 from popi.backends.responses import Response, after_prefix
 from popi.backends.results import scored
 from popi.backends.streaming import Emit, streamed
-from popi.backends.together import held, together
+from popi.backends.together import closing, together
 from popi.backends.vllm_engine import (
     Engine,
     FlatLogprobs,
@@ -174,7 +174,7 @@ class VLLMBackend(Backend):
             [result] = await self._run(self._chats([request], emit))
             return result
 
-        async with held(streamed(self.model, chat, on_complete)) as pieces:
+        async with closing(streamed(self.model, chat, on_complete)) as pieces:
             async for piece in pieces:
                 yield piece
 

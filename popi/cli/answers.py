@@ -13,8 +13,8 @@ from pydantic import BaseModel, ConfigDict
 
 from popi import registry
 from popi.backends.base import FinishReason
-from popi.backends.together import held
-from popi.cli.batches import accounted, affordable, check_settings, identity, keep_settings, telling
+from popi.backends.together import closing
+from popi.cli.batches import check_settings, explaining_errors, identity, keep_settings, reporting_cost, within_budget
 from popi.cli.growing import GrowingFile
 from popi.cli.output import Progress, note, print_records, progress
 from popi.cli.summaries import read_summaries
@@ -232,7 +232,7 @@ def answer_all(
         job = Job(lines, prompts, summaries, skip_bad_rows=skip_bad_rows)
         check_settings(out, settings)
         if job.pending:
-            with telling(f"finished responses are kept in {out}, and the same command resumes the run"):
+            with explaining_errors(f"finished responses are kept in {out}, and the same command resumes the run"):
                 _run(job, out, settings, options, max_concurrency)
     print_records([job.report()], json_flag=json)
     if job.truncated:
@@ -258,9 +258,9 @@ async def _write(
         settings = {**settings, "template_hash": template_hash}
         check_settings(out, settings)
         keep_settings(out, settings)
-        questions = affordable(job.pending_questions(), ledger)
-        with accounted(ledger), progress("responses", job.pending, "prompts") as shown:
-            async with held(personalizer.respond_many(questions, max_concurrency=max_concurrency)) as outcomes:
+        questions = within_budget(job.pending_questions(), ledger)
+        with reporting_cost(ledger), progress("responses", job.pending, "prompts") as shown:
+            async with closing(personalizer.respond_many(questions, max_concurrency=max_concurrency)) as outcomes:
                 async for question, outcome in outcomes:
                     if isinstance(outcome, Response):
                         job.keep(question, outcome, template_hash)

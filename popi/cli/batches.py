@@ -98,7 +98,7 @@ def _read_settings(path: Path) -> dict[str, Any]:
 
 
 @contextmanager
-def accounted(ledger: Ledger, model: str = "") -> Iterator[None]:
+def reporting_cost(ledger: Ledger, model: str = "") -> Iterator[None]:
     """Prints the cost of the requests inside the block, also if it fails.
 
     Args:
@@ -122,13 +122,13 @@ def accounted(ledger: Ledger, model: str = "") -> Iterator[None]:
         raise PopiError(f"the next request might exceed the budget of {ledger.cap:g}, which is for one command")
 
 
-def affordable(items: Iterable[Item], ledger: Ledger) -> Iterator[Item]:
+def within_budget(items: Iterable[Item], ledger: Ledger) -> Iterator[Item]:
     """The items, until the budget has refused a request."""
     return takewhile(lambda _: not ledger.refused, items)
 
 
 @contextmanager
-def telling(kept: str) -> Iterator[None]:
+def explaining_errors(kept: str) -> Iterator[None]:
     """Adds a sentence about kept results to the message of an interruption or a failure."""
     try:
         yield

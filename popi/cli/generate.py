@@ -128,13 +128,13 @@ def _respond(
 ) -> None:
     import asyncio
 
-    from popi.cli.batches import accounted, identity
+    from popi.cli.batches import identity, reporting_cost
     from popi.personalizer import Personalizer
     from popi.response import incompleteness
 
     personalizer = Personalizer.load(identity(model), inference=None, generation=generation, generator_options=options)
     [ledger] = personalizer.ledgers
-    with accounted(ledger):
+    with reporting_cost(ledger):
         respond = _stream(personalizer, prompt, summary, json=json) if stream else _whole(personalizer, prompt, summary)
         response = asyncio.run(respond)
     if json or (wants_json(json) and not stream):

@@ -7,8 +7,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from popi.backends.together import held
-from popi.cli.batches import accounted, affordable, check_settings, keep_settings
+from popi.backends.together import closing
+from popi.cli.batches import check_settings, keep_settings, reporting_cost, within_budget
 from popi.cli.growing import GrowingFile
 from popi.cli.output import Progress, note, progress
 from popi.data.reading import read_users
@@ -180,9 +180,9 @@ async def _write(job: Job, personalizer: Personalizer, settings: Mapping[str, An
             raise ConfigError(f"the inference {settings['inference']!r} does not infer summaries")
         template_hash = None if inference.format is None else inference.format.template_hash
         job.check({**settings, "template_hash": template_hash}, inference.name)
-        users = affordable(job.pending_users(), ledger)
-        with accounted(ledger), progress("summaries", job.pending, "users") as shown:
-            async with held(personalizer.summarize(users, max_concurrency=max_concurrency)) as outcomes:
+        users = within_budget(job.pending_users(), ledger)
+        with reporting_cost(ledger), progress("summaries", job.pending, "users") as shown:
+            async with closing(personalizer.summarize(users, max_concurrency=max_concurrency)) as outcomes:
                 async for user, outcome in outcomes:
                     if isinstance(outcome, PreferenceSummary):
                         job.keep(user.user_id, outcome)

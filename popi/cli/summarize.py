@@ -48,7 +48,7 @@ def summarize(
     to OUT, .meta.json; an OUT that was made with other settings is refused.
     """
     from popi import registry
-    from popi.cli.batches import check_settings, identity, telling
+    from popi.cli.batches import check_settings, explaining_errors, identity
     from popi.cli.growing import GrowingFile
     from popi.cli.summaries import Job, write_summaries
     from popi.io import check_rereadable
@@ -76,7 +76,7 @@ def summarize(
         if job.edits_kept:
             note(f"{job.edits_kept} edited summaries are kept, although their signals have changed")
         if job.pending:
-            with telling(f"finished summaries are kept in {out}, and the same command resumes the run"):
+            with explaining_errors(f"finished summaries are kept in {out}, and the same command resumes the run"):
                 write_summaries(job, settings, given, max_concurrency)
     print_records([job.report()], json_flag=json)
     if job.failed:

@@ -135,11 +135,11 @@ class ChatTokens:
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """The token ids of plain texts, without special tokens."""
-        return self._encode([self._harmless(text) for text in texts])
+        return self._encode([self._escaped(text) for text in texts])
 
     def encode_responses(self, texts: Sequence[str]) -> list[list[int]]:
         """The token ids of finished responses, with the end of the turn, as they follow a rendered conversation."""
-        encoded = self._encode([self._lead + self._harmless(text) for text in texts])
+        encoded = self._encode([self._lead + self._escaped(text) for text in texts])
         return [[*tokens, *self.end_of_turn] for tokens in encoded]
 
     def decode(self, tokens: Sequence[int]) -> str:
@@ -176,7 +176,7 @@ class ChatTokens:
 
     def _apply_template(self, conversation: Sequence[Message], add_generation_prompt: bool) -> str:
         messages: list[dict[str, Any]] = [
-            {"role": message.role, "content": self._harmless(message.content)} for message in conversation
+            {"role": message.role, "content": self._escaped(message.content)} for message in conversation
         ]
         with self._lock:
             return str(
@@ -185,7 +185,7 @@ class ChatTokens:
                 )
             )
 
-    def _harmless(self, text: str) -> str:
+    def _escaped(self, text: str) -> str:
         """Breaks the spelling of control tokens with a space, and replaces what UTF-8 cannot encode."""
         return self._control.sub(lambda found: f"{found[0][:1]} {found[0][1:]}", writable(text))
 

@@ -30,7 +30,7 @@ class Scored:
     prompt: list[int]
     response: list[int]
 
-    def behind(self, prefix: int) -> list[int]:
+    def after_prefix(self, prefix: int) -> list[int]:
         """The tokens that a model reads after a prefix of this length. The last token is predicted, never read."""
         return [*self.prompt[prefix:], *self.response[:-1]]
 
@@ -52,7 +52,7 @@ class Row:
     @classmethod
     def of(cls, scored: Sequence[Scored], items: list[int], prefix: int) -> Row:
         """Makes a row of items whose prompts share their first ``prefix`` tokens."""
-        tree = TokenTree.of([scored[index].behind(prefix) for index in items])
+        tree = TokenTree.of([scored[index].after_prefix(prefix) for index in items])
         return cls(items, scored[items[0]].prompt[:prefix], tree)
 
     @classmethod
@@ -162,7 +162,7 @@ def _blocks(items: Sequence[Scored], units: Sequence[list[int]], prefix_lengths:
 
 def _size(items: Sequence[Scored], unit: Sequence[int], prefix: int) -> int:
     """Number of tokens in the tree of these items."""
-    read = sorted(items[index].behind(prefix) for index in unit)
+    read = sorted(items[index].after_prefix(prefix) for index in unit)
     return sum(map(len, read)) - sum(common_prefix(*pair) for pair in pairwise(read))
 
 

@@ -104,7 +104,7 @@ async def measure_plain(column: Column, examples: Sequence[PersonalizationExampl
     ]
 
 
-def measure_nothing(plain: Sequence[Plain], *, judged: int) -> list[Measured]:
+def measured_as_reference(plain: Sequence[Plain], *, judged: int) -> list[Measured]:
     """The plain prompts of a generator that is its own reference: every margin is zero and every response ties."""
     return [
         Measured(

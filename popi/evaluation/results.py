@@ -92,7 +92,7 @@ class SummaryReport(_Figures):
     Attributes:
         row: The row.
         truth: Faithfulness to the users' true preferences, where they are known.
-        evidence: Faithfulness to what can be known from the signals.
+        evidence: Faithfulness to the preferences that the signals show.
         not_enough_evidence: Share of the summaries that say that there is not enough evidence.
         claims: Share of the claims that are ``true``, the ``opposite`` of the truth, about something that the user has
             no preference in (``idle``), or ``unchecked`` because they name no side; empty if the truth is unknown.

@@ -15,8 +15,8 @@ from popi.evaluation.measure import (
     Measured,
     Plain,
     measure,
-    measure_nothing,
     measure_plain,
+    measured_as_reference,
 )
 from popi.evaluation.notes import notes
 from popi.evaluation.results import Results
@@ -148,7 +148,7 @@ class _Bench:
 
     async def _measure_row(self, row: Row, column: Column, plain: Sequence[Plain]) -> list[Measured]:
         if row.build is None and column.reference is None:
-            return measure_nothing(plain, judged=self._judged)
+            return measured_as_reference(plain, judged=self._judged)
 
         async def make() -> list[Measured]:
             contexts = await self._contexts(row, column)

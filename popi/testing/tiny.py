@@ -174,7 +174,7 @@ def tiny_tokenizer(*, begin: bool = True, channels: bool = False) -> PreTrainedT
     """Makes the tokenizer of the tiny models: a byte-level BPE with a chat template.
 
     Args:
-        begin: Whether it has a begin token, ``<|begin|>``, in front of a plain text and of a conversation.
+        begin: Whether it has a begin token, ``<|begin|>``, before a plain text and before a conversation.
         channels: Whether its template is :data:`CHANNEL_TEMPLATE`, where ``<|return|>`` ends a response, instead of
             :data:`CHAT_TEMPLATE`, where ``<|end|>`` does.
     """

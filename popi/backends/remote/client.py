@@ -16,7 +16,7 @@ import httpx
 
 from popi.backends.remote.failures import Malformed, Rejected, rejection
 from popi.backends.remote.server import Server
-from popi.backends.together import held
+from popi.backends.together import closing
 from popi.errors import ConfigError
 
 DONE: Final = object()
@@ -26,7 +26,7 @@ BOM = b"\xef\xbb\xbf"
 EVENT = re.compile(rb"(data|event|id|retry)?:")
 """Matches the start of a stream of server-sent events: a field or a comment."""
 
-ENOUGH = len("event:")
+HEAD_BYTES = len("event:")
 """Number of bytes that distinguish such a stream from JSON."""
 
 DRAIN = 0.2
@@ -77,13 +77,13 @@ class Client:
         async with self._http.stream("POST", self._server.url + path, content=content) as response:
             if response.status_code >= 300:
                 raise await self._rejected(response)
-            async with held(self._timely(response.aiter_bytes())) as pieces:
+            async with closing(self._timely(response.aiter_bytes())) as pieces:
                 head = b""
                 async for piece in pieces:
                     head += piece
-                    if len(head.lstrip()) >= ENOUGH:
+                    if len(head.lstrip()) >= HEAD_BYTES:
                         break
-                async with held(_bodies(head, pieces)) as bodies:
+                async with closing(_bodies(head, pieces)) as bodies:
                     async for data in bodies:
                         yield data if data is DONE else self._parse(data, response)
 
@@ -93,7 +93,7 @@ class Client:
 
     async def _timely(self, pieces: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
         """The same pieces, each within the timeout."""
-        async with held(pieces):
+        async with closing(pieces):
             while True:
                 async with asyncio.timeout(self._timeout):
                     piece = await anext(pieces, None)
@@ -142,7 +142,7 @@ async def _bodies(head: bytes, rest: AsyncIterator[bytes]) -> AsyncIterator[Any]
         yield b"".join([head, *[piece async for piece in rest]])
         yield DONE
         return
-    async with held(_events(head, rest)) as events:
+    async with closing(_events(head, rest)) as events:
         async for data in events:
             if data.strip() == b"[DONE]":
                 yield DONE

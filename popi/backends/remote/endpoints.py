@@ -15,7 +15,7 @@ from popi.backends.remote.fields import Fields
 from popi.backends.remote.reply import Reply
 from popi.backends.remote.wire import Chunk, read
 from popi.backends.results import scored
-from popi.backends.together import held
+from popi.backends.together import closing
 from popi.errors import BackendError
 from popi.io import writable
 
@@ -58,7 +58,7 @@ class Endpoint(ABC):
         if prepared.error is not None:
             return ChatResult.failed(prepared.error, "request", model=self._model, prompt_tokens=prepared.prompt_tokens)
         reply = Reply(request, self._model, opened=self._opened)
-        async with held(self._bodies(client, prepared.arguments)) as bodies:
+        async with closing(self._bodies(client, prepared.arguments)) as bodies:
             async for body in bodies:
                 reply.add(body)
         reply.finish()
@@ -71,7 +71,7 @@ class Endpoint(ABC):
             raise BackendError(f"{self._model}: {prepared.error}", failure="request")
         reply = Reply(request, self._model, opened=self._opened)
         arguments = {**prepared.arguments, "stream": True, "stream_options": {"include_usage": True}}
-        async with held(self._bodies(client, arguments)) as bodies:
+        async with closing(self._bodies(client, arguments)) as bodies:
             async for body in bodies:
                 if piece := reply.add(body):
                     yield piece
@@ -100,7 +100,7 @@ class Endpoint(ABC):
         attempt, begun = self._fields.attempt(arguments), False
         while not begun:
             try:
-                async with held(client.bodies(self.path, attempt.body())) as bodies:
+                async with closing(client.bodies(self.path, attempt.body())) as bodies:
                     async for body in bodies:
                         attempt.accepted()
                         begun = True
@@ -176,7 +176,7 @@ class ByTokenIds(Endpoint):
             "echo": True,
             "logprobs": 0,
         }
-        async with held(self._bodies(client, arguments)) as bodies:
+        async with closing(self._bodies(client, arguments)) as bodies:
             chunk = read(Chunk, await anext(bodies))
         echoed = chunk.first.logprobs if chunk.first else None
         if echoed is None or not echoed.token_logprobs:

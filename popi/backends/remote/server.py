@@ -165,7 +165,7 @@ def _check_proxies() -> None:
 
 
 def _problem_of_proxy(url: str) -> tuple[str, str] | None:
-    """What is wrong with a proxy, and how to fix it."""
+    """The problem of a proxy, and how to fix it."""
     rewrite = "write it as http://host:port, or unset it"
     url = url if "://" in url else f"http://{url}"
     try:

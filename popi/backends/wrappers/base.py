@@ -8,7 +8,7 @@ from functools import partial
 from typing import TypeVar
 
 from popi.backends.base import Backend, ChatRequest, ChatResult, OnComplete, ScoreRequest, ScoreResult, ignore_result
-from popi.backends.together import each, held
+from popi.backends.together import closing, each
 
 Request = TypeVar("Request", ChatRequest, ScoreRequest)
 Result = TypeVar("Result", ChatResult, ScoreResult)
@@ -36,7 +36,7 @@ class Wrapper(Backend):
 
     async def stream(self, request: ChatRequest, on_complete: OnComplete = ignore_result) -> AsyncIterator[str]:
         """See :meth:`Backend.stream`."""
-        async with held(self.inner.stream(request, on_complete)) as pieces:
+        async with closing(self.inner.stream(request, on_complete)) as pieces:
             async for piece in pieces:
                 yield piece
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from popi.backends.base import Backend, ChatRequest, ChatResult, OnComplete, ScoreRequest, ScoreResult, ignore_result
 from popi.backends.sharing import renew_after_fork
-from popi.backends.together import held
+from popi.backends.together import closing
 from popi.backends.wrappers.base import Request, Result, Wrapper
 from popi.engine.forking import ForkLock
 from popi.errors import BackendError, InputError
@@ -109,7 +109,7 @@ class Cache(Wrapper):
             self._write(key, result)
             on_complete(result)
 
-        async with held(self.inner.stream(request, complete)) as pieces:
+        async with closing(self.inner.stream(request, complete)) as pieces:
             async for piece in pieces:
                 yield piece
 

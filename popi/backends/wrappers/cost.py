@@ -15,7 +15,7 @@ from popi.backends.base import (
     ignore_result,
 )
 from popi.backends.ledger import Ledger, Price, Spent
-from popi.backends.together import held
+from popi.backends.together import closing
 from popi.backends.wrappers.base import Request, Result, Wrapper
 from popi.errors import BackendError
 from popi.io import writable
@@ -82,7 +82,7 @@ class Cost(Wrapper):
             on_complete(result)
 
         try:
-            async with held(self.inner.stream(request, answered)) as pieces:
+            async with closing(self.inner.stream(request, answered)) as pieces:
                 async for piece in pieces:
                     yield piece
         except BackendError as error:

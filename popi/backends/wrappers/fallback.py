@@ -20,7 +20,7 @@ from popi.backends.base import (
     ignore_result,
 )
 from popi.backends.ledger import MILLION, Price
-from popi.backends.together import held, together
+from popi.backends.together import closing, together
 from popi.backends.wrappers.base import Request, Result
 from popi.backends.wrappers.breaker import Admission, Breaker
 from popi.errors import BackendError, ConfigError
@@ -141,8 +141,8 @@ class Fallback(Backend):
                 on_complete(replace(result, route=name))
 
             try:
-                with _watched(route, admission):
-                    async with held(route.backend.stream(request, served)) as pieces:
+                with _abandoned_on_cancel(route, admission):
+                    async with closing(route.backend.stream(request, served)) as pieces:
                         async for piece in pieces:
                             begun = True
                             yield piece
@@ -190,7 +190,7 @@ class Fallback(Backend):
             if not places:
                 return
             try:
-                with _watched(route, admission):
+                with _abandoned_on_cancel(route, admission):
                     answers = await ask(route.backend, [requests[place] for place in places])
             except BackendError as error:
                 _note(route, admission, error.failure or "server", str(error), whole=True)
@@ -224,7 +224,7 @@ def _by_price(routes: Sequence[Route]) -> list[Route]:
 
 
 @contextmanager
-def _watched(route: Route, admission: Admission) -> Iterator[None]:
+def _abandoned_on_cancel(route: Route, admission: Admission) -> Iterator[None]:
     """Allows another probe if this one is cancelled."""
     try:
         yield

@@ -10,7 +10,7 @@ from contextlib import asynccontextmanager, nullcontext
 from popi.backends.base import Backend, ChatRequest, OnComplete, ScoreRequest, ignore_result
 from popi.backends.deadline import turn, waiting
 from popi.backends.sharing import Semaphore
-from popi.backends.together import held
+from popi.backends.together import closing
 from popi.backends.wrappers.base import OneByOne, Request, Result
 from popi.engine.forking import ForkLock
 from popi.errors import BackendError, ConfigError
@@ -63,8 +63,8 @@ class Limit(OneByOne):
                 raise ConfigError(f"must be positive, got {limit}", field=name)
         self._max_tokens = tokens_per_minute
         self._places = None if max_concurrency is None else Semaphore(max_concurrency)
-        self._requests = None if requests_per_minute is None else _Allowance(requests_per_minute)
-        self._tokens = None if tokens_per_minute is None else _Allowance(tokens_per_minute)
+        self._requests = None if requests_per_minute is None else _TokenBucket(requests_per_minute)
+        self._tokens = None if tokens_per_minute is None else _TokenBucket(tokens_per_minute)
 
     async def one(self, request: Request, ask: Callable[[], Awaitable[Result]], kind: type[Result]) -> Result:
         """Passes a request on when the limits allow it. One that exceeds the tokens of a minute fails."""
@@ -83,7 +83,7 @@ class Limit(OneByOne):
         size = self._size(request)
         if error := self._too_large(size):
             raise BackendError(f"{self.model}: {error}", failure="request")
-        async with self._turn(size), held(self.inner.stream(request, on_complete)) as pieces:
+        async with self._turn(size), closing(self.inner.stream(request, on_complete)) as pieces:
             async for piece in pieces:
                 yield piece
 
@@ -113,7 +113,7 @@ class Limit(OneByOne):
             yield
 
 
-class _Allowance:
+class _TokenBucket:
     """A token bucket: an amount that may be taken in a minute, and is refilled at a constant rate.
 
     Args:

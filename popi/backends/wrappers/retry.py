@@ -13,9 +13,9 @@ from tenacity import (
     wait_random_exponential,
 )
 
-from popi.backends.base import PASSING, Backend, ChatRequest, ChatResult, OnComplete, ScoreResult, ignore_result
+from popi.backends.base import TRANSIENT, Backend, ChatRequest, ChatResult, OnComplete, ScoreResult, ignore_result
 from popi.backends.deadline import Clock, within
-from popi.backends.together import held
+from popi.backends.together import closing
 from popi.backends.wrappers.base import OneByOne, Request, Result
 from popi.errors import BackendError, ConfigError
 
@@ -87,7 +87,7 @@ class Retry(OneByOne):
                 begun, piece = await self._again(begin, clock)
         except TimeoutError:
             raise BackendError(f"{self.model}: {self._late()}", failure="timeout") from None
-        async with held(begun) as pieces:
+        async with closing(begun) as pieces:
             while piece is not None:
                 yield piece
                 piece = await anext(pieces, None)
@@ -114,7 +114,7 @@ class Retry(OneByOne):
 
 
 def _is_transient(outcome: object) -> bool:
-    return isinstance(outcome, ChatResult | ScoreResult | BackendError) and outcome.failure in PASSING
+    return isinstance(outcome, ChatResult | ScoreResult | BackendError) and outcome.failure in TRANSIENT
 
 
 def _last(state: RetryCallState) -> object:
