@@ -87,7 +87,9 @@ class BadRows:
         error = InputError(
             f"{self.count} bad rows; the first: {where}: {what}",
             file=first.file,
-            fix="all rows are bad" if self.skip else "fix them, or continue without them with --skip-bad-rows",
+            fix="all rows are bad; check the format of the file"
+            if self.skip
+            else "fix them, or continue without them with --skip-bad-rows",
         )
         for other in others:
             error.add_note(str(other))

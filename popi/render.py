@@ -1,8 +1,8 @@
 """Renders signals as prompt text under a budget of tokens.
 
-Which signals are kept depends on their kind and age. The kept ones are shown oldest first, so that a new signal only
-adds to the end of the text and a cached prefix stays valid. Nothing is cut silently: the result names the omitted
-signals, and a single signal that exceeds the budget is cut with a visible marker.
+Which signals are kept depends on their kind and age. Signals are shown oldest first, so that a new signal extends the
+end of the text and a cached prefix stays valid. Nothing is cut silently: the result names the omitted signals, and a
+single signal that exceeds the budget is cut with a visible marker.
 """
 
 from __future__ import annotations

@@ -116,7 +116,7 @@ class Store(Protocol):
 
 
 def current_version(history: Sequence[Version]) -> Version | None:
-    """The last edit that was not withdrawn, else the last version that was inferred."""
+    """The last edit that was not withdrawn; without edits, the last inferred version."""
     edits = [version for version in history if version.is_edit]
     inferred = [version for version in history if version.key is not None]
     return next(reversed(edits or inferred), None)

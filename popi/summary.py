@@ -84,7 +84,7 @@ class PreferenceSummary(BaseModel):
     def edit(self, text: str) -> PreferenceSummary:
         """Returns the summary with a person's text. Unchanged claims keep their evidence.
 
-        An empty text, or one that says that there is not enough evidence, gives the summary with that status.
+        An empty text, or the text "not enough evidence", results in a summary with that status.
         """
         known = {claim.text: claim for claim in self.claims}
         words = text.strip()

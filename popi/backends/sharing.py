@@ -1,7 +1,7 @@
 """Objects that several event loops, threads and forked processes can share.
 
-An ``asyncio.Semaphore`` or future belongs to one event loop, and a place that a task holds while the process forks is
-never released in the child. The classes of this module do not have these restrictions.
+An ``asyncio.Semaphore`` or future belongs to one event loop, and if a task holds a place during a fork, the child never
+releases it. The classes of this module do not have these restrictions.
 """
 
 from __future__ import annotations

@@ -262,7 +262,7 @@ async def _started(arguments: Mapping[str, Any]) -> AsyncLLM:
 
 
 def _guarded(process: int | None) -> subprocess.Popen[bytes]:
-    """Starts a process that kills another one when this one ends, even by a signal that cannot be caught."""
+    """Starts a process that kills the engine's process when this process ends, even by SIGKILL."""
     command = [sys.executable, "-I", "-S", "-c", GUARD, str(process)]
     return subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
 

@@ -1,8 +1,7 @@
 """Domain-Specific Preference: queries with one response for each of four audiences (Linear95/DSP, arXiv 2309.03126).
 
-An audience is a user: for each of some queries they prefer the response that was written for them to one that was
-written for another audience. The data set also has generic responses. They are not used, because their shorter length
-would give them away.
+An audience is a user: for each query they prefer the response written for them to a response written for another
+audience. The data set also has generic responses. They are not used, because their shorter length would give them away.
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ from popi.signals import (
 
 
 class HeldOutPair(FileRecord):
-    """A prompt that is not in the signals, with the response that the user prefers and one that they do not.
+    """A prompt that is not in the signals, with a response that the user prefers and one that the user rejects.
 
     Example:
         >>> pair = HeldOutPair(prompt="How do magnets work?", chosen="Poles attract.", rejected="Well, let me explain.")

@@ -80,8 +80,8 @@ class ChatTokens:
             reasoning.
 
     Raises:
-        ModelError: If the tokenizer has no chat template, or one that cannot render a question and a response, or that
-            leaves out the question.
+        ModelError: If the tokenizer has no chat template, or if its template cannot render a question and a response or
+            omits the question.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, name: str) -> None:

@@ -182,7 +182,7 @@ class _Probes:
         return f"changes scores by {min(differences):.2g} nats"
 
     def _prompts(self, seed: int) -> list[list[int]]:
-        """Two equal prompts, one that starts like them, a conversation, a repeated token, and longer ones."""
+        """Two equal prompts, one with the same start, a conversation, a repeated token, and longer prompts."""
         source = random.Random(seed)
         switches = [size + BEYOND for size in (*self._windows, self._fixed or 0) if size]
         longer = [length for length in switches if length <= self._longest]

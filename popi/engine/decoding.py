@@ -149,7 +149,7 @@ class Decoder:
 
 
 class _Lane:
-    """The drafts of one batch: those that are running, and those that wait for room."""
+    """The running and the waiting drafts of one batch."""
 
     def __init__(self, model: PreTrainedModel, slots: Slots, end_tokens: Set[int], logprobs: bool) -> None:
         self._slots, self._end_tokens, self._device, self._logprobs = slots, end_tokens, model.device, logprobs

@@ -136,7 +136,7 @@ def shared_prefixes(prompts: Sequence[list[int]]) -> list[int]:
 def _blocks(items: Sequence[Scored], units: Sequence[list[int]], prefix_lengths: Sequence[int]) -> Iterator[list[Row]]:
     """Puts units with a common prefix into rows of similar length; all other items have a row each.
 
-    A unit that is too long for a row has a row for each of its items, which stay in one pass.
+    If a unit is too long for a row, each of its items has a row, and all of them stay in one pass.
     """
 
     def prompt(unit: list[int]) -> list[int]:

@@ -167,7 +167,7 @@ async def _events(head: bytes, rest: AsyncIterator[bytes]) -> AsyncIterator[byte
 
 
 def _error_of(body: Any) -> Any:
-    """The part of a body that is an error, if it has one; routers put it into the choice."""
+    """The error in a body; without an error, the body itself. Some routers put the error into the choice."""
     choices = body.get("choices") if isinstance(body, Mapping) else None
     first = choices[0] if isinstance(choices, list) and choices else None
     inner = first.get("error") if isinstance(first, Mapping) else None

@@ -31,7 +31,8 @@ class Breaker:
 
     A failure counts only if no request succeeded between the start and the end of the failed one, and a success resets
     the count: three time-outs among 64 concurrent requests, of which the others succeed, do not open the circuit. A
-    probe that succeeds closes it, one that fails opens it again. Several event loops and threads may share a breaker.
+    successful probe closes the circuit, a failed one opens it again. Several event loops and threads may share a
+    breaker.
 
     Args:
         failures: Number of failures that opens the circuit.

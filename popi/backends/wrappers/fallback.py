@@ -60,12 +60,12 @@ class Fallback(Backend):
     If all routes have a price, the cheapest is tried first, and those of equal price in their order. If one has none,
     all are tried in their order: an unknown price is not a low one.
 
-    A request that fails goes to the next route that supports it: a conversation that is too long for one model to a
-    model with a longer context, a score to a model that returns log-probabilities. A route that fails repeatedly is
-    left out for a while (:class:`Breaker`). ``ChatResult.route`` names the route that served a request.
+    A failed request goes to the next route that supports it. For example, a conversation that is too long for one model
+    goes to a model with a longer context. A route that fails repeatedly is left out for a while (:class:`Breaker`).
+    ``ChatResult.route`` names the route that served a request.
 
-    The capabilities are those that every route has, except that it streams and scores if any route does. The length of
-    a text is its maximum number of tokens on any route.
+    It streams and scores if any route does. Other capabilities are those of all routes. The length of a text is its
+    maximum number of tokens on any route.
 
     Example:
         >>> import asyncio

@@ -96,7 +96,7 @@ def draw_style(rng: np.random.Generator) -> Style:
 
 
 def draw_choice(rng: np.random.Generator, taste: Style, question: Question) -> Choice:
-    """Draws a choice between two answers that differ in few dimensions, so that the user prefers one of them."""
+    """Draws a choice between two answers that differ in few dimensions and of which the user prefers one."""
     while True:
         first = draw_style(rng)
         second = first.copy()
