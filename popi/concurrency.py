@@ -177,8 +177,8 @@ async def as_completed(
 ) -> AsyncGenerator[tuple[Item, Result]]:
     """Works on several items at the same time, and yields each one with its result as soon as it is finished.
 
-    An item is read when less than ``max_concurrency`` items are in work. An error of the work cancels the work on all
-    other items. After an error of ``items`` the work on earlier items finishes. Either error is raised after all
+    An item is read when fewer than ``max_concurrency`` items are in progress. An error of the work cancels the work on
+    all other items. After an error of ``items`` the work on earlier items finishes. Either error is raised after all
     finished results have been yielded.
 
     Args:

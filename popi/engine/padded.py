@@ -59,7 +59,8 @@ class _Runner:
         new = tokens_N_T.shape[1]
         options: dict[str, Any] = {self._name: cache, "use_cache": True} if self.caches else {"use_cache": False}
         if "attention_mask" in self._parameters:
-            # A recurrent state contains the earlier tokens: models with states only mask the new tokens only.
+            # A recurrent state contains the earlier tokens: a model with only such states gets a mask of the new
+            # tokens.
             options["attention_mask"] = mask_N_L[:, -new:] if self._name == STATES else mask_N_L
         if "position_ids" in self._parameters:
             options["position_ids"] = (mask_N_L.cumsum(dim=1) - 1).clamp(min=0)[:, -new:]

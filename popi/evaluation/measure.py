@@ -25,8 +25,7 @@ ITEM_FAILURES: frozenset[FailureKind | None] = frozenset({None, "request", "malf
 """Failures that say something about the generator. Any other one, such as a rate limit, ends the evaluation."""
 
 Context = Interface | Failure | None
-"""The context of a generator: the interface of a user, the reason why it is missing, or ``None`` for the plain
-prompt."""
+"""The interface of a user, the reason why it is missing, or ``None`` for the plain prompt."""
 
 
 @dataclass(frozen=True, slots=True)
