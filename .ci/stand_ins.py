@@ -5,7 +5,7 @@
     python .ci/stand_ins.py FOLDER
 
 The builds of torchvision, torchaudio and torchcodec on PyPI are for CUDA and break ``import transformers`` with a CPU
-build of torch. popi needs neither them nor triton, which takes a gigabyte. The command ``vllm`` needs the metadata of a
+build of torch. popi does not need them or triton, which takes a gigabyte. The command ``vllm`` needs the metadata of a
 distribution named ``vllm``, which the CPU build lacks.
 """
 

@@ -2,7 +2,7 @@
 
     python benchmarks/transfer.py --out runs/transfer
 
-Rows are what a generator reads about the user. Columns are frozen generators, each with the backend that it would have
+Rows are the interfaces that a generator reads. Columns are frozen generators, each with the backend that it would have
 in practice: in this process, in a vLLM engine, on a vLLM server that returns log-probabilities over HTTP, and a black
 box: a server that returns only text. Cells are preference accuracies where log-probabilities are available, else win
 rates by the exact judge, with 95 % intervals by user, on users with unseen combinations of tastes. The cost of a cell
@@ -217,7 +217,7 @@ def print_orders(results: Results) -> None:
             signs = [sign(results, name, first, second) for name in (one, other)]
             both += all(signs)
             against += all(signs) and signs[0] != signs[1]
-        print(f"{one} and {other}: {against} of {both} pairs of rows that both tell apart are in another order")
+        print(f"{one} and {other}: {against} of {both} pairs of rows that both distinguish are in another order")
 
 
 def sign(results: Results, name: str, first: str, second: str) -> int:

@@ -58,10 +58,10 @@ def open_backend(model: str, *, role: str = "") -> tuple[Backend, Ledger]:
         raise
 
 
-def answers_rest_on(file: Path) -> tuple[str, list[str]]:
-    """Returns a fingerprint of what the responses of a backend's file depend on, and the local models it names.
+def response_fingerprint(file: Path) -> tuple[str, list[str]]:
+    """Returns a fingerprint of everything in a backend file that affects responses, and the local models that it names.
 
-    Concurrency, retries, prices and the key are no part of it.
+    The fingerprint does not depend on concurrency, retries, prices and the key.
 
     Raises:
         ConfigError: If the file does not describe a backend.
@@ -84,7 +84,7 @@ def _models(config: BackendConfig) -> dict[str, ModelConfig]:
 
 
 def _check_prices(config: BackendConfig, file: Path) -> None:
-    """Checks that every model has a price if there is a budget: without one nothing would ever reach it."""
+    """Checks that every model has a price if there is a budget. A model without a price would never use it up."""
     for place, model in _models(config).items():
         if config.budget is not None and not model.price:
             raise ConfigError(

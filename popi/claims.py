@@ -1,4 +1,4 @@
-"""Claims: the lines of a summary, with their citations, read from whatever a model writes.
+"""Claims: the lines of a summary, with their citations, parsed from the text of a model.
 
 Punctuation of the major scripts is understood: full-width and CJK, Arabic, Devanagari.
 """
@@ -13,7 +13,7 @@ from pydantic import BaseModel, field_validator
 from popi.signals import FROZEN
 
 NO_EVIDENCE = "Not enough evidence."
-"""What a writer says, and what a generator reads, when the signals show no preference."""
+"""The text of a summary when the signals show no preference."""
 
 # Between two numbers stands a separator, a short word ("and" in any language), or both.
 _AND = r"(?:[,;&\u060c\uff0c\u3001\uff1b]\s*[^\W\d_]{0,4}|[^\W\d_]{1,4})"
@@ -27,7 +27,7 @@ _CITATION = re.compile(
     rf"[{re.escape(_CLOSING)}][\s.,;\u3002\uff0c\u3001\uff1b\uff0e\u060c\u061b\u06d4\u0964]*",
     re.IGNORECASE,
 )
-# Neither an abbreviation nor the number of a list ends a sentence; the full stops of other scripts always do.
+# An abbreviation or the number of a list does not end a sentence. The full stops of other scripts always do.
 _SENTENCE_END = re.compile(
     r"(?<=\w\w)[.!?]['\")\]]*(?=\s+[^\sa-z])|[\u3002\uff01\uff1f\uff0e\uff61\u0964\u0965\u06d4\u061f\u1362\u104b\u17d4][\u300d\u300f\u201d\uff09\u3011'\")]*"
 )
@@ -62,6 +62,10 @@ _NOTHING = re.compile(
 class Claim(BaseModel):
     """One line of a summary.
 
+    Example:
+        >>> Claim(text="short answers", evidence=("2f1a", "9c0d")).evidence
+        ('2f1a', '9c0d')
+
     Attributes:
         text: The claim on one line, without list mark and citation.
         evidence: Ids of the signals that the writer cited.
@@ -89,8 +93,8 @@ def parse_claims(text: str, shown: Sequence[str] = ()) -> tuple[Claim, ...]:
 
     Args:
         text: The summary, or the reply of a writer.
-        shown: The signal id behind each number (``RenderedSignals.shown``). Numbers beyond it are ignored: a writer may
-            cite what does not exist.
+        shown: The signal id of each number (``RenderedSignals.shown``). Larger numbers are ignored: a writer may cite
+            signals that do not exist.
 
     Returns:
         The claims. Equal claims are merged with the evidence of all. A line that says "not enough evidence" is not a

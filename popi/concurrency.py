@@ -1,4 +1,4 @@
-"""One event loop for callers of any thread, event loop and forked process; and many coroutines at the same time."""
+"""A background event loop for callers of any thread, event loop and forked process, and concurrent work on items."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from itertools import islice
 from typing import Any, TypeVar
 
 from popi.backends.sharing import renew_after_fork
-from popi.backends.together import held
+from popi.backends.together import closing
 from popi.errors import BackendError, ConfigError
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-AHEAD = 16
+BUFFERED = 16
 """Maximum number of results that wait for a slow reader."""
 
-DEAD_AFTER = 8
+MAX_ERRORS_IN_A_ROW = 8
 """Minimum number of errors in a row after which a backend counts as not available."""
 
 CLOSED = "closed while the request was running"
@@ -30,8 +30,8 @@ CLOSED = "closed while the request was running"
 class BackgroundLoop:
     """An event loop in its own thread, on which the work of all callers runs.
 
-    Nothing that the work uses is shared between event loops, and a caller that blocks its own event loop blocks no
-    work. The thread starts with the first work. A forked child starts its own.
+    The work runs on one loop, so a caller that blocks its own event loop does not block the work. The thread starts
+    with the first work. A forked child starts its own thread.
     """
 
     def __init__(self) -> None:
@@ -41,7 +41,7 @@ class BackgroundLoop:
         renew_after_fork(self)
 
     def after_fork(self) -> None:
-        """Forgets the event loop of the parent process.
+        """Drops the event loop of the parent process.
 
         The loop and its tasks are kept: closing them would change the polling of the parent, which shares it.
         """
@@ -89,11 +89,11 @@ class BackgroundLoop:
             BackendError: If the loop is stopped.
         """
         here, arrived, over = asyncio.get_running_loop(), asyncio.Queue[tuple[Item] | None](), asyncio.Event()
-        room = asyncio.Semaphore(AHEAD)
+        room = asyncio.Semaphore(BUFFERED)
         task: asyncio.Task[None]
 
         async def read() -> None:
-            async with held(items):
+            async with closing(items):
                 async for item in items:
                     await room.acquire()
                     _call(here, arrived.put_nowait, (item,))
@@ -137,13 +137,13 @@ class BackgroundLoop:
             return asyncio.run_coroutine_threadsafe(work, self._started())
 
     def _started(self) -> asyncio.AbstractEventLoop:
-        """The loop. What is submitted to it while the lock is held precedes the signal to stop."""
+        """The running loop. Work that is submitted while the lock is held is scheduled before a later stop."""
         if self._loop is None or self._loop.is_closed():
             ready = concurrent.futures.Future[tuple[asyncio.AbstractEventLoop, asyncio.Event]]()
             self._thread = threading.Thread(target=_serve, args=(ready,), name="popi-loop", daemon=True)
             self._thread.start()
             self._loop, stopped = ready.result()
-            # Also when nothing refers to this object any more.
+            # Stops the loop also when this object is garbage-collected.
             self._stop = weakref.finalize(self, _call, self._loop, stopped.set)
             self._stop.atexit = False
         return self._loop
@@ -175,10 +175,11 @@ def _running_loop() -> asyncio.AbstractEventLoop | None:
 async def as_completed(
     items: Iterable[Item], work: Callable[[Item], Awaitable[Result]], *, max_concurrency: int
 ) -> AsyncGenerator[tuple[Item, Result]]:
-    """Works on several items at the same time, and yields each one with its result as soon as it is there.
+    """Works on several items at the same time, and yields each one with its result as soon as it is finished.
 
-    Items are read when there is room for them. An error of the work cancels the work on all other items, and an error
-    of ``items`` lets it end; either is raised after the results that are there have been yielded.
+    An item is read when fewer than ``max_concurrency`` items are in progress. An error of the work cancels the work on
+    all other items. After an error of ``items`` the work on earlier items finishes. Either error is raised after all
+    finished results have been yielded.
 
     Args:
         items: The items.
@@ -248,13 +249,13 @@ async def attempts(
             result = await work(item)
         except BackendError as error:
             errors_in_a_row += 1
-            if error.failure in (None, "denied") or errors_in_a_row >= max(max_concurrency, DEAD_AFTER):
+            if error.failure in (None, "denied") or errors_in_a_row >= max(max_concurrency, MAX_ERRORS_IN_A_ROW):
                 raise
             return error
         errors_in_a_row = 0
         return result
 
-    async with held(as_completed(items, attempt, max_concurrency=max_concurrency)) as results:
+    async with closing(as_completed(items, attempt, max_concurrency=max_concurrency)) as results:
         async for item, result in results:
             if isinstance(result, BackendError):
                 unsure.append((item, result))

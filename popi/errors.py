@@ -37,12 +37,12 @@ class PopiError(Exception):
 
 
 class BackendError(PopiError):
-    """A backend as a whole is not available: unreachable, out of memory, or not what its configuration says.
+    """A backend as a whole is not available: unreachable, out of memory, or different from its configuration.
 
     Args:
         message: What went wrong.
         failure: The kind of failure, a :data:`popi.backends.base.FailureKind`; ``None`` if unknown.
-        retry_after: Seconds after which the backend accepts a retry, if it said so.
+        retry_after: Seconds to wait before a retry, if the server sent them.
     """
 
     def __init__(self, message: str = "", *, failure: str | None = None, retry_after: float | None = None) -> None:

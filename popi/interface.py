@@ -1,4 +1,4 @@
-"""The interface between inference and generation: what a generator is told about a user."""
+"""The interface between inference and generation: what a generator reads about a user."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""JSON lines, files that are written as a whole or not at all, and errors that name file, line and field."""
+"""JSON lines, atomic writes, and errors that name file, line and field."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ class BadRows:
             self.first.append(error)
 
     def check(self, good: int) -> None:
-        """Raises an error if there are bad rows and they are not to be skipped, or if there is no good row.
+        """Raises an error if bad rows are not skipped, or if all rows are bad.
 
         Args:
             good: Number of good rows.
@@ -87,7 +87,9 @@ class BadRows:
         error = InputError(
             f"{self.count} bad rows; the first: {where}: {what}",
             file=first.file,
-            fix="all rows are bad" if self.skip else "fix them, or continue without them with --skip-bad-rows",
+            fix="all rows are bad; check the format of the file"
+            if self.skip
+            else "fix them, or continue without them with --skip-bad-rows",
         )
         for other in others:
             error.add_note(str(other))
@@ -96,7 +98,7 @@ class BadRows:
         raise error
 
     def summary(self) -> str:
-        """Says in one line how many rows were skipped, and which was the first; empty if there were none."""
+        """Says in one line how many rows were skipped, and which was the first; empty if no row was bad."""
         if not self.count:
             return ""
         rows = "1 bad row" if self.count == 1 else f"{self.count} bad rows; the first"
@@ -207,7 +209,7 @@ def read_json(path: Path, *, nan_is_null: bool = False) -> Any:
 
 
 def read_text(path: Path) -> str:
-    """Reads a text file in UTF-8, with or without a byte order mark. Line ends are kept as they are.
+    """Reads a text file in UTF-8, with or without a byte order mark. Line ends are not changed.
 
     Raises:
         InputError: If the file cannot be read or is not UTF-8.
@@ -310,7 +312,7 @@ def _path_in(record: Any, error: Mapping[str, Any]) -> Iterator[str]:
 
 
 def check_rereadable(path: Path) -> None:
-    """Refuses a pipe or a device, for commands that read their input more than once.
+    """Rejects a pipe or a device, for commands that read their input more than once.
 
     Raises:
         InputError: If it is one.
@@ -392,7 +394,7 @@ def replacing(path: Path, *, binary: bool = False) -> Iterator[IO[Any]]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a file as a whole or not at all.
+    """Writes a file atomically.
 
     Raises:
         PopiError: If it cannot be written.
@@ -402,7 +404,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Writes a file as a whole or not at all.
+    """Writes a file atomically.
 
     Raises:
         PopiError: If it cannot be written.
@@ -412,7 +414,7 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 def write_jsonl(path: Path, values: Iterable[BaseModel]) -> int:
-    """Writes one object per line, as a whole or not at all, and returns their number.
+    """Writes one object per line, atomically, and returns their number.
 
     Raises:
         PopiError: If the file cannot be written.

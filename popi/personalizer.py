@@ -1,4 +1,4 @@
-"""The main entry point of the library: store the signals of users, infer what they prefer, respond accordingly."""
+"""The main entry point of the library: store the signals of users, infer their preferences, respond accordingly."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from popi.assembly import open_backend
 from popi.backends.base import Backend, ChatResult, FailureKind
 from popi.backends.ledger import Ledger, Spent
 from popi.backends.sharing import renew_after_fork
-from popi.backends.together import held
+from popi.backends.together import closing
 from popi.concurrency import BackgroundLoop, attempts
 from popi.errors import BackendError, ConfigError, PopiError
 from popi.interface import Interface
@@ -33,8 +33,8 @@ class Personalizer:
     """Stores the signals of users, infers their preferences and responds to each user accordingly.
 
     All methods may be called from any thread, and the asynchronous ones from any event loop. Methods that end in
-    ``_sync`` block until they have a result. A forked child can go on with a copy of the personalizer. Requests run on
-    an event loop in a background thread, which the classes of both roles must not block. The personalizer is an
+    ``_sync`` block until they have a result. A forked child can use its copy of the personalizer. Requests run on an
+    event loop in a background thread, which the classes of both roles must not block. The personalizer is an
     asynchronous context manager; leaving the block closes its backends.
 
     Example:
@@ -52,8 +52,8 @@ class Personalizer:
         ('Poles attract.', 'stop')
 
     Args:
-        inference: Infers the preferences of users; ``None`` if they are not inferred here.
-        generator: Responds; ``None`` if there are no prompts to respond to.
+        inference: Infers the preferences of users; ``None`` if only given summaries are used.
+        generator: Responds to prompts; ``None`` if only summaries are inferred.
         store: Keeps the signals and summaries; by default in memory.
         backends: Backends to close together with the personalizer.
         ledgers: Accounts of their cost.
@@ -93,7 +93,7 @@ class Personalizer:
         renew_after_fork(self)
 
     def after_fork(self) -> None:
-        """Forgets the inferences that run in the parent process."""
+        """Drops the inferences that run in the parent process."""
         # Used on the background loop only.
         self._running: dict[str, asyncio.Future[_Inferred | None]] = {}
 
@@ -151,16 +151,16 @@ class Personalizer:
                 ledgers=[ledger for _, ledger in opened.values()],
             )
         except BaseException:
-            closing = BackgroundLoop()
-            closing.wait(_close(backend for backend, _ in opened.values()))
-            closing.stop()
+            loop = BackgroundLoop()
+            loop.wait(_close(backend for backend, _ in opened.values()))
+            loop.stop()
             raise
 
     def observe(self, user_id: str, *signals: Signal) -> None:
         """Stores signals of a user, newest last. A signal that is already stored is not repeated.
 
         Raises:
-            InputError: If a new signal has the id of a different one. None is stored then.
+            InputError: If a new signal has the id of a different one. No signal is stored then.
         """
         self.store.add_signals(user_id, *signals)
 
@@ -177,7 +177,7 @@ class Personalizer:
         return self.store.history(user_id)
 
     def edit(self, user_id: str, text: str) -> Version:
-        """Replaces the summary by a person's text. It stays current, whatever is observed or inferred later.
+        """Replaces the summary by a person's text. It stays current even if signals or summaries are added later.
 
         Unchanged claims keep their evidence. No model is called.
 
@@ -229,8 +229,8 @@ class Personalizer:
             require_complete: Whether a response that was truncated, refused or filtered is an error.
 
         Raises:
-            BackendError: If the inference or the response fails, the response is empty, or it is not complete and has
-                to be.
+            BackendError: If the inference or the response fails, the response is empty, or it is incomplete and
+                ``require_complete`` is set.
         """
         return await self._background.run(self._respond_or_raise(user_id, prompt, interface, require_complete))
 
@@ -257,7 +257,7 @@ class Personalizer:
         """
         results: list[ChatResult] = []
         pieces = self._stream(user_id, prompt, interface, results.append)
-        async with held(self._background.iterate(pieces)) as iterated:
+        async with closing(self._background.iterate(pieces)) as iterated:
             async for piece in iterated:
                 yield piece
         if not results:
@@ -268,46 +268,45 @@ class Personalizer:
     async def summarize(
         self, users: Iterable[User], *, max_concurrency: int = MAX_CONCURRENCY
     ) -> AsyncIterator[tuple[User, Interface | Failure]]:
-        """Infers the summaries of many users, and yields each as soon as it is there.
+        """Infers the summaries of many users, and yields each as soon as it is finished.
 
         Args:
-            users: Ids of stored users, or the signals of users, which are not stored. They are read when there is room.
+            users: Ids of stored users, or the signals of users, which are not stored. They are read on demand.
             max_concurrency: Maximum number of users at the same time.
 
         Yields:
             A user, and the summary or the reason why it failed.
 
         Raises:
-            BackendError: If the backend is not available. All results that are there have been yielded by then.
+            BackendError: If the backend is not available. All finished results have been yielded by then.
         """
         outcomes = attempts(users, self._summarize, _failed, max_concurrency=max_concurrency)
-        async with held(self._background.iterate(outcomes)) as iterated:
+        async with closing(self._background.iterate(outcomes)) as iterated:
             async for user, outcome in iterated:
                 yield user, outcome
 
     async def respond_many(
         self, items: Iterable[Prompt], *, max_concurrency: int = MAX_CONCURRENCY
     ) -> AsyncIterator[tuple[Prompt, Response | Failure]]:
-        """Responds to many prompts, and yields each response as soon as it is there.
+        """Responds to many prompts, and yields each response as soon as it is finished.
 
         Args:
-            items: Pairs of a user id and a prompt, or prompts with what to read about the user. They are read when
-                there is room.
+            items: Pairs of a user id and a prompt, or prompts with the interface of the user. They are read on demand.
             max_concurrency: Maximum number of prompts at the same time.
 
         Yields:
             An item, and the response or the reason why it failed.
 
         Raises:
-            BackendError: If the backend is not available. All results that are there have been yielded by then.
+            BackendError: If the backend is not available. All finished results have been yielded by then.
         """
         outcomes = attempts(items, self._respond_to, _failed, max_concurrency=max_concurrency)
-        async with held(self._background.iterate(outcomes)) as iterated:
+        async with closing(self._background.iterate(outcomes)) as iterated:
             async for item, outcome in iterated:
                 yield item, outcome
 
     def spent(self, user_id: str | None = None) -> Spent:
-        """What the requests for a user, or all requests, have cost, for models with a backend file."""
+        """The cost of the requests for a user, or of all requests, for models with a backend file."""
         accounts = [
             ledger.total if user_id is None else ledger.by_user().get(as_user_id(user_id), Spent())
             for ledger in self.ledgers
@@ -335,7 +334,7 @@ class Personalizer:
         self._background.stop()
 
     async def close(self) -> None:
-        """Closes the backends and ends the background thread. Closing twice is harmless."""
+        """Closes the backends and ends the background thread. May be called more than once."""
         await self._background.run(_close(self._backends))
         await asyncio.to_thread(self._background.stop)
 
@@ -359,7 +358,7 @@ class Personalizer:
         version = self.store.current(user_id)
         return version.interface if version is not None and (version.is_edit or version.key == key) else None
 
-    # What follows runs on the background loop only.
+    # The methods below run on the background loop only.
 
     async def _infer(self, user_id: str) -> Interface | Failure:
         while True:
@@ -451,7 +450,7 @@ class Personalizer:
             raise BackendError(
                 f"no response for user {conditioned.user_id!r}: {conditioned.error}", failure=conditioned.failure
             )
-        async with held(generator.stream(conditioned, on_result)) as pieces:
+        async with closing(generator.stream(conditioned, on_result)) as pieces:
             async for piece in pieces:
                 yield piece
 

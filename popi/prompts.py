@@ -1,8 +1,8 @@
 """Prompt sets: every template that a model reads, under a name and with a hash.
 
-A summary is personal data and untrusted text. It is quoted between two fixed markers: it can neither close the frame
-nor speak with the voice of the system. The same set renders for training, evaluation and serving, and its hash is
-stored with every trained model, checkpoint and result.
+A summary is personal data and untrusted text. It is quoted between two fixed markers, so that it cannot close the frame
+or imitate a system message. The same set renders for training, evaluation and serving, and its hash is stored with
+every trained model, checkpoint and result.
 """
 
 from __future__ import annotations
@@ -18,12 +18,17 @@ from popi.errors import ConfigError, InputError, did_you_mean
 from popi.summary import NO_EVIDENCE
 
 CUSTOM = "custom-"
-"""Starts the hash of a format that a user wrote; see :meth:`popi.roles.AnswerFormat.template_hash`."""
+"""Prefix of the hash of a user-defined format; see :meth:`popi.roles.AnswerFormat.template_hash`."""
 
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One turn of a conversation with a model."""
+    """One turn of a conversation with a model.
+
+    Example:
+        >>> Message("user", "What is tea?")
+        Message(role='user', content='What is tea?')
+    """
 
     role: Literal["system", "user", "assistant"]
     content: str
@@ -58,7 +63,7 @@ class PromptSet:
         fact: One demographic fact. Fields: ``name``, ``value``.
         numbered: One signal with its number. Fields: ``number``, ``signal``.
         repeated: A signal that occurs several times. Fields: ``signal``, ``count``.
-        not_by_user: Words of somebody else. Fields: ``speaker``, ``signal``.
+        not_by_user: Text by another person. Fields: ``speaker``, ``signal``.
         unnamed: Subject of a comment whose subject is unknown.
         cut: Marks where text was cut.
         open: Start of the frame around untrusted text.

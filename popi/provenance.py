@@ -1,4 +1,4 @@
-"""What a result was made with: fingerprints, versions, the machine, and the check that settings have not changed."""
+"""Provenance of results: fingerprints, versions, the machine, and the check that settings have not changed."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def check_unchanged(known: Mapping[str, Any], wanted: Mapping[str, Any], *, file
     Args:
         known: The recorded settings. A missing value equals ``None``.
         wanted: The settings of this run.
-        file: What was made with the recorded settings; named in the error.
+        file: The result with the recorded settings, named in the error.
         fix: What to do if they differ.
 
     Raises:

@@ -1,7 +1,7 @@
 """Reasoning blocks: text that a model writes for itself before its response.
 
-Servers with a reasoning parser deliver it in a field of its own. Others, and models in this process, leave it in the
-text, between markers. Every backend removes it here, so that a thought is never part of a response.
+Servers with a reasoning parser return it in a separate field. Others, and models in this process, leave it in the text,
+between markers. Every backend removes it here, so that a response never contains reasoning.
 """
 
 from __future__ import annotations
@@ -53,8 +53,8 @@ class ReasoningFilter:
 
     Attributes:
         inside: Whether the text ended, so far, inside a block.
-        orphan: Whether a closing marker appeared without an opening one, after visible text. That text was a thought;
-            if it was already passed on, the stream is malformed.
+        orphan: Whether a closing marker appeared without an opening one, after visible text. That text was reasoning;
+            if it was already emitted, the stream is malformed.
     """
 
     def __init__(self, *, opened: bool = False) -> None:
@@ -64,7 +64,7 @@ class ReasoningFilter:
         self._started = self._trim = False
 
     def feed(self, piece: str) -> str:
-        """Takes the next piece, and returns the text that is now known to be visible."""
+        """Takes the next piece, and returns the text that can now be shown."""
         self._held += piece
         visible = ""
         while found := self._end.search(self._held):
@@ -112,7 +112,7 @@ def strip_reasoning(text: str, *, opened: bool = False) -> str | None:
         opened: Whether it starts inside a block.
 
     Returns:
-        The response without reasoning, or ``None`` if it ended inside a block: there is no response then.
+        The response without reasoning, or ``None`` if it ended inside a block, without a response.
 
     Example:
         >>> strip_reasoning("<think>short?</think> Yes.")

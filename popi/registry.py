@@ -1,7 +1,7 @@
 """Names of backends, inferences and generators.
 
-A name stands for a ``module:Class`` string, which is imported when it is first used. Wherever popi takes such a name, a
-``module:Class`` of your own works too.
+A name refers to a ``module:Class`` string, which is imported when it is first used. Wherever popi takes such a name, a
+``module:Class`` of your code works too.
 """
 
 from __future__ import annotations
@@ -73,8 +73,8 @@ def backend(name: str) -> Callable[..., Backend]:
     """Returns the backend class with this name.
 
     Raises:
-        ConfigError: If there is no such class.
-        MissingExtra: If an optional dependency of it is not installed.
+        ConfigError: If the class does not exist.
+        MissingExtra: If an optional dependency of the class is not installed.
     """
     resolved: Callable[..., Backend] = _resolve("backend", name, BACKENDS, Backend)
     return resolved
@@ -84,8 +84,8 @@ def inference(name: str) -> Callable[..., PreferenceInference[Any]]:
     """Returns the inference class with this name.
 
     Raises:
-        ConfigError: If there is no such class.
-        MissingExtra: If an optional dependency of it is not installed.
+        ConfigError: If the class does not exist.
+        MissingExtra: If an optional dependency of the class is not installed.
     """
     resolved: Callable[..., PreferenceInference[Any]] = _resolve("inference", name, INFERENCES, PreferenceInference)
     return resolved
@@ -95,8 +95,8 @@ def generator(name: str) -> Callable[..., ConditionedGenerator]:
     """Returns the generator class with this name.
 
     Raises:
-        ConfigError: If there is no such class.
-        MissingExtra: If an optional dependency of it is not installed.
+        ConfigError: If the class does not exist.
+        MissingExtra: If an optional dependency of the class is not installed.
     """
     resolved: Callable[..., ConditionedGenerator] = _resolve("generator", name, GENERATORS, ConditionedGenerator)
     return resolved
@@ -109,7 +109,7 @@ def inference_options(name: str, /, **given: Any) -> dict[str, Any]:
 
     Raises:
         ConfigError: If the name is unknown, or an option is unknown, missing or of another type.
-        MissingExtra: If an optional dependency of it is not installed.
+        MissingExtra: If an optional dependency of the class is not installed.
     """
     return _options("inference", name, inference(name), given)
 
@@ -126,12 +126,12 @@ def takes(make: Callable[..., Any], option: str) -> bool:
 
 
 def make_inference(name: str, backend: Backend, /, **given: Any) -> PreferenceInference[Any]:
-    """Makes an inference by name. It gets the backend if it takes one.
+    """Makes an inference by name. The class gets the backend if it accepts one.
 
     Raises:
         ConfigError: If the name is unknown, or an option is unknown, missing, of another type or out of range.
         ModelError: If the model of the backend cannot be used for it.
-        MissingExtra: If an optional dependency of it is not installed.
+        MissingExtra: If an optional dependency of the class is not installed.
     """
     made: PreferenceInference[Any] = _make("inference", name, inference(name), backend, given)
     return made
@@ -164,7 +164,7 @@ def _make(kind: str, name: str, make: Callable[..., Any], backend: Backend, give
     try:
         return make(**options)
     except TypeError as error:
-        # A class that passes all its options on, to one that knows others.
+        # The class passes its options on to another class, which has other options.
         if "unexpected keyword argument" not in str(error):
             raise
         raise ConfigError(f"the {kind} {name!r} cannot be made: {error}") from error
@@ -196,7 +196,7 @@ def _check(parameters: Sequence[inspect.Parameter], given: Mapping[str, Any]) ->
     }
     for name in given:
         if name not in fields and not _takes_any(parameters):
-            raise ConfigError("there is no such argument", field=name, fix=did_you_mean(name, fields))
+            raise ConfigError("unknown argument", field=name, fix=did_you_mean(name, fields))
     schema = create_model("Arguments", __config__=ConfigDict(extra="allow", arbitrary_types_allowed=True), **fields)
     try:
         checked = validate(schema, dict(given))

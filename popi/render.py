@@ -1,8 +1,8 @@
 """Renders signals as prompt text under a budget of tokens.
 
-Which signals are kept depends on their kind and age. The kept ones are shown oldest first, so that a new signal only
-adds to the end of the text and a cached prefix stays valid. Nothing is cut silently: the result names the omitted
-signals, and a signal that alone exceeds the budget is cut with a visible marker.
+Which signals are kept depends on their kind and age. Signals are shown oldest first, so that a new signal extends the
+end of the text and a cached prefix stays valid. Nothing is cut silently: the result names the omitted signals, and a
+single signal that exceeds the budget is cut with a visible marker.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ INFORMATIVENESS = {
 HALF_LIFE = 32
 """Number of newer signals after which the weight of a signal halves."""
 
-PATIENCE = 32
-"""Number of consecutive signals that do not fit after which no more are tried."""
+MAX_MISSES = 32
+"""Maximum number of consecutive signals that do not fit. After them no more are tried."""
 
 LEAST = 16
 """Minimum number of characters that a cut leaves of each text."""
@@ -45,7 +45,7 @@ class RenderedSignals:
 
     Attributes:
         text: The numbered signals, oldest first.
-        shown: The signal id behind each number: signal ``n`` of the text is ``shown[n - 1]``.
+        shown: The signal id of each number: signal ``n`` of the text is ``shown[n - 1]``.
         omitted: Ids of signals that did not fit, oldest first.
         cut: Ids of signals that are shown in part.
         tokens: Length of ``text``.
@@ -61,8 +61,8 @@ class RenderedSignals:
 def describe(signal: Signal, limit: int | None = None, prompts: PromptSet = DEFAULT) -> str:
     """Renders one signal as text, without its number.
 
-    Text by somebody else is marked as such. Lines that start like one of our labels are quoted with ``>``, so that no
-    text passes for another signal or speaker.
+    Text by another person is marked as such. Lines that start like one of the labels of the templates are quoted with
+    ``>``, so that no text passes for another signal or speaker.
 
     Args:
         signal: The signal.
@@ -133,7 +133,7 @@ class _Rendering:
         same: dict[str, list[Signal]] = {}
         for signal in reversed(signals):
             same.setdefault(describe(signal, prompts=prompts), []).append(signal)
-        # Newest first above; the newest of equal signals stands for all.
+        # The loop above runs from newest to oldest, so that the newest of equal signals represents them.
         groups = list(reversed(same.items()))
         self._signals = [group[0] for _, group in groups]
         self._groups = [group for _, group in groups]
@@ -147,7 +147,7 @@ class _Rendering:
         else:
             order = _best_first(self._signals)
             blocks = self._choose(order, budget)
-            # A signal that fits is no substitute for evidence: the best signal is shown in part rather than not at all.
+            # A signal that fits cannot replace evidence: the best signal is cut rather than left out.
             if order and all(self._signals[n].is_evidence != self._signals[order[0]].is_evidence for n in blocks):
                 shortened = self._shorten(order[0], budget)
                 if shortened is not None:
@@ -174,7 +174,7 @@ class _Rendering:
         return "\n".join(self._numbered(place, block) for place, block in enumerate(blocks, start=1))
 
     def _choose(self, order: Sequence[int], budget: int) -> dict[int, str]:
-        """Takes the best signals that fit, whole. A long one is skipped in favour of shorter ones behind it."""
+        """Takes the best signals that fit, whole. A long one is skipped in favour of later, shorter ones."""
         blocks: dict[int, str] = {}
         left, misses = budget, 0
         for place in order:
@@ -184,7 +184,7 @@ class _Rendering:
                 left, misses = left - cost, 0
             else:
                 misses += 1
-                if misses == PATIENCE:
+                if misses == MAX_MISSES:
                     break
         # A text may have more tokens than its parts.
         while blocks and self._count_tokens(self._join(blocks[place] for place in sorted(blocks))) > budget:
@@ -192,7 +192,7 @@ class _Rendering:
         return blocks
 
     def _shorten(self, place: int, budget: int) -> str | None:
-        """As much of a signal as fits, or ``None`` if that is too little to say anything."""
+        """The part of a signal that fits, or ``None`` if the part is too short to be useful."""
         signal, count = self._signals[place], len(self._groups[place])
 
         def text(limit: int) -> str:
@@ -206,8 +206,8 @@ class _Rendering:
         return text(limits[fitting - 1]) if fitting else None
 
     def _count_up_to(self, limit: int, text: str) -> int:
-        """The length of a text, or of a beginning of it that is already over the limit."""
-        # Few texts have so many characters to a token, so a text that is far too long is seldom counted to its end.
+        """The length of a text, or of its first part if that is already over the limit."""
+        # Few texts have this many characters per token, so a text that is much too long is rarely counted to its end.
         beginning = text[: 8 * (limit + 1)]
         count = self._count_tokens(beginning)
         return count if count > limit or len(beginning) == len(text) else self._count_tokens(text)
@@ -216,23 +216,23 @@ class _Rendering:
 def _best_first(signals: Sequence[Signal]) -> list[int]:
     """Indices of the signals: evidence first, then by kind and age."""
 
-    def worth(place: int) -> tuple[bool, float, int]:
+    def priority(place: int) -> tuple[bool, float, int]:
         age = len(signals) - 1 - place
         kind = INFORMATIVENESS[signals[place].kind]
         return signals[place].is_evidence, kind * 0.5 ** (age / HALF_LIFE), place
 
-    return sorted(range(len(signals)), key=worth, reverse=True)
+    return sorted(range(len(signals)), key=priority, reverse=True)
 
 
 @cache
 def _labels(prompts: PromptSet) -> re.Pattern[str]:
-    """Matches the line break in front of a line that starts like one of our labels."""
+    """Matches the line break before a line that starts like one of the labels of the templates."""
     starts = {
         line.partition("{")[0].strip()
         for template in (*prompts.signal.values(), *prompts.turn.values(), prompts.not_by_user)
         for line in template.split("\n")
     } - {""}
-    # Whatever is not a letter or a digit may stand in front: list marks, characters without width.
+    # Characters other than letters and digits may come first: list marks, zero-width characters.
     return re.compile(rf"\n(?=[^\w\n\[]*(?i:\[[^\w\n]*\d|{'|'.join(map(re.escape, sorted(starts)))}))")
 
 

@@ -1,4 +1,4 @@
-"""A response to a user, and the errors of one that is empty or incomplete."""
+"""A response to a user, and the errors of empty and incomplete responses."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def ignore_response(response: Response) -> None:
 
 
 def read_response(result: ChatResult, user_id: str | None) -> Response | Failure:
-    """Makes a response of a backend's result; a failure if the item failed or has no text."""
+    """Makes a response from a backend's result, or a failure if the item failed or has no text."""
     failed = result.error is not None and result.finish_reason not in ("refused", "filtered")
     if failed or not result.text.strip():
         kind: FailureKind | None = result.failure or (None if failed else "empty")
@@ -73,7 +73,7 @@ def response_or_raise(outcome: Response | Failure, user_id: str | None, *, requi
     """Returns a response, or raises the error of a failure.
 
     Raises:
-        BackendError: If it failed, or it is incomplete and must not be.
+        BackendError: If it failed, or it is incomplete and ``require_complete`` is set.
     """
     to = "" if user_id is None else f" for user {user_id!r}"
     if isinstance(outcome, Failure):

@@ -23,18 +23,18 @@ from popi.signals import Statement, UserSignals
 from popi.summary import Author, PreferenceSummary, Provenance, summarize_claims
 
 Inferred = TypeVar("Inferred", bound=Interface, default=PreferenceSummary, covariant=True)
-"""What an inference infers: a summary, unless it says otherwise."""
+"""The type that an inference infers, by default a summary."""
 
 DEFAULT_CONTEXT_TOKENS = 4096
 """Default maximum number of tokens of signals, or of a summary, that a model is shown."""
 
 TEMPLATE_TOKENS = 64
-"""Room for the tokens that a chat template adds around a conversation, by judgement."""
+"""Estimated number of tokens that a chat template adds to a conversation."""
 
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """Why a user has no summary or response.
+    """The reason why a user has no summary or response.
 
     Example:
         >>> outcomes = [Failure("ann", "the reply is empty")]
@@ -59,7 +59,7 @@ class SummaryPrompt:
     Attributes:
         user: The user.
         messages: The conversation that the writer continues.
-        shown: The signal id behind each number that the writer can cite.
+        shown: The signal id of each number that the writer can cite.
     """
 
     user: UserSignals
@@ -68,7 +68,28 @@ class SummaryPrompt:
 
 
 class SummaryFormat(ABC):
-    """How a summary is requested and how the reply is read: messages out, text in. It calls no model."""
+    """Renders the request for a summary and parses the reply. It does not call a model.
+
+    Example:
+        >>> from popi.summary import Author, PreferenceSummary, Provenance
+        >>> class OneLine(SummaryFormat):
+        ...     def render(self, user):
+        ...         words = " ".join(signal.text for signal in user.signals if signal.kind == "statement")
+        ...         return SummaryPrompt(user, (Message("user", f"Summarize: {words}"),), ()) if words else None
+        ...
+        ...     def parse(self, prompt, reply, *, truncated=False):
+        ...         user_id = prompt.user.user_id
+        ...         if truncated:
+        ...             return Failure(user_id, "the reply was truncated")
+        ...         made = Provenance(author=Author.INFERRED, template_hash=self.template_hash)
+        ...         return PreferenceSummary(user_id=user_id, text=reply, provenance=made)
+        >>> user = UserSignals(user_id="ann", signals=(Statement(text="I like short answers."),))
+        >>> prompt = OneLine().render(user)
+        >>> prompt.messages[0].content
+        'Summarize: I like short answers.'
+        >>> OneLine().parse(prompt, "short answers").text
+        'short answers'
+    """
 
     @abstractmethod
     def render(self, user: UserSignals) -> SummaryPrompt | None:
@@ -89,13 +110,23 @@ class SummaryFormat(ABC):
 
     @property
     def template_hash(self) -> str:
-        """Identifies the templates. The default hashes what :meth:`render` makes of a fixed user."""
+        """Identifies the templates. The default is a hash of the messages for a fixed user."""
         prompt = self.render(UserSignals(user_id="user", signals=(Statement(id="1", text="I like short answers."),)))
         return _hash_messages([] if prompt is None else [prompt.messages])
 
 
 class AnswerFormat(ABC):
-    """How a prompt is put to a generator under what is known about the user. It calls no model."""
+    """Renders a prompt together with the interface of a user. It does not call a model.
+
+    Example:
+        >>> class Appended(AnswerFormat):
+        ...     def render(self, prompt, interface):
+        ...         return [Message("user", prompt if interface is None else f"{prompt} ({interface.text})")]
+        >>> Appended().render("What is tea?", None)
+        [Message(role='user', content='What is tea?')]
+        >>> Appended().template_hash.startswith("custom-")
+        True
+    """
 
     @abstractmethod
     def render(self, prompt: str, interface: Interface | None) -> list[Message]:
@@ -103,7 +134,7 @@ class AnswerFormat(ABC):
 
         Args:
             prompt: The user's prompt.
-            interface: What the generator reads about the user; ``None`` gives the plain prompt.
+            interface: The summary or embedding of the user; ``None`` gives the plain prompt.
         """
 
     @property
@@ -113,7 +144,7 @@ class AnswerFormat(ABC):
 
     @property
     def template_hash(self) -> str:
-        """Identifies the templates. The default hashes what :meth:`render` makes of a fixed prompt and summary."""
+        """Identifies the templates. The default is a hash of the messages for a fixed prompt and summary."""
         probe = PreferenceSummary(user_id="user", text="- short", provenance=Provenance(author=Author.ORACLE))
         return _hash_messages([self.render("prompt", None), self.render("prompt", probe)])
 
@@ -128,11 +159,27 @@ class PreferenceInference(ABC, Generic[Inferred]):
 
     A subclass of ``PreferenceInference[UserEmbedding]`` infers embeddings instead.
 
+    Example:
+        >>> import asyncio
+        >>> class Statements(PreferenceInference):
+        ...     name = "statements"
+        ...
+        ...     async def infer(self, users):
+        ...         made = Provenance(author=Author.BASELINE, model=self.name)
+        ...         return [
+        ...             PreferenceSummary(user_id=user.user_id, text=user.signals[-1].text, provenance=made)
+        ...             for user in users
+        ...         ]
+        >>> user = UserSignals(user_id="ann", signals=(Statement(text="I like short answers."),))
+        >>> [summary] = asyncio.run(Statements().infer([user]))
+        >>> summary.text
+        'I like short answers.'
+
     Attributes:
         name: Name in tables and provenance.
         kind: The kind of interface that it infers.
-        format: How summaries are requested and read; ``None`` if no model writes them. Only an inference with a format
-            can be trained.
+        format: Renders requests and parses replies; ``None`` if no model writes the summaries. Only an inference with a
+            format can be trained.
     """
 
     name: str
@@ -161,7 +208,7 @@ async def infer_or_nothing(
 ) -> tuple[list[PreferenceSummary], list[Failure]]:
     """Writes one summary for each user; a failed one becomes the summary that says "not enough evidence".
 
-    For training and evaluation, where a weak writer must not end the work.
+    For training and evaluation, where failures of a weak writer must not stop the run.
 
     Returns:
         The summaries, in order, and the failures.
@@ -182,7 +229,7 @@ async def infer_or_nothing(
 
 @dataclass(frozen=True, slots=True)
 class Conditioned:
-    """A prompt and what the generator reads about the user; ``None`` is the plain prompt."""
+    """A prompt and the interface of the user; ``None`` is the plain prompt."""
 
     prompt: str
     interface: Interface | None = None
@@ -204,10 +251,30 @@ class Candidate:
 class ConditionedGenerator(ABC):
     """Responds to prompts under an interface, pi(y | x, z).
 
+    Example:
+        >>> import asyncio
+        >>> class Echo(ConditionedGenerator):
+        ...     name = "echo"
+        ...
+        ...     async def respond(self, items):
+        ...         return [ChatResult(item.prompt, "stop") for item in items]
+        ...
+        ...     async def stream(self, item, on_complete=ignore_result):
+        ...         [result] = await self.respond([item])
+        ...         yield result.text
+        ...         on_complete(result)
+        ...
+        ...     async def score(self, items):
+        ...         return [ScoreResult.failed("not supported", "request", model=self.name) for item in items]
+        >>> [result] = asyncio.run(Echo().respond([Conditioned("What is tea?")]))
+        >>> result.text
+        'What is tea?'
+
     Attributes:
         name: Name in tables.
         interfaces: The kinds of interface that it reads.
-        format: How prompts are rendered; ``None`` if not by messages. Only a generator with a format can be trained.
+        format: Renders prompts; ``None`` if they are not rendered as messages. Only a generator with a format can be
+            trained.
     """
 
     name: str
@@ -251,8 +318,8 @@ def context_budget(
     Args:
         backend: The backend of the model that reads them.
         frame: The conversation around them.
-        max_tokens: Room for the reply.
-        requested: An explicit limit; ``None`` takes what fits, up to ``DEFAULT_CONTEXT_TOKENS``.
+        max_tokens: Number of tokens to leave for the reply.
+        requested: An explicit limit; ``None`` uses the free part of the context, up to ``DEFAULT_CONTEXT_TOKENS``.
         field: Name of the option, for errors.
 
     Raises:
@@ -268,7 +335,7 @@ def context_budget(
     room = window - max_tokens - around - TEMPLATE_TOKENS
     if room <= 0:
         raise ModelError(
-            f"the context of {backend.model} ({window} tokens) has no room beside a reply of {max_tokens} tokens",
+            f"the context of {backend.model} ({window} tokens) has no room for prompt and {max_tokens} new tokens",
             fix="lower max_tokens or use a model with a longer context",
         )
     if requested is not None and requested > room:

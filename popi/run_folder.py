@@ -1,4 +1,4 @@
-"""The run folder: what a training run leaves behind, and what it resumes from."""
+"""The run folder: the configuration, metrics, checkpoint and models of a training run."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ CONFIG, METRICS, CHECKPOINT, LOCK = "config.json", "metrics.jsonl", "checkpoint.
 class RunFolder:
     """A folder with ``config.json`` (recipe, versions, template hashes), ``metrics.jsonl``, checkpoint and models.
 
-    One process at a time works in it: it is a context manager that gives it free.
+    Only one process at a time can use it. It is a context manager; leaving the block releases its lock.
 
     Args:
         path: The folder.
-        config: What ``config.json`` holds.
-        held: Its lock.
+        config: The content of ``config.json``.
+        held: The lock of the folder.
     """
 
     def __init__(self, path: Path, config: dict[str, Any], held: IO[bytes]) -> None:
@@ -50,16 +50,16 @@ class RunFolder:
 
     @classmethod
     def open(cls, path: Path, recipe: BaseModel, *, libraries: Sequence[str] = LIBRARIES) -> Self:
-        """Makes the folder, or opens it again for the same recipe, without what a killed run had half written.
+        """Creates the folder, or opens the folder of a run of the same recipe, and removes its temporary files.
 
         Args:
             path: The folder.
-            recipe: What is to be done in it.
-            libraries: Whose versions count.
+            recipe: The recipe of the run.
+            libraries: The libraries whose versions are recorded and compared.
 
         Raises:
-            InputError: If it holds a run of another recipe or other templates, or anything else.
-            PopiError: If another process works in it, or it cannot be written.
+            InputError: If the folder contains other files, or a run with another recipe, other templates or versions.
+            PopiError: If another process uses the folder, or it cannot be written.
         """
         config = {
             "recipe": recipe.model_dump(mode="json"),
@@ -87,7 +87,11 @@ class RunFolder:
         if not file.exists():
             others = [found.name for found in self.path.iterdir() if found.name != LOCK and not found.match(UNFINISHED)]
             if others:
-                raise InputError(f"holds no run, but {min(others)}", file=self.path, fix="choose another folder")
+                raise InputError(
+                    f"contains {min(others)}, which does not belong to a run",
+                    file=self.path,
+                    fix="choose another folder",
+                )
             return
         known = read_json(file)
         if not isinstance(known, dict):
@@ -103,13 +107,13 @@ class RunFolder:
                 left.unlink()
 
     def begin(self, facts: dict[str, Any]) -> None:
-        """Writes the configuration, once what it names is known to be usable; a resumed run compares it.
+        """Starts the run: writes the configuration, or compares it with that of the interrupted run.
 
         Args:
-            facts: What else the run rests on: what the recipe names, and may be another thing of the same name by now.
+            facts: Fingerprints of the files and models that the recipe names. They must not change during the run.
 
         Raises:
-            InputError: If the run was begun with other facts.
+            InputError: If the run was started with other facts.
             PopiError: If it cannot be written.
         """
         if (self.path / CONFIG).exists():
@@ -120,7 +124,7 @@ class RunFolder:
         write_text(self.path / CONFIG, json.dumps(self.config, indent=2) + "\n")
 
     def _leave(self) -> None:
-        """Gives the folder free; one in which nothing was begun is as it was."""
+        """Releases the lock. A folder in which no run was started is removed if it is empty."""
         if not (self.path / CONFIG).exists():
             (self.path / LOCK).unlink(missing_ok=True)
             with suppress(OSError):
@@ -128,7 +132,7 @@ class RunFolder:
         self._held.close()
 
     def log(self, measured: dict[str, Any]) -> None:
-        """Adds one line to the metrics.
+        """Appends one line to the metrics.
 
         Raises:
             PopiError: If it cannot be written.
@@ -138,15 +142,15 @@ class RunFolder:
             lines.write(json.dumps(measured) + "\n")
 
     def save_checkpoint(self, state: dict[str, Any]) -> None:
-        """Replaces the checkpoint, whole or not at all.
+        """Replaces the checkpoint atomically.
 
         Raises:
-            PopiError: If the disk is full; the earlier checkpoint is as it was.
+            PopiError: If it cannot be written. The earlier checkpoint is unchanged.
         """
         save_state(self.path / CHECKPOINT, state)
 
     def load_checkpoint(self) -> dict[str, Any] | None:
-        """The last checkpoint, if there is one; metrics logged after it are forgotten.
+        """Loads the last checkpoint, if any, and drops the metrics of later steps.
 
         Raises:
             InputError: If the checkpoint cannot be read.
@@ -160,7 +164,7 @@ class RunFolder:
         return state
 
     def forget_after(self, step: int) -> None:
-        """Drops the metrics of later steps, which will be done anew."""
+        """Drops the metrics of later steps, which will be repeated."""
         file = self.path / METRICS
         if not file.exists():
             return
@@ -174,11 +178,11 @@ class RunFolder:
         write_text(file, "".join(f"{line}\n" for line in kept))
 
     def save(self, name: str, write: Callable[[str], object]) -> None:
-        """Makes the folder ``path/name``, whole or not at all.
+        """Creates or replaces the folder ``path/name`` atomically.
 
         Args:
-            name: What it is called.
-            write: Fills the folder that it is given.
+            name: Name of the folder.
+            write: Writes the files into the folder that it gets as its argument.
 
         Raises:
             PopiError: If the disk is full.
@@ -199,13 +203,13 @@ class RunFolder:
 
 @contextmanager
 def writing(what: Path) -> Iterator[None]:
-    """Makes one error of what the libraries raise where a disk is full: each has its own.
+    """Turns the exceptions that libraries raise on a full disk into one error.
 
     Args:
-        what: What is being written.
+        what: The file or folder that is written.
 
     Raises:
-        PopiError: If it cannot be.
+        PopiError: If it cannot be written.
     """
     import torch
 
@@ -215,14 +219,14 @@ def writing(what: Path) -> Iterator[None]:
         raise
     except (OSError, RuntimeError, SafetensorError) as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise PopiError(f"cannot write {what}: {reason}; once that is mended, the same command goes on") from error
+        raise PopiError(f"cannot write {what}: {reason}; fix this and run the same command to resume") from error
 
 
 def save_state(path: Path, state: dict[str, Any]) -> None:
-    """Writes tensors and numbers, whole or not at all.
+    """Writes tensors and numbers atomically.
 
     Raises:
-        PopiError: If they cannot be written; what was there is as it was.
+        PopiError: If they cannot be written. An existing file is unchanged.
     """
     import torch
 
@@ -230,15 +234,15 @@ def save_state(path: Path, state: dict[str, Any]) -> None:
         torch.save(state, stream)
 
 
-def load_state(path: Path, *, fix: str = "remove it to start anew") -> dict[str, Any]:
-    """Reads what :func:`save_state` wrote.
+def load_state(path: Path, *, fix: str = "remove it to start again") -> dict[str, Any]:
+    """Reads a file that :func:`save_state` wrote.
 
     Args:
         path: The file.
-        fix: What to do if it is something else.
+        fix: What to do if the file is not a checkpoint.
 
     Raises:
-        InputError: If it is something else.
+        InputError: If the file is not a checkpoint.
     """
     import torch
 
@@ -255,11 +259,11 @@ def save_model(
     """Writes a model, its tokenizer and its card into a folder. Tied weights are written once.
 
     Args:
-        model: The model. Its weights are written in their own precision: a small update would be lost by rounding.
+        model: The model. Its weights are written in their own precision, because rounding would lose small updates.
         tokenizer: Its tokenizer.
         card: Text of ``README.md``.
         folder: An existing folder.
-        half: Round the weights to bfloat16, for a model that ships.
+        half: Whether to round the weights to bfloat16, for a model that ships with the package.
     """
     import torch
 
@@ -284,7 +288,7 @@ def _declare_dtype(config: Path) -> None:
 
 
 def spent(metrics: Path) -> dict[str, float]:
-    """What the steps of a joint run took together: every ``tokens/...`` and ``seconds/...`` of its metrics, summed."""
+    """The cost of a joint run: the sum of each ``tokens/...`` and ``seconds/...`` over its steps."""
     total: dict[str, float] = {}
     for line in metrics.read_text(encoding="utf-8").splitlines():
         for name, value in json.loads(line).items():

@@ -1,4 +1,4 @@
-"""Seeds that depend only on what is drawn, so that a resumed run draws the same."""
+"""Seeds that depend only on the purpose of a draw, so that a resumed run draws the same values."""
 
 from __future__ import annotations
 

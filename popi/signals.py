@@ -1,8 +1,8 @@
-"""Signals: what a user has shown of their preferences.
+"""Signals: observations of a user's preferences.
 
 A signal is one observation of one of seven kinds, with its time, its origin and its speaker. Only what the user did or
-said is evidence of their preferences. The responses of an assistant are what the user reacted to, and a text quoted
-from somebody else says nothing about the user's preferences by itself.
+said is evidence of their preferences. The user reacts to the responses of an assistant, and a text quoted from another
+person says nothing about the user's preferences by itself.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ def _unix_time(number: float) -> datetime:
             return datetime.fromtimestamp(number / unit, UTC)
     raise ValueError(
         f"the number {str(number)[:40].removesuffix('.0')} is not a Unix time from 1990 to 2100 in seconds or "
-        f"milliseconds, but perhaps a spreadsheet date; {WRITE_TIMES}"
+        f"milliseconds, but may be a spreadsheet date; {WRITE_TIMES}"
     )
 
 
@@ -184,13 +184,13 @@ class Speaker(StrEnum):
 
 
 class _Signal(FileRecord):
-    """What all signals have in common.
+    """Base class of the signals.
 
     Attributes:
         id: Unique among the signals of a user. Derived from the content if it is not given.
         time: When it was observed, in UTC, if known.
         origin: Where it comes from: an app, a survey, an import.
-        said_by: Whose act or words this signal is. Only ``user`` is evidence of the user's preferences.
+        said_by: The person who acted or wrote. Only ``user`` is evidence of the user's preferences.
     """
 
     id: Id = ""
@@ -207,12 +207,18 @@ class _Signal(FileRecord):
 
     @property
     def is_evidence(self) -> bool:
-        """Whether this says anything about the user's own preferences."""
+        """Whether this is evidence of the user's own preferences."""
         return self.said_by is Speaker.USER
 
 
 class PreferencePair(_Signal):
-    """The user preferred one response to another for the same prompt."""
+    """The user preferred one response to another for the same prompt.
+
+    Example:
+        >>> pair = PreferencePair(prompt="How do magnets work?", chosen="Poles attract.", rejected="Well, ...")
+        >>> pair.kind, pair.is_evidence
+        ('pair', True)
+    """
 
     kind: Literal["pair"] = "pair"
     prompt: Text
@@ -227,11 +233,16 @@ class PreferencePair(_Signal):
 
 
 class Comment(_Signal):
-    """What the user wrote about a text by somebody else.
+    """A comment of the user on a text by another person.
+
+    Example:
+        >>> comment = Comment(text="Too long.", about="Well, there is a lot to say about magnets.")
+        >>> comment.text, comment.said_by.value
+        ('Too long.', 'user')
 
     Attributes:
         text: The words of the user.
-        about: The text that they are about: a response, a post.
+        about: The text that the user comments on: a response, a post.
         prompt: The prompt that ``about`` responds to.
     """
 
@@ -243,6 +254,11 @@ class Comment(_Signal):
 
 class Rating(_Signal):
     """A score that the user gave to a response.
+
+    Example:
+        >>> rating = Rating(prompt="How do magnets work?", response="Poles attract.", score=9, worst=1, best=10)
+        >>> rating.score, rating.best
+        (9.0, 10.0)
 
     Attributes:
         prompt: The prompt.
@@ -280,7 +296,13 @@ class Rating(_Signal):
 
 
 class Edit(_Signal):
-    """How the user changed a response before using it."""
+    """A response that the user changed before using it.
+
+    Example:
+        >>> edit = Edit(prompt="What is tea?", original="Tea is a drink, of course!", edited="Tea is a drink.")
+        >>> edit.edited
+        'Tea is a drink.'
+    """
 
     kind: Literal["edit"] = "edit"
     prompt: Text
@@ -295,28 +317,52 @@ class Edit(_Signal):
 
 
 class Statement(_Signal):
-    """A preference that the user stated in words."""
+    """A preference that the user stated in words.
+
+    Example:
+        >>> statement = Statement(text="I like short answers.", time="2024-05-01T12:00:00Z")
+        >>> statement.text, statement.time.year
+        ('I like short answers.', 2024)
+    """
 
     kind: Literal["statement"] = "statement"
     text: Text
 
 
 class Demographics(_Signal):
-    """Facts about the user, as words: ``{"occupation": "nurse"}``."""
+    """Facts about the user, as words: ``{"occupation": "nurse"}``.
+
+    Example:
+        >>> Demographics(facts={"occupation": "nurse", "age": 41}).facts
+        {'occupation': 'nurse', 'age': '41'}
+    """
 
     kind: Literal["demographics"] = "demographics"
     facts: Annotated[dict[Text, Fact], BeforeValidator(without_missing), Field(min_length=1)]
 
 
 class Turn(FileRecord):
-    """One turn of a conversation."""
+    """One turn of a conversation.
+
+    Example:
+        >>> turn = Turn(speaker="user", text="Shorter, please.")
+        >>> turn.speaker is Speaker.USER
+        True
+    """
 
     speaker: Speaker
     text: Text
 
 
 class Conversation(_Signal):
-    """A dialogue. Only the turns of the user are evidence."""
+    """A dialogue. Only the turns of the user are evidence.
+
+    Example:
+        >>> answer = Turn(speaker="assistant", text="Well, there is a lot to say about magnets.")
+        >>> conversation = Conversation(turns=(answer, Turn(speaker="user", text="Shorter, please.")))
+        >>> conversation.is_evidence
+        True
+    """
 
     kind: Literal["conversation"] = "conversation"
     turns: tuple[Turn, ...] = Field(min_length=1)
@@ -345,7 +391,7 @@ class UserSignals(FileRecord):
 
     Attributes:
         user_id: The id of the user.
-        signals: The signals as they were given or added. Their ids are unique.
+        signals: The signals in the order in which they were given. Their ids are unique.
     """
 
     user_id: UserId
@@ -387,7 +433,7 @@ class UserSignals(FileRecord):
                 raise InputError(
                     f"user {self.user_id!r} already has a different signal with the id {signal.id!r}",
                     field="id",
-                    fix="give the new signal an id of its own",
+                    fix="give the new signal a different id",
                 )
         return self.model_copy(update={"signals": tuple(known.values())})
 

@@ -33,12 +33,12 @@ class InferenceKey(BaseModel):
 
 
 class Version(BaseModel):
-    """One version of what a generator reads about a user.
+    """One version of a user's summary or embedding.
 
     Attributes:
         number: Number of the version, starting at 1.
         interface: The summary, or the embedding.
-        key: What it was inferred from; ``None`` for an edit by a person.
+        key: The inputs of the inference; ``None`` for an edit by a person.
         withdrawn: Whether this is an edit that was withdrawn.
         time: Time at which it was stored, in UTC.
     """
@@ -58,11 +58,11 @@ class Version(BaseModel):
 
 
 class Store(Protocol):
-    """Where a personalizer keeps its state.
+    """The interface of a personalizer's storage.
 
-    All methods may be called from any thread, also on an event loop, and return without long waits. Each one is atomic,
-    and a user id is the same with and without surrounding white space. A forked child can go on with the store; whether
-    it shares its content with its parent depends on the store.
+    All methods may be called from any thread, also on an event loop, and return quickly. Each one is atomic, and a user
+    id is the same with and without surrounding white space. A forked child can keep using the store. Whether it shares
+    its content with its parent depends on the store.
 
     Example:
         A store that reports deletions:
@@ -87,7 +87,7 @@ class Store(Protocol):
         """Adds signals, and returns all signals of the user. A signal that is already stored is not repeated.
 
         Raises:
-            InputError: If a new signal has the id of a different one. None is added then.
+            InputError: If a new signal has the id of a different one. No signal is added then.
         """
 
     def history(self, user_id: str) -> tuple[Version, ...]:
@@ -97,7 +97,7 @@ class Store(Protocol):
         """The current version, as :func:`current_version` defines it; ``None`` if there is no version."""
 
     def add_inferred(self, interface: Interface, key: InferenceKey) -> Version | None:
-        """Adds an inferred version, unless the signals that it was inferred from are no longer those of the user.
+        """Adds an inferred version, unless the signals of the user have changed since the inference.
 
         Therefore nothing is stored about a user who was deleted during the inference.
 
@@ -116,7 +116,7 @@ class Store(Protocol):
 
 
 def current_version(history: Sequence[Version]) -> Version | None:
-    """The last edit that was not withdrawn, else the last version that was inferred."""
+    """The last edit that was not withdrawn; without edits, the last inferred version."""
     edits = [version for version in history if version.is_edit]
     inferred = [version for version in history if version.key is not None]
     return next(reversed(edits or inferred), None)
@@ -156,7 +156,7 @@ class InMemoryStore:
     """
 
     def __init__(self) -> None:
-        # Each change replaces one frozen value, so that a fork finds the state before it or after it.
+        # Each change replaces one frozen value, so that a fork copies the state before or after a change.
         self._users: dict[str, _User] = {}
         self.after_fork()
         renew_after_fork(self)

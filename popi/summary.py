@@ -1,4 +1,4 @@
-"""A preference summary: the interface between inference and generation, a short text to read and edit."""
+"""A preference summary: the interface between inference and generation, a short text that users can read and edit."""
 
 from __future__ import annotations
 
@@ -56,11 +56,18 @@ class Provenance(BaseModel):
 
 
 class PreferenceSummary(BaseModel):
-    """What a user prefers, in words.
+    r"""The preferences of a user in words.
+
+    Example:
+        >>> made = Provenance(author=Author.INFERRED, model="popi-mini-writer")
+        >>> claims = (Claim(text="short answers", evidence=("2f1a",)),)
+        >>> summary = PreferenceSummary(user_id="ann", text="- short answers", claims=claims, provenance=made)
+        >>> [claim.evidence for claim in summary.edit("- short answers\n- metric units").claims]
+        [('2f1a',), ()]
 
     Attributes:
         user_id: The user.
-        text: What a generator reads. Empty only for the control without any text.
+        text: The text that a generator reads. Empty only for the control without any text.
         claims: ``text`` line by line, with the evidence of each line.
         status: ``not_enough_evidence`` if the signals show no preference.
         provenance: How it was made.
@@ -77,7 +84,7 @@ class PreferenceSummary(BaseModel):
     def edit(self, text: str) -> PreferenceSummary:
         """Returns the summary with a person's text. Unchanged claims keep their evidence.
 
-        An empty text, or one that says that there is not enough evidence, gives the summary with that status.
+        An empty text, or the text "not enough evidence", results in a summary with that status.
         """
         known = {claim.text: claim for claim in self.claims}
         words = text.strip()
@@ -119,7 +126,7 @@ def read_reply(
     Args:
         user_id: The user.
         reply: The reply.
-        shown: The signal id behind each number that can be cited.
+        shown: The signal id of each number that can be cited.
         provenance: How the reply was made.
         keep: Whether a claim is kept; the line of one that is not is removed from the text too.
     """

@@ -1,4 +1,4 @@
-"""The record beside a model that popi trained: what it was made from, and with which prompts."""
+"""The training record of a model: its base model and its prompts."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class TrainingRecord:
 
 
 def training_record(model: str) -> TrainingRecord | None:
-    """Reads the record of a model; ``None`` if there is none, or the model is not on this machine.
+    """Reads the record of a model; ``None`` if it has none, or the model is not on this machine.
 
     Args:
         model: Name of a shipped model, path or hub id. The name of a model on a server has no record.

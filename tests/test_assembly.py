@@ -9,7 +9,7 @@ from types import ModuleType
 
 import pytest
 
-from popi.assembly import answers_rest_on, open_backend
+from popi.assembly import open_backend, response_fingerprint
 from popi.backends.base import ChatRequest, ChatResult
 from popi.backends.wrappers import Cache, Cost, Fallback, Limit, Retry
 from popi.errors import InputError
@@ -133,7 +133,7 @@ MODEL = "{backend: 'parts:Named', model: one"
         (f"{MODEL}, options: {{word: 3}}}}", "field options.word: .*; did you mean words"),
         (f"{MODEL}, options: {{words: many}}}}", "field options.words: .*valid integer"),
         (f"{MODEL}, limit: {{max_concurrency: 0}}}}", "field limit.max_concurrency: must be positive, got 0"),
-        (f"{MODEL}, limit: {{at_once: 0}}}}", "field limit.at_once: there is no such argument"),
+        (f"{MODEL}, limit: {{at_once: 0}}}}", "field limit.at_once: unknown argument"),
         (f"{MODEL}, retry: {{attempts: 0}}}}", "backend.yaml, field retry.attempts: must be positive, got 0"),
         (f"{MODEL}, price: {{prompt: -1, completion: 1}}}}", "field price.prompt: a price must be zero or positive"),
         (f"{MODEL}, price: {{prompt: 1, completion: .inf}}}}", "field price.completion: a price must be zero or"),
@@ -172,7 +172,7 @@ def test_what_a_file_cannot_mean_is_one_line_with_its_place(write: Write, text: 
 
 def test_a_fingerprint_contains_no_secret_and_changes_with_what_answers_depend_on(write: Write) -> None:
     def fingerprint(options: str) -> str:
-        return answers_rest_on(Path(write(f"{{backend: openai, model: m, options: {options}}}")))[0]
+        return response_fingerprint(Path(write(f"{{backend: openai, model: m, options: {options}}}")))[0]
 
     known = fingerprint("{key: A, extra: {token: secret}, timeout: 1}")
     assert known == fingerprint("{key: B, extra: {token: secret}, max_concurrency: 2}") and "secret" not in known

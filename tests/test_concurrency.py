@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from popi.concurrency import AHEAD, BackgroundLoop, as_completed, attempts
+from popi.concurrency import BUFFERED, BackgroundLoop, as_completed, attempts
 from popi.errors import BackendError
 
 
@@ -60,7 +60,7 @@ class TestBackgroundLoop:
         read = []
 
         async def numbers() -> AsyncIterator[int]:
-            for number in range(5 * AHEAD):
+            for number in range(5 * BUFFERED):
                 read.append(number)
                 yield number
 
@@ -68,8 +68,8 @@ class TestBackgroundLoop:
         items = loop.iterate(numbers())
         assert await anext(items) == 0
         await asyncio.sleep(0.05)
-        assert len(read) <= AHEAD + 2
-        assert [number async for number in items] == list(range(1, 5 * AHEAD))
+        assert len(read) <= BUFFERED + 2
+        assert [number async for number in items] == list(range(1, 5 * BUFFERED))
         loop.stop()
 
     def test_stopping_while_others_call_leaves_nobody_waiting(self) -> None:

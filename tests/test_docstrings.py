@@ -59,49 +59,10 @@ PUBLIC = sorted(
 )
 """The classes that users name in Python or YAML, as ``module:Class``."""
 
-MISSING = (
-    "popi.backends.base:Backend",
-    "popi.backends.base:Capabilities",
-    "popi.backends.base:ChatRequest",
-    "popi.backends.base:ScoreRequest",
-    "popi.backends.ledger:Ledger",
-    "popi.backends.openai:OpenAIBackend",
-    "popi.backends.wrappers:Cache",
-    "popi.backends.wrappers:Cost",
-    "popi.backends.wrappers:Fallback",
-    "popi.backends.wrappers:Limit",
-    "popi.backends.wrappers:Retry",
-    "popi.backends.wrappers:Route",
-    "popi.config:RoutesConfig",
-    "popi.config:SingleConfig",
-    "popi.data.example:HeldOutPair",
-    "popi.data.example:PersonalizationExample",
-    "popi.prompts:Message",
-    "popi.roles:AnswerFormat",
-    "popi.roles:ConditionedGenerator",
-    "popi.roles:PreferenceInference",
-    "popi.roles:SummaryFormat",
-    "popi:Claim",
-    "popi:Comment",
-    "popi:Conversation",
-    "popi:Demographics",
-    "popi:Edit",
-    "popi:PreferencePair",
-    "popi:PreferenceSummary",
-    "popi:Rating",
-    "popi:Statement",
-    "popi:Turn",
-    "popi_generators.prompted:QuotedSummary",
-    "popi_generators:PromptedGenerator",
-    "popi_inference.format:PromptedSummary",
-    "popi_inference:LLMSummarizer",
-)
-
 EXEMPT = {
     "popi.backends.vllm:VLLMBackend": "starts an engine",
     "popi.backends.wrappers:Wrapper": "the base class of wrappers",
     "popi.testing:VLLMServer": "starts a server",
-    **dict.fromkeys(MISSING, "no example yet"),
 }
 """Classes without an example, and why."""
 

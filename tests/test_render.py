@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from popi.prompts import DEFAULT, quote
-from popi.render import PATIENCE, RenderedSignals, describe, render_signals
+from popi.render import MAX_MISSES, RenderedSignals, describe, render_signals
 from popi.signals import (
     Comment,
     Conversation,
@@ -249,5 +249,5 @@ def test_ten_thousand_signals_need_few_and_short_counts(length: int) -> None:
     rendered = render_signals(signals, count, 1024)
     assert len(rendered.shown) > 50
     assert len(rendered.shown) + len(rendered.omitted) == 10_000
-    assert len(counted) < len(rendered.shown) + PATIENCE + 20
+    assert len(counted) < len(rendered.shown) + MAX_MISSES + 20
     assert max(counted) < 10_000

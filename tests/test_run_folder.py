@@ -1,4 +1,4 @@
-"""The folder of a run: what is ours in it is kept, mended or swept away, and nothing else is touched."""
+"""The run folder: finished files are kept, temporary files are removed, and other files are not touched."""
 
 from pathlib import Path
 
@@ -28,7 +28,7 @@ def names(path):
     return sorted(str(found.relative_to(path)) for found in path.rglob("*"))
 
 
-def test_a_run_that_was_killed_before_it_had_begun_begins(tmp_path):
+def test_a_run_that_was_killed_before_its_start_can_start(tmp_path):
     (tmp_path / ".lock").touch()
     (tmp_path / PART).write_text('{"recipe": {"st')
     with opened(tmp_path) as folder:
@@ -36,7 +36,7 @@ def test_a_run_that_was_killed_before_it_had_begun_begins(tmp_path):
     assert names(tmp_path) == [".lock", "config.json"]
 
 
-def test_what_a_killed_run_has_half_written_is_swept_away(tmp_path):
+def test_temporary_files_of_a_killed_run_are_removed(tmp_path):
     with opened(tmp_path) as folder:
         folder.begin({})
         folder.log({"step": 1})
@@ -50,25 +50,25 @@ def test_what_a_killed_run_has_half_written_is_swept_away(tmp_path):
         assert names(tmp_path) == sorted([*whole, "samples"])
 
 
-def test_a_model_that_is_being_written_has_the_name_of_what_is_swept_away(tmp_path):
+def test_a_model_is_written_under_the_name_of_a_temporary_file(tmp_path):
     written = []
     with opened(tmp_path) as folder:
         folder.save("writer", written.append)
     assert Path(written[0]).parent.match(UNFINISHED) and Path(written[0]).parent.parent == tmp_path
 
 
-def test_beside_anything_else_nothing_is_swept_away(tmp_path):
+def test_a_folder_with_other_files_is_not_changed(tmp_path):
     (tmp_path / "thesis.txt").write_text("years of work")
     (tmp_path / PART).touch()
-    with pytest.raises(InputError, match=r"holds no run, but thesis\.txt; choose another folder"):
+    with pytest.raises(InputError, match=r"contains thesis\.txt, which does not belong to a run; choose another"):
         opened(tmp_path)
     assert names(tmp_path) == [PART, "thesis.txt"]
 
 
-def test_memory_that_runs_out_in_writing_is_no_full_disk(tmp_path):
+def test_out_of_memory_is_not_reported_as_a_full_disk(tmp_path):
     with pytest.raises(torch.OutOfMemoryError), writing(tmp_path / "model"):
         raise torch.OutOfMemoryError("CUDA out of memory")
-    with pytest.raises(PopiError, match=r"cannot write .*model: no room; once that is"), writing(tmp_path / "model"):
+    with pytest.raises(PopiError, match=r"cannot write .*model: no room; fix this and"), writing(tmp_path / "model"):
         raise RuntimeError("no room")
 
 
@@ -83,7 +83,7 @@ def test_everyone_may_read_a_model_and_its_folders(tmp_path):
     assert modes == {"templates": 0o755, "tool_use.jinja": 0o644}
 
 
-def test_a_folder_of_another_run_tells_the_first_difference(tmp_path):
+def test_the_error_for_another_run_names_the_first_difference(tmp_path):
     with opened(tmp_path) as folder:
         folder.begin({"data": "0a1b"})
     with pytest.raises(InputError, match=r"was made with recipe.steps 1, not 2; choose another folder"):

@@ -1,24 +1,24 @@
-"""One model behind three backends, and the overhead of popi's layer: transformers, vLLM in process, vLLM served.
+"""One model in three backends (transformers, a vLLM engine, a vLLM server), and the overhead of popi.
 
     python benchmarks/speed/backends.py
 
-Each backend gets the same requests: greedy summaries of the signals of mini-world users, and scores of both responses
-of their test pairs under the true summaries, all at the same time. The server is used by token ids, like the other
-backends, and "tokens/s" counts prompt tokens and new tokens. All backends run on the CPU (with vLLM's build for it), in
-float32, one after the other. vLLM has the options that popi uses on a CPU, in the server too.
+Each backend gets the same concurrent requests: greedy summaries of the signals of mini-world users, and scores of both
+responses of their test pairs under the true summaries. The server receives token ids, like the other backends, and
+"tokens/s" counts prompt tokens and new tokens. All backends run on the CPU (with vLLM's build for it), in float32, one
+after the other. vLLM has the options that popi uses on a CPU, in the server too.
 
 Each round has its own users, so that no prefix is cached from the round before; a backend may compute a common prefix
-of the requests of a round once. The first round is a warm-up. The best of the other rounds counts, for each backend by
-itself. "same" is the number of texts that equal those of transformers in these rounds, and "difference" the maximum
-difference of a score, in nats a token.
+of the requests of a round once. The first round is a warm-up. For each backend the best of the other rounds counts.
+"same" is the number of texts that equal those of transformers in these rounds, and "difference" the maximum difference
+of a score, in nats a token.
 
-Models use as many threads as torch does here (``OMP_NUM_THREADS``). With the executor "uni", which popi chooses, vLLM's
-worker reads that variable and does not bind its threads to cores: ``VLLM_CPU_OMP_THREADS_BIND`` has no effect. vLLM has
-further threads that do not compute, here and in the server's process: pin the script to as many cores as there are
-threads (``taskset``), or they use others.
+Models use the number of threads of torch in this process (``OMP_NUM_THREADS``). With the executor "uni", which popi
+chooses, vLLM's worker reads that variable and does not bind its threads to cores: ``VLLM_CPU_OMP_THREADS_BIND`` has no
+effect. vLLM has further threads that do not compute, here and in the server's process. Pin the script to the same
+number of cores as threads (``taskset``); otherwise they use additional cores.
 
-The last part sends requests for one token to the server by messages, alternately with our backend and with the
-``openai`` client alone; each goes first every other time, and both send the same JSON.
+The last part sends requests for one token to the server by messages, alternately with popi's backend and with the
+``openai`` client directly. Each goes first every other time, and both send the same JSON.
 """
 
 from __future__ import annotations
@@ -76,13 +76,13 @@ class Measured:
 
 
 def main() -> None:
-    """Prints a line for each backend, and the overhead of the layer."""
+    """Prints a line for each backend, and the overhead of popi."""
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--model", default=MODEL)
     options.add_argument("--users", type=int, default=64, help="number of summaries in a round")
     options.add_argument("--pairs", type=int, default=512, help="number of scored pairs in a round")
     options.add_argument(
-        "--requests", type=int, default=300, help="number of requests through our backend, and without it"
+        "--requests", type=int, default=300, help="number of requests with popi's backend, and without it"
     )
     options.add_argument("--repeats", type=int, default=3)
     given = options.parse_args()
@@ -176,7 +176,7 @@ def results(rounds: Sequence[tuple[float, Sequence[Result]]]) -> list[Result]:
 
 
 async def layer(model: str, url: str, requests: int) -> tuple[list[float], list[float]]:
-    """Returns the seconds of each request through our backend, and of each by the client alone."""
+    """Returns the seconds of each request with popi's backend, and of each with the client only."""
     example = next(iter(generate(split=SPLIT, users=1, seed=0)))
     messages = DEFAULT.answer_messages(example.tests[0].prompt, example.oracles["truth"])
     request = ChatRequest(messages, max_tokens=1)
@@ -205,7 +205,7 @@ async def layer(model: str, url: str, requests: int) -> tuple[list[float], list[
 
 
 def show_layer(ours: list[float], bare: list[float]) -> None:
-    """Prints milliseconds of a request through our backend and without it, and the difference."""
+    """Prints milliseconds of a request with popi's backend and without it, and the difference."""
     print(f"\n{len(ours)} requests for a token, ms    ours     bare  more, ms  more, %")
     for name, of in (("median", statistics.median), ("95th of 100", lambda each: statistics.quantiles(each, n=20)[18])):
         mine, theirs = 1000 * of(ours), 1000 * of(bare)

@@ -2,13 +2,13 @@
 
     python benchmarks/speed/decoding.py [--quick]
 
-All sides run in this process, in turn, on the same weights and prompts: what the writer of the mini world reads of a
-user. Each figure is the best of some runs. The sides of a table have the same greedy tokens, or the script stops.
+All sides run alternately in this process, on the same weights and on requests for summaries of mini-world users. Each
+figure is the best of several runs. The script stops if the greedy tokens of the sides of a table differ.
 
 1. 16 concurrent calls of ``chat`` with one request each, against one call with all of them.
-2. 64 prompts with limits from 8 to 128 new tokens: drafts that join and leave one batch, against static batches, of
-   which one runs when the one before has ended. Seconds until the first and until the last result, and the share of the
-   prompts that were read when the first result was there.
+2. 64 prompts with limits from 8 to 128 new tokens: a continuous batch against static batches, one after the other.
+   Seconds until the first and until the last result, and the share of the prompts that were read before the first
+   result.
 3. Prompts with one limit, against ``model.generate`` in batches padded on the left, and against the continuous batching
    of transformers (``generate_batch``).
 """
@@ -43,14 +43,14 @@ Result = TypeVar("Result")
 
 
 def conversations(chat: ChatTokens, count: int) -> list[list[Message]]:
-    """What a writer reads of this many users."""
+    """Requests for the summaries of ``count`` users."""
     users = generate(split="train", users=count, seed=0, tests=1)
     texts = [render_signals(user.user.signals, lambda part: len(chat.encode([part])[0])).text for user in users]
     return [DEFAULT.inference_messages(text) for text in texts]
 
 
 def best(sides: dict[str, Callable[[], Result]], repeats: int) -> dict[str, tuple[float, Result]]:
-    """Seconds of the best run of each side, which take turns, and its result."""
+    """Seconds of the best run of each side, and its result. The sides run alternately."""
     found: dict[str, tuple[float, Result]] = {}
     for _ in range(repeats):
         for name, side in sides.items():
@@ -87,7 +87,7 @@ def concurrent_calls(name: str, repeats: int, calls: int = 16) -> None:
 
 
 class Clock:
-    """Notes when results are there, and how much of the prompts was read by then."""
+    """Records the times of results, and the share of the prompts that was read before the first one."""
 
     def __init__(self, model: Any, tokens: int) -> None:
         self._tokens, self._read, self._began = tokens, 0, time.perf_counter()
@@ -99,17 +99,17 @@ class Clock:
         self._read += args[0].numel() if args[0].shape[1] > 1 else 0
 
     def __call__(self, place: int, completion: Completion) -> None:
-        """Notes a result."""
+        """Records a result."""
         self.read = self.read or self._read / self._tokens
         self.seconds.append(time.perf_counter() - self._began)
 
     def stop(self) -> None:
-        """Counts no further."""
+        """Stops counting the prompts."""
         self._hook.remove()
 
 
 def continuous(model: Any, drafts: Sequence[Draft], batch_tokens: int) -> tuple[Clock, list[Completion]]:
-    """Drafts that join and leave one batch."""
+    """A continuous batch."""
     clock = Clock(model, sum(len(draft.prompt) - 1 for draft in drafts))
     options = {"end_tokens": frozenset[int](), "batch_tokens": batch_tokens, "layout": layout_of(model)}
     completions = decode(model, drafts, on_complete=clock, **options)  # type: ignore[arg-type]
@@ -130,7 +130,7 @@ def static(model: Any, drafts: Sequence[Draft], batch_tokens: int) -> tuple[Cloc
 
 
 def batches(drafts: Sequence[Draft], batch_tokens: int) -> Iterator[list[int]]:
-    """Prompts of similar length, as many as have room with the longest limit among them."""
+    """Batches of prompts of similar length that fit with the longest limit among them."""
     batch: list[int] = []
     for place in sorted(range(len(drafts)), key=lambda place: len(drafts[place].prompt)):
         longest = max(drafts[each].limit for each in (*batch, place)) + len(drafts[place].prompt)
@@ -183,7 +183,7 @@ def scheduling(model: Any, prompts: Sequence[list[int]], repeats: int) -> None:
     """Table 2."""
     low, high = LIMITS
     count = len(prompts)
-    # Limits in an order that has nothing to do with the lengths of the prompts.
+    # Limits in an order that does not depend on the lengths of the prompts.
     limits = [low + (high - low) * ((place * 37) % count) // (count - 1) for place in range(count)]
     drafts = [Draft(prompt, limit) for prompt, limit in zip(prompts, limits, strict=True)]
     mean = sum(map(len, prompts)) / count
@@ -203,7 +203,7 @@ def scheduling(model: Any, prompts: Sequence[list[int]], repeats: int) -> None:
 def against_transformers(model: Any, prompts: Sequence[list[int]], limit: int, repeats: int) -> None:
     """Table 3."""
     drafts, ends = [Draft(prompt, limit) for prompt in prompts], frozenset[int]()
-    # An end token that no model has: what is not given comes from the model's own configuration.
+    # An end token that no model has, because the default is that of the model's configuration.
     greedy = GenerationConfig(max_new_tokens=limit, do_sample=False, eos_token_id=2**30, pad_token_id=0)
     blocks = ContinuousBatchingConfig(block_size=32, num_blocks=1024, max_batch_tokens=512, use_cuda_graph=False)
 

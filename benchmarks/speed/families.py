@@ -1,4 +1,4 @@
-"""Which layout each model family is verified for, what the check takes, and what a batch of 16 costs.
+"""For each model family: the verified layout, the time of the check, and the cost of a batch of 16.
 
 Both sides run in one process on tiny models with random weights: 16 requests in one call, and the same one by one::
 
@@ -25,14 +25,14 @@ REQUESTS, NEW = 16, 24
 
 
 def drafts_of(tokens: ChatTokens) -> list[Draft]:
-    """Requests of several lengths that start alike."""
+    """Requests of several lengths with a common prefix."""
     texts = [f"What is the best pan for cooking? {'Why? ' * (number % 7)}And {number}?" for number in range(REQUESTS)]
     prompts = tokens.render([[Message("user", text)] for text in texts])
     return [Draft(prompt.tokens, NEW) for prompt in prompts]
 
 
 def seconds_of(model: torch.nn.Module, batches: list[list[Draft]], abilities: Abilities) -> float:
-    """Seconds to decode batches one after the other, at best of three. No token ends a response."""
+    """Seconds to decode batches one after the other, best of three. No token ends a response."""
     best = float("inf")
     for _ in range(3):
         start = time.perf_counter()

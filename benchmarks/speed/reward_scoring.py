@@ -50,9 +50,11 @@ def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("--model", default=MODEL)
     arguments.add_argument("--users", type=int, default=8)
-    arguments.add_argument("--pairs", type=int, default=4, help="that judge a summary")
+    arguments.add_argument("--pairs", type=int, default=4, help="number of pairs per summary")
     arguments.add_argument("--samples", type=int, nargs="+", default=[4, 8, 16])
-    arguments.add_argument("--lengths", type=int, nargs="+", default=[32, 128, 512], help="tokens of an answer, about")
+    arguments.add_argument(
+        "--lengths", type=int, nargs="+", default=[32, 128, 512], help="approximate number of tokens of a response"
+    )
     arguments.add_argument("--repeats", type=int, default=3)
     given = arguments.parse_args()
     model, tokenizer = load(given.model, None, "float32")
@@ -100,7 +102,7 @@ def batch(tokens: ChatTokens, users: int, pairs: int, samples: int, length: int)
 
 
 def stretch(tokens: ChatTokens, text: str, length: int) -> str:
-    """A text repeated until it has about this many tokens."""
+    """Repeats a text until it has about ``length`` tokens."""
     return " ".join([text] * max(1, round(length / len(tokens.encode([text])[0]))))
 
 
@@ -133,14 +135,14 @@ def scorer_of(model: Any, tokens: ChatTokens) -> PairScorer:
 
 
 class Measured:
-    """A result with the time that it took."""
+    """A result and its duration."""
 
     def __init__(self, result: Tensor, seconds: float) -> None:
         self.result, self.seconds = result, seconds
 
 
 def measure(work: Callable[[], Tensor], repeats: int) -> Measured:
-    """Runs work some times; the best time counts."""
+    """Runs the work ``repeats`` times, and returns the best time."""
     best = float("inf")
     for _ in range(repeats):
         began = time.perf_counter()
@@ -150,10 +152,10 @@ def measure(work: Callable[[], Tensor], repeats: int) -> Measured:
 
 
 def peak(side: Side, name: str, shape: tuple[int, int, int, int]) -> float:
-    """What scoring a batch takes at its peak, in MiB.
+    """Peak memory of scoring a batch, in MiB.
 
     Args:
-        side: Who scores.
+        side: The scorer.
         name: The model.
         shape: Users, pairs, samples and answer tokens of the batch.
     """
@@ -162,7 +164,7 @@ def peak(side: Side, name: str, shape: tuple[int, int, int, int]) -> float:
 
 
 def growth(side: Side, name: str, shape: tuple[int, int, int, int]) -> float:
-    """How much this process grows at most while it scores a batch, in MiB; only a fresh one can tell."""
+    """Peak memory of this process while it scores a batch, minus that before, in MiB. Needs a fresh process."""
     _return_what_is_freed()
     model, tokenizer = load(name, None, "float32")
     tokens = ChatTokens(tokenizer, name)
@@ -172,7 +174,7 @@ def growth(side: Side, name: str, shape: tuple[int, int, int, int]) -> float:
 
     score(batch(tokens, *TINY)[0])
     items, _ = batch(tokens, *shape)
-    # Sets the peak so far to what is held now: loading a model takes more than holding it.
+    # Resets the recorded peak, because loading a model needs more memory than the loaded model.
     Path("/proc/self/clear_refs").write_text("5")
     before = held("VmRSS")
     score(items)
@@ -180,14 +182,14 @@ def growth(side: Side, name: str, shape: tuple[int, int, int, int]) -> float:
 
 
 def _return_what_is_freed() -> None:
-    """Lets glibc give back large blocks at once: which of them it would keep differs from run to run by a quarter."""
+    """Makes glibc return large blocks immediately. Otherwise the measured memory varies by a quarter between runs."""
     mallopt, trim, mmap = ctypes.CDLL(None).mallopt, -1, -3
     for threshold in (trim, mmap):
         mallopt(threshold, 1 << 16)
 
 
 def held(what: str) -> int:
-    """KiB of this process in memory: ``VmRSS`` is now, ``VmHWM`` at its peak."""
+    """Resident memory of this process in KiB: ``VmRSS`` is the present value, ``VmHWM`` the peak."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return int(next(line.split()[1] for line in lines if line.startswith(f"{what}:")))
 

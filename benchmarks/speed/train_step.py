@@ -1,4 +1,4 @@
-"""An interleaved training step: ours against a plain TRL script of the same procedure.
+"""An interleaved training step: popi against a plain TRL script of the same procedure.
 
     python benchmarks/speed/train_step.py
 
@@ -126,7 +126,7 @@ class Step:
         return [self.chat.decode(ids) for ids in completions]
 
     def plain_scoring(self, completions: Sequence[Sequence[int]]) -> Tensor:
-        """Rewards of each sample with a reference beside, then the generator's gradient: (U G,)."""
+        """Rewards of each sample with a reference model, then the generator's gradient: (U G,)."""
         items = [
             ConditionedPair(summary_of(text), self.people[place // self.samples].tests[0], NO_REFERENCE)
             for place, text in enumerate(self.texts(completions))
@@ -166,7 +166,7 @@ class Step:
         return torch.tensor(reward(users, summaries, 0)[0])
 
     def update(self, trainer: GRPOTrainer, completions: Sequence[Sequence[int]], advantages: Tensor) -> None:
-        """The gradient of the writer by a trainer's own log-probabilities and loss, the initial writer's included."""
+        """The gradient of the writer from a trainer's own log-probabilities and loss, including the initial writer."""
         width = max(map(len, self.prompts))
         prompt_ids = torch.tensor([[*[0] * (width - len(ids)), *ids] for ids in self.prompts])
         prompt_mask = torch.tensor([[*[0] * (width - len(ids)), *[1] * len(ids)] for ids in self.prompts])
@@ -220,7 +220,7 @@ def arguments(batch: int, options: dict[str, Any]) -> GRPOConfig:
 
 
 def timed(work: Callable[[], Any], repeats: int) -> tuple[float, Any]:
-    """The best time of some runs, in seconds, and the last result."""
+    """The best time of ``repeats`` runs, in seconds, and the last result."""
     best = float("inf")
     for _ in range(repeats):
         began = time.perf_counter()
@@ -230,13 +230,13 @@ def timed(work: Callable[[], Any], repeats: int) -> tuple[float, Any]:
 
 
 def gradient_difference(ours: Any, plain: Any) -> float:
-    """The largest difference of two models' gradients over the largest gradient."""
+    """The largest difference of two models' gradients, divided by the largest gradient."""
     pairs = [(a.grad, b.grad) for a, b in zip(ours.parameters(), plain.parameters(), strict=True) if b.grad is not None]
     return float(max((a - b).abs().max() for a, b in pairs) / max(b.abs().max() for _, b in pairs))
 
 
 def measure(name: str, users: int, length: int, samples: int, summary: int, repeats: int) -> None:
-    """Prints a line: seconds of each part on both sides, the ratio, and how far the gradients are apart."""
+    """Prints a line: seconds of each part on both sides, the ratio, and the difference of the gradients."""
     step = Step(name, users, length, samples, summary)
     plain: list[float] = []
     ours: list[float] = []

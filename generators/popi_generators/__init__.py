@@ -1,4 +1,4 @@
-"""Conditioned generation: what answers a prompt under a summary."""
+"""Conditioned generation: responses to prompts under a summary."""
 
 from popi_generators.prompted import PromptedGenerator
 

@@ -1,4 +1,4 @@
-"""Any backend as a generator: the summary is quoted in the prompt."""
+"""A generator that quotes the summary in the prompt, for any backend."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import logging
 from collections.abc import AsyncIterator, Callable, Sequence
 
 from popi.backends.base import Backend, ChatRequest, ChatResult, OnComplete, ScoreRequest, ScoreResult, ignore_result
-from popi.backends.together import held
+from popi.backends.together import closing
 from popi.errors import ConfigError
 from popi.interface import Interface, UserEmbedding
 from popi.prompts import DEFAULT, Message, PromptSet
@@ -18,7 +18,15 @@ log = logging.getLogger(__name__)
 
 
 class QuotedSummary(AnswerFormat):
-    """Quotes the summary as data in front of the prompt.
+    """Quotes the summary as data before the prompt.
+
+    Example:
+        >>> from popi.summary import Author, Claim, Provenance, summarize_claims
+        >>> claims = [Claim(text="short answers")]
+        >>> summary = summarize_claims("ann", claims, Provenance(author=Author.ORACLE))
+        >>> [message] = QuotedSummary(len, limit=100).render("What is tea?", summary)
+        >>> message.content.splitlines()[2]
+        '- short answers'
 
     Args:
         count_tokens: Counts the tokens of a text with the generator's tokenizer.
@@ -53,7 +61,7 @@ class QuotedSummary(AnswerFormat):
         return self._prompts.answer_messages(prompt, self._cap(interface.text, interface.user_id))
 
     def _cap(self, text: str, user_id: str) -> str:
-        # Counting costs, and consecutive prompts often share a summary.
+        # Counting tokens is slow, and consecutive prompts often share a summary.
         known, capped = self._capped
         if text != known:
             capped = cap_tokens(text, self._count_tokens, self._limit)
@@ -64,15 +72,23 @@ class QuotedSummary(AnswerFormat):
 
 
 class PromptedGenerator(ConditionedGenerator):
-    """Shows a model the summary in front of the prompt.
+    """Responds to prompts with a language model that reads the summary before the prompt.
+
+    Example:
+        >>> import asyncio
+        >>> from popi.testing import ScriptedBackend
+        >>> generator = PromptedGenerator(ScriptedBackend({"What is tea?": "A drink."}), max_tokens=64)
+        >>> [result] = asyncio.run(generator.respond([Conditioned("What is tea?")]))
+        >>> result.text
+        'A drink.'
 
     Args:
         backend: The model.
         max_tokens: Maximum number of tokens of a response.
         temperature: Sampling temperature; 0 is greedy.
         seed: Seed for sampling of each response; ``None`` draws a random seed.
-        summary_tokens: Maximum number of tokens of a summary, by this model's tokenizer; ``None`` takes what fits its
-            context.
+        summary_tokens: Maximum number of tokens of a summary, by this model's tokenizer; ``None`` uses as many as fit
+            its context.
         prompts: A prompt set, or its name; ``None`` is the set that the model was trained with, else the default.
         format: Renders conversations, in place of the default format.
 
@@ -114,7 +130,7 @@ class PromptedGenerator(ConditionedGenerator):
 
     async def stream(self, item: Conditioned, on_complete: OnComplete = ignore_result) -> AsyncIterator[str]:
         """See :meth:`ConditionedGenerator.stream`."""
-        async with held(self._backend.stream(self._request(item), on_complete)) as pieces:
+        async with closing(self._backend.stream(self._request(item), on_complete)) as pieces:
             async for piece in pieces:
                 yield piece
 

@@ -1,4 +1,4 @@
-"""Preference inference: what reads a user's signals and writes the summary, and the controls beside it."""
+"""Preference inference: a language model that reads a user's signals and writes a summary, and baselines."""
 
 from popi_inference.baselines import AnotherUsers, Empty, Oracle, RawSignals
 from popi_inference.llm import LLMSummarizer

@@ -16,7 +16,7 @@ from popi.signals import UserSignals
 from popi.summary import NO_EVIDENCE, Author, PreferenceSummary, Provenance
 
 ANSWER_TOKENS = 256
-"""Number of tokens that are left for the response."""
+"""Number of tokens to leave for the response."""
 
 
 class RawSignals(PreferenceInference):
@@ -34,7 +34,7 @@ class RawSignals(PreferenceInference):
     Args:
         backend: The model that responds under the signals. Tokens are counted with its tokenizer.
         budget: Maximum number of tokens of the rendered signals; ``None`` uses the context of the model.
-        answer_tokens: Number of tokens that are left for the prompt and its response.
+        answer_tokens: Number of tokens to leave for the prompt and its response.
 
     Raises:
         ConfigError: If the budget does not fit into the context of the model.
@@ -136,7 +136,7 @@ class AnotherUsers(PreferenceInference):
         """Each user with the index of the user whose summary they get."""
         if len(users) == 1:
             raise InputError(
-                "there is only one user, and this baseline needs the summary of another", fix="give two or more users"
+                "this baseline needs the summary of another user, and got only one user", fix="give two or more users"
             )
         ring = sorted(range(len(users)), key=lambda index: self._rank(users[index].user_id))
         donors = dict(zip(ring, ring[1:] + ring[:1], strict=True))
@@ -173,7 +173,7 @@ class Oracle(PreferenceInference):
         """See :meth:`PreferenceInference.infer`.
 
         Raises:
-            InputError: If there is no summary for a user.
+            InputError: If a user has no summary.
         """
         return [self._look_up(user) for user in users]
 

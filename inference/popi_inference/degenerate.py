@@ -11,10 +11,10 @@ from popi.roles import SummaryPrompt
 from popi.signals import Signal, Speaker
 
 ECHO_WORDS = 6
-"""Number of words from which a claim that is copied from somebody else's words is an echo."""
+"""Minimum number of words of a claim that counts as an echo of another person's text."""
 
 REPEATS = 4
-"""Number of consecutive repeats from which a sequence of words is a loop."""
+"""Minimum number of consecutive repeats of a sequence of words that count as a loop."""
 
 LOOP_WORDS = 24
 """Minimum length of a loop at the end of a reply, in words."""
@@ -100,7 +100,7 @@ def _tail_loops(units: Sequence[str], period: int) -> bool:
 
 
 def _others_words(signal: Signal) -> list[str]:
-    """The texts of a signal that somebody else wrote."""
+    """The texts of a signal that other people wrote."""
     fields = {"comment": ("about",), "rating": ("response",), "edit": ("original",), "pair": ("chosen", "rejected")}
     if signal.kind == "conversation":
         return [turn.text for turn in signal.turns if turn.speaker is not Speaker.USER]

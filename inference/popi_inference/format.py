@@ -1,4 +1,4 @@
-"""How a language model is asked for a summary, and how its reply is read."""
+"""Renders the request for a summary, and parses the reply of a language model."""
 
 from __future__ import annotations
 
@@ -17,17 +17,27 @@ AUTO = "auto"
 
 SAME_LANGUAGE = "the language of the user's own words"
 FOREIGN_SHARE = 0.005
-"""Share of non-ASCII letters in the user's own words from which they are not taken for English."""
+"""Share of non-ASCII letters above which the user's own words do not count as English."""
 
 
 class PromptedSummary(SummaryFormat):
-    """Quotes the signals as data and asks for a list of claims with citations.
+    """Quotes the signals as data and requests a list of claims with citations.
+
+    Example:
+        >>> from popi import Statement
+        >>> user = UserSignals(user_id="ann", signals=(Statement(text="I like short answers."),))
+        >>> format = PromptedSummary(len, budget=1000, max_tokens=1000)
+        >>> prompt = format.render(user)
+        >>> prompt.messages[0].content.splitlines()[2]
+        '[1] said: I like short answers.'
+        >>> format.parse(prompt, "- short answers [1]").text
+        '- short answers'
 
     Args:
         count_tokens: Counts the tokens of a text with the writer's tokenizer.
         budget: Maximum number of tokens of the rendered signals.
-        max_tokens: Maximum number of tokens of a summary. A claim that is cut off there is dropped: half a claim can
-            say the opposite.
+        max_tokens: Maximum number of tokens of a summary. A claim that is cut off there is dropped, because an
+            incomplete claim can mean the opposite.
         language: The language of the summary, by its English name. ``auto`` requests the language of the user's own
             words if they do not look like English; ``None`` requests no language.
         prompts: The templates.
@@ -63,8 +73,9 @@ class PromptedSummary(SummaryFormat):
     def parse(self, prompt: SummaryPrompt, reply: str, *, truncated: bool = False) -> PreferenceSummary | Failure:
         """See :meth:`SummaryFormat.parse`.
 
-        Claims that cite only words of somebody else are dropped. A reply that repeats itself, or echoes the request or
-        words of somebody else, is a failure, and so is one without a claim that does not say "not enough evidence".
+        Claims that cite only text by other people are dropped. A reply that repeats itself, or that echoes the request
+        or text by other people, is a failure. So is a reply that contains no claim and does not say "not enough
+        evidence".
         """
         text = finished_part(reply) if truncated else reply
         if truncated and not text:
@@ -92,7 +103,7 @@ def _own_evidence(claim: Claim, evidence: set[str]) -> Claim:
 
 
 def language_of(user: UserSignals) -> str | None:
-    """The language to request for a user: that of their own words, unless these are in ASCII letters alone."""
+    """The language to request for a user: that of their own words, or ``None`` if these look like English."""
     letters = [char for signal in user.signals for text in own_words(signal) for char in text if char.isalpha()]
     foreign = sum(not char.isascii() for char in letters)
     return SAME_LANGUAGE if foreign > FOREIGN_SHARE * len(letters) else None

@@ -1,4 +1,4 @@
-"""A language model as the writer of summaries."""
+"""Preference inference by a language model."""
 
 from __future__ import annotations
 
@@ -15,20 +15,30 @@ from popi.trained import prompts_of, warn_of_other_templates
 from popi_inference.format import AUTO, SAME_LANGUAGE, PromptedSummary
 
 RETRY_TEMPERATURE = 0.7
-"""Minimum sampling temperature of further attempts after a reply that is not a summary."""
+"""Minimum sampling temperature of another attempt after a reply that is not a summary."""
 
 
 class LLMSummarizer(PreferenceInference):
-    """Asks a model for a summary of each user's signals.
+    """Infers the summary of each user with a language model.
 
-    A user without any signal of their own gets "not enough evidence" without a request. A reply that is not a summary
-    (an echo, a repetition, no claim) is requested again with another seed at a positive temperature.
+    A user without evidence gets the summary "not enough evidence" without a request. A reply that is not a summary (an
+    echo, a repetition, no claim) is requested again with another seed at a positive temperature.
+
+    Example:
+        >>> import asyncio
+        >>> from popi import Statement
+        >>> from popi.testing import ScriptedBackend
+        >>> user = UserSignals(user_id="ann", signals=(Statement(id="s1", text="I like short answers."),))
+        >>> inference = LLMSummarizer(ScriptedBackend(lambda request: "- short answers [1]"))
+        >>> [summary] = asyncio.run(inference.infer([user]))
+        >>> summary.text, summary.claims[0].evidence
+        ('- short answers', ('s1',))
 
     Args:
         backend: The model.
         max_tokens: Maximum number of tokens of a summary.
         temperature: Sampling temperature; 0 is greedy.
-        budget: Maximum number of tokens of rendered signals; ``None`` takes what fits the model's context.
+        budget: Maximum number of tokens of rendered signals; ``None`` uses as many as fit the model's context.
         seed: Seed for sampling. A user's summary does not depend on the other users.
         language: The language of the summaries, by its English name. ``auto`` is that of the user's own words; ``None``
             requests none.

@@ -1,1 +1,1 @@
-"""Backends: they move messages to text and text to log-probabilities. Any backend can play any role."""
+"""Backends: messages in, text out; text in, log-probabilities out. Any backend can play any role."""

@@ -1,4 +1,4 @@
-"""The seam between roles and models: requests, results and the capabilities of a backend."""
+"""The interface between roles and models: requests, results and the capabilities of a backend."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ FailureKind = Literal[
 ]
 """Why an item failed.
 
-- ``request``: this model cannot serve the request as it is.
+- ``request``: the model does not support this request.
 - ``denied``: the key, the account or the model name was rejected; every other request would fail too.
 - ``rate_limit``: too many requests.
-- ``timeout``: no response in time.
+- ``timeout``: no response within the time limit.
 - ``unreachable``: the connection failed or broke.
 - ``server``: the server failed.
 - ``malformed``: malformed response.
@@ -43,13 +43,18 @@ FailureKind = Literal[
   reason, not a failure.
 """
 
-PASSING: frozenset[FailureKind] = frozenset({"rate_limit", "timeout", "unreachable", "server", "malformed"})
+TRANSIENT: frozenset[FailureKind] = frozenset({"rate_limit", "timeout", "unreachable", "server", "malformed"})
 """Transient failures: the same request may succeed later."""
 
 
 @dataclass(frozen=True, slots=True)
 class ChatRequest:
     """A conversation to continue.
+
+    Example:
+        >>> request = ChatRequest([Message("user", "What is tea?")], max_tokens=64, temperature=0.7, seed=1)
+        >>> request.messages[-1].content, request.stop
+        ('What is tea?', ())
 
     Attributes:
         messages: The conversation. The last turn is not the assistant's.
@@ -60,7 +65,7 @@ class ChatRequest:
         stop: Strings that end the response. They are not part of it.
         response_prefix: Text that the response starts with: the model continues it. It is part of ``ChatResult.text``.
             Needs ``Capabilities.response_prefix``.
-        user: The user on whose account the cost is booked. It is not sent to the model.
+        user: The user whose account is charged. It is not sent to the model.
     """
 
     messages: Sequence[Message]
@@ -75,7 +80,7 @@ class ChatRequest:
 
 @dataclass(frozen=True, slots=True)
 class ChatResult:
-    """A response, or the reason why there is none.
+    """A response, or the error of a failed request.
 
     Attributes:
         text: The response. Empty only if the item failed or the model refused.
@@ -85,8 +90,8 @@ class ChatResult:
         completion_tokens: Number of new tokens, including the end token.
         model: The model that responded.
         error: One line, or ``None``. Also set for ``refused`` and ``filtered``.
-        failure: The kind of failure; ``None`` if there is none, or for ``refused`` and ``filtered``.
-        retry_after: Seconds after which the server accepts a retry, if it said so.
+        failure: The kind of failure; ``None`` for a success, and for ``refused`` and ``filtered``.
+        retry_after: Seconds to wait before a retry, if the server sent them.
         route: The route that served the request, if there are several.
     """
 
@@ -126,6 +131,11 @@ def ignore_result(result: ChatResult) -> None:
 class ScoreRequest:
     """A response to score under a conversation.
 
+    Example:
+        >>> request = ScoreRequest([Message("user", "What is tea?")], "A drink.")
+        >>> request.response
+        'A drink.'
+
     Attributes:
         messages: The conversation. The last turn is not the assistant's.
         response: The response that follows it.
@@ -139,7 +149,7 @@ class ScoreRequest:
 
 @dataclass(frozen=True, slots=True)
 class ScoreResult:
-    """A score, or the reason why there is none.
+    """A score, or the error of a failed request.
 
     Attributes:
         logprob: Sum over the tokens of the response and its end of turn, in nats. Always finite unless the item failed.
@@ -148,7 +158,7 @@ class ScoreResult:
         model: The model that scored the response.
         error: One line, or ``None``. If set, ``logprob`` is NaN.
         failure: The kind of failure.
-        retry_after: Seconds after which the server accepts a retry, if it said so.
+        retry_after: Seconds to wait before a retry, if the server sent them.
         route: The route that served the request, if there are several.
     """
 
@@ -177,7 +187,12 @@ class ScoreResult:
 
 @dataclass(frozen=True, slots=True)
 class Capabilities:
-    """What a backend supports.
+    """The features of a backend.
+
+    Example:
+        >>> capabilities = Capabilities(score=True, context_length=8192)
+        >>> capabilities.stream, capabilities.response_prefix, sorted(capabilities.interfaces)
+        (True, False, ['summary'])
 
     Attributes:
         stream: Whether text arrives in pieces while it is generated.
@@ -197,12 +212,37 @@ class Capabilities:
 class Backend(ABC):
     """Turns messages into text, and text into log-probabilities, in batches.
 
-    A failed item is data in its result. A dead backend raises :class:`popi.errors.BackendError`. Results are in the
-    order of the requests. A backend is an asynchronous context manager; leaving the block closes it.
+    A failed item is data in its result. A backend that is not available raises :class:`popi.errors.BackendError`.
+    Results are in the order of the requests. A backend is an asynchronous context manager; leaving the block closes it.
+
+    Example:
+        A backend needs four methods:
+
+        >>> import asyncio
+        >>> class UpperCase(Backend):
+        ...     model = "upper-case"
+        ...     capabilities = Capabilities()
+        ...
+        ...     async def chat(self, requests):
+        ...         return [ChatResult(request.messages[-1].content.upper(), "stop") for request in requests]
+        ...
+        ...     async def stream(self, request, on_complete=ignore_result):
+        ...         [result] = await self.chat([request])
+        ...         yield result.text
+        ...         on_complete(result)
+        ...
+        ...     async def score(self, requests):
+        ...         return [ScoreResult.failed("not supported", "request", model=self.model) for request in requests]
+        ...
+        ...     def count_tokens(self, text):
+        ...         return len(text.split())
+        >>> [result] = asyncio.run(UpperCase().chat([ChatRequest([Message("user", "Hello")])]))
+        >>> result.text
+        'HELLO'
 
     Attributes:
         model: Name of the model, used in provenance and tables.
-        capabilities: What this backend supports.
+        capabilities: The features of this backend.
     """
 
     model: str
@@ -250,7 +290,7 @@ class Backend(ABC):
         """Counts the tokens of a plain text with the model's tokenizer, without special tokens."""
 
     async def close(self) -> None:
-        """Releases all resources. Closing twice is harmless."""
+        """Releases all resources. May be called more than once."""
         return None
 
     async def __aenter__(self) -> Self:

@@ -1,4 +1,4 @@
-"""Timeouts that do not count the time a request waits for its turn."""
+"""Timeouts that exclude the time in which a request waits for its turn."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ _RUNNING: ContextVar[Clock | None] = ContextVar("clock", default=None)
 async def within(seconds: float) -> AsyncIterator[Clock]:
     """Limits the time of the block. Time inside :func:`waiting` does not count.
 
-    A thousand requests may start at once and wait for each other: the time of each begins when it is sent.
+    If many requests start together and wait for each other, the time of each one starts when it is sent.
 
     Raises:
         TimeoutError: After ``seconds``.

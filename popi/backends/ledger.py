@@ -73,13 +73,24 @@ class Spent:
 class Ledger:
     """The accounts of a run, by role and user. Several backends, event loops and threads may share one.
 
-    A forked child has its own copy: a budget holds for each process.
+    A forked child has its own copy, so a budget applies to each process separately.
+
+    Example:
+        >>> import asyncio
+        >>> ledger = Ledger(cap=1.0)
+        >>> asyncio.run(ledger.reserve(0.75))
+        True
+        >>> ledger.settle(0.75, Spent(requests=1, money=0.25), role="generator", user="ann")
+        >>> ledger.total.money, ledger.by_user()["ann"].requests
+        (0.25, 1)
+        >>> asyncio.run(ledger.reserve(0.8))
+        False
 
     Args:
         cap: Maximum amount of money to spend; ``None`` is no limit.
 
     Attributes:
-        cap: The same.
+        cap: Maximum amount of money to spend.
         refused: Number of requests that did not fit into the budget.
 
     Raises:
@@ -120,13 +131,14 @@ class Ledger:
             most: Upper bound on the price of the request.
 
         Returns:
-            Whether the money is reserved. If so, :meth:`settle` must be called whatever happens to the request.
+            Whether the money is reserved. If so, :meth:`settle` must be called when the request has ended, also if it
+            failed.
         """
         while True:
             with self._lock:
                 if self._take(most):
                     return True
-                # Money that is spent does not come back.
+                # Waiting cannot free money that is already spent.
                 if not self._open or not self._fits(most - self._reserved):
                     self.refused += 1
                     return False
@@ -136,19 +148,19 @@ class Ledger:
                 await waiter
 
     def try_reserve(self, most: float) -> bool:
-        """Reserves money for a request if there is enough now. See :meth:`reserve`."""
+        """Reserves money for a request without waiting. See :meth:`reserve`."""
         with self._lock:
             return self._take(most)
 
     def settle(self, most: float, spent: Spent, *, role: str, user: str) -> None:
-        """Replaces a reservation by what the request cost."""
+        """Replaces a reservation by the cost of the request."""
         with self._lock:
             self._open -= 1
-            # Sums of fractions that are added and subtracted do not return to zero.
+            # Reset to zero: sums and differences of floats leave a rounding error.
             self._reserved = self._reserved - most if self._open else 0.0
             account = (role, user)
             self._accounts[account] = self._accounts.get(account, Spent()) + spent
-            # Read before every request, while there may be as many accounts as users.
+            # A running total: it is read before every request, and every user may have an account.
             self._total += spent
             waiters, self._waiting = self._waiting, []
         for waiter in waiters:

@@ -1,4 +1,4 @@
-"""Any server that speaks OpenAI's protocol: OpenAI's own, a vLLM server, and others."""
+"""A backend for servers with an OpenAI-compatible API: OpenAI's own, vLLM servers, and others."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from popi.backends.remote.failures import Failed, failed
 from popi.backends.remote.fields import Fields
 from popi.backends.remote.server import read_server
 from popi.backends.sharing import PerLoop, Semaphore
-from popi.backends.together import each, held
+from popi.backends.together import closing, each
 from popi.errors import BackendError, ConfigError, MissingExtra
 from popi.models import folder_of
 from popi.provenance import fingerprint_files
@@ -38,16 +38,16 @@ TOKENIZER_FILES = "tokenizer*", "chat_template*", "special_tokens*", "added_toke
 
 
 class OpenAIBackend(Backend):
-    """A model behind a server that speaks OpenAI's protocol.
+    """A model on a server with an OpenAI-compatible API.
 
-    Without a tokenizer, requests contain messages, which any server understands. A server of an open model that has the
-    completions endpoint, such as vLLM's, is better used with the model's tokenizer: conversations are rendered here as
-    in training, tokens are counted exactly, responses can be scored, and may continue a prefix.
+    Without a tokenizer, requests contain messages, which any server understands. For a server of an open model that has
+    the completions endpoint, such as vLLM's, pass the model's tokenizer: conversations are rendered here as in
+    training, tokens are counted exactly, and responses can be scored and can continue a prefix.
 
-    Fields that change nothing are not sent: ``top_p`` if it is 1, and ``top_p`` and ``seed`` for greedy decoding. A
-    field that the server does not know is renamed (``max_tokens`` to ``max_completion_tokens``) or dropped
-    (``temperature``, ``top_p``, ``seed``, ``stream_options``, ``stop_token_ids``) after the first error that names it;
-    the log reports it once. The model then samples as the server decides.
+    Fields without effect are not sent: ``top_p`` if it is 1, and ``top_p`` and ``seed`` for greedy decoding. A field
+    that the server does not know is renamed (``max_tokens`` to ``max_completion_tokens``) or dropped (``temperature``,
+    ``top_p``, ``seed``, ``stream_options``, ``stop_token_ids``) after the first error that names it; the log reports it
+    once. The model then samples as the server decides.
 
     The SDK reads ``OPENAI_ORG_ID``, ``OPENAI_PROJECT_ID`` and ``OPENAI_CUSTOM_HEADERS`` from the environment, and adds
     their headers to each request.
@@ -63,6 +63,11 @@ class OpenAIBackend(Backend):
           key: OPENAI_API_KEY
           fields: {temperature: null, max_tokens: max_completion_tokens}
           extra: {reasoning_effort: low}
+
+    Example:
+        >>> backend = OpenAIBackend("my-model", base_url="http://127.0.0.1:8000/v1", key=None)
+        >>> backend.capabilities.stream, backend.capabilities.score
+        (True, False)
 
     Args:
         model: The server's name of the model.
@@ -106,7 +111,7 @@ class OpenAIBackend(Backend):
         self._timeout, self._max_concurrency = timeout, max_concurrency
         self._server = read_server(base_url, key, extra or {})
         certificates()
-        # OpenAI's newer models know the one name, most other servers the other.
+        # OpenAI's newer models accept only the first name, most other servers only the second.
         limit = "max_completion_tokens" if self._server.is_openai and tokenizer is None else "max_tokens"
         names = Fields(model, limit=limit, names=fields or {}, extra=extra or {})
         self._endpoint = _endpoint(model, names, tokenizer, context_length, scores=scores)
@@ -152,7 +157,7 @@ class OpenAIBackend(Backend):
         client = self._client()
         async with turn(self._places):
             try:
-                async with held(self._endpoint.stream(client, request, on_complete)) as pieces:
+                async with closing(self._endpoint.stream(client, request, on_complete)) as pieces:
                     async for piece in pieces:
                         yield piece
             except BackendError:

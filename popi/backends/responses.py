@@ -27,8 +27,8 @@ class Response:
         emit: Called with each piece of the text as soon as it is final, first with the prefix.
 
     Attributes:
-        watch: Takes all tokens after each new one, and returns whether a stop string ends the response. ``None`` if
-            there is nothing to watch for.
+        watch: Takes all tokens after each new one, and returns whether a stop string ends the response. ``None`` if the
+            request has no stop strings.
     """
 
     def __init__(

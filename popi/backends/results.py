@@ -1,4 +1,4 @@
-"""Turns what a model produced into a result, or into a failure that says why there is none."""
+"""Makes a result from the output of a model, or a failure with the reason."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ def complete(
     reasoned: bool = False,
     tool_calls: bool = False,
 ) -> ChatResult:
-    """Makes the result of a response: without reasoning, behind its prefix, in text that UTF-8 can write.
+    """Makes the result of a response. Reasoning is removed, the prefix is added, and lone surrogates are replaced.
 
     Args:
-        text: What the model wrote behind the conversation and the prefix.
+        text: The text that the model generated after the conversation and the prefix.
         reason: Why it ended.
         request: The request.
         model: Name of the model.
         prompt_tokens: Length of the rendered conversation.
         completion_tokens: Number of new tokens; 0 if unknown.
         opened: Whether the chat template opened a reasoning block.
-        reasoned: Whether reasoning arrived apart from the text.
+        reasoned: Whether reasoning arrived in a separate field.
         tool_calls: Whether the model called tools.
 
     Returns:
@@ -57,7 +57,7 @@ def complete(
     elif reason == "length" and (reasoned or shown is None):
         why = f"reasoning used all {used} tokens; raise max_tokens"
     elif reason == "length":
-        why = f"all {used} tokens were used, and none of them is text; raise max_tokens"
+        why = f"all {used} tokens were used without writing text; raise max_tokens"
     elif reasoned or shown is None:
         why = "the model wrote reasoning and no response"
     else:
@@ -76,7 +76,7 @@ def scored(logprob: float, tokens: int, *, model: str, prompt_tokens: int = 0) -
 class Pieces:
     """The pieces of a response that may be shown. Joined, they are the text of :func:`complete`.
 
-    Reasoning is left out, the prefix comes first, and half a character waits for its other half.
+    Reasoning is left out, the prefix comes first, and an incomplete character is held back until it is complete.
 
     Args:
         request: The request.
@@ -109,7 +109,7 @@ class Pieces:
 
 
 def _opens(prefix: str, opened: bool) -> bool:
-    """Whether a response behind a prefix starts inside a reasoning block."""
+    """Whether a response after a prefix starts inside a reasoning block."""
     reasoning = ReasoningFilter(opened=opened)
     reasoning.feed(prefix)
     return reasoning.inside

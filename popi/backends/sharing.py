@@ -1,7 +1,7 @@
-"""What several event loops, threads and forked processes can use at once.
+"""Objects that several event loops, threads and forked processes can share.
 
-An ``asyncio.Semaphore`` or future belongs to one event loop, and what a task holds while the process forks is never
-released in the child. The classes here have neither limit.
+An ``asyncio.Semaphore`` or future belongs to one event loop, and if a task holds a place during a fork, the child never
+releases it. The classes of this module do not have these restrictions.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ Value = TypeVar("Value")
 
 
 class Forkable(Protocol):
-    """An object with state that must not be taken over by a forked child."""
+    """An object with state that a forked child must not use."""
 
     def after_fork(self) -> None:
-        """Drops connections and everything that is held or waits. Runs in the child, before any other code."""
+        """Drops connections, held places and waiting tasks. Runs in the child, before any other code."""
 
 
 _FORKABLE: WeakSet[Any] = WeakSet()
@@ -39,7 +39,7 @@ def _renew_all() -> None:
         shared.after_fork()
 
 
-if hasattr(os, "register_at_fork"):  # there is no fork on Windows
+if hasattr(os, "register_at_fork"):  # Windows has no fork
     os.register_at_fork(after_in_child=_renew_all)
 
 
@@ -66,7 +66,7 @@ class Waiter:
 
 
 class Semaphore:
-    """A semaphore for tasks of any event loop. Tasks get their places in the order in which they came.
+    """A semaphore for tasks of any event loop. Tasks get their places in the order of their calls of :meth:`acquire`.
 
     Args:
         places: Number of tasks that can hold a place at the same time.
@@ -141,6 +141,6 @@ class PerLoop(Generic[Value]):
         return values
 
     def after_fork(self) -> None:
-        """Forgets the values of the parent process, without running their finalizers: the parent still uses them."""
+        """Drops the values of the parent process without running their finalizers: the parent still uses them."""
         self._inherited.append(self._values)
         self._values = WeakKeyDictionary()

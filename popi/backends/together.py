@@ -36,11 +36,11 @@ async def each(
     model: str,
     max_concurrency: int | None = None,
 ) -> list[Served]:
-    """Processes each request by itself, and returns the results in order.
+    """Processes each request separately, and returns the results in order.
 
-    An error of one request is data in its result, unless all requests raise one. An error that concerns all
-    requests, such as a rejected key, cancels those that are running, and the others are not sent; results that are
-    there are kept, and all other requests get the error.
+    An error of one request is data in its result, unless all requests raise one. An error that concerns all requests,
+    such as a rejected key, cancels the running requests, and the others are not sent. Finished results are kept, and
+    all other requests get the error.
 
     Args:
         requests: The requests.
@@ -86,8 +86,8 @@ async def each(
 
 
 @asynccontextmanager
-async def held(pieces: AsyncIterator[Result]) -> AsyncIterator[AsyncIterator[Result]]:
-    """Closes a stream at the end of the block, so that its connection and its place are free at once."""
+async def closing(pieces: AsyncIterator[Result]) -> AsyncIterator[AsyncIterator[Result]]:
+    """Closes a stream at the end of the block, so that its connection and its place are released immediately."""
     try:
         yield pieces
     finally:

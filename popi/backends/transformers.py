@@ -26,7 +26,7 @@ from popi.backends.base import (
 from popi.backends.responses import Response, after_prefix
 from popi.backends.results import scored
 from popi.backends.streaming import Emit, streamed
-from popi.backends.together import held
+from popi.backends.together import closing
 from popi.engine.admission import admitted
 from popi.engine.chat_tokens import ChatTokens, Rendered
 from popi.engine.checks import verify
@@ -48,8 +48,8 @@ class _Chat:
 
     Attributes:
         prompt: Tokens of the conversation and the response prefix, or the reason why it is refused.
-        draft: What the model continues; ``None`` if the request is refused.
-        response: Follows the response.
+        draft: The prompt to continue; ``None`` if the request is refused.
+        response: Decodes the response.
     """
 
     prompt: Rendered
@@ -60,9 +60,9 @@ class _Chat:
 class TransformersBackend(Backend):
     """A causal language model of the transformers library, with its own chat template, on a CPU or a GPU.
 
-    All calls, from any thread and event loop, share one continuous batch: a response that has ended makes room for the
-    next one, and is returned at once. In float32 greedy text and scores (to 1e-4 nats) do not depend on the batch, and
-    a request with a seed samples the same text in any batch; in half precision the batch affects rounding. Cancelling a
+    All calls, from any thread and event loop, share one continuous batch: a finished response is returned immediately,
+    and makes room for the next one. In float32 greedy text and scores (to 1e-4 nats) do not depend on the batch, and a
+    request with a seed samples the same text in any batch; in half precision the batch affects rounding. Cancelling a
     call stops its work at the next step. A response is never longer than the context allows.
 
     Example:
@@ -84,7 +84,7 @@ class TransformersBackend(Backend):
 
     Raises:
         ModelError: If the model is missing, broken, or has no chat template.
-        ConfigError: If there is no such device or dtype.
+        ConfigError: If the device is not available, or the dtype is unknown.
     """
 
     def __init__(
@@ -107,7 +107,7 @@ class TransformersBackend(Backend):
         batch_tokens: int = BATCH_TOKENS,
         within: Within = nullcontext,
     ) -> Self:
-        """Makes a backend of a live model, without a copy: changes of its weights take effect at once.
+        """Makes a backend from a loaded model, without a copy. Changes of its weights take effect immediately.
 
         Args:
             model: The model.
@@ -153,7 +153,7 @@ class TransformersBackend(Backend):
         """Name, weights, tokenizer and dtype of the model.
 
         The weights of a model that was loaded by name are identified once, by its files or its commit on the hub. Those
-        of a live model are hashed each time, because they may have changed.
+        of a model that was passed in are hashed each time, because they may have changed.
         """
         if self._live:
             return self._identified_by(fingerprint_weights(self._model.state_dict()))
@@ -187,7 +187,7 @@ class TransformersBackend(Backend):
             [result] = await self._chat([request], emit)
             return result
 
-        async with held(streamed(self.model, chat, on_complete)) as pieces:
+        async with closing(streamed(self.model, chat, on_complete)) as pieces:
             async for piece in pieces:
                 yield piece
 
@@ -212,7 +212,7 @@ class TransformersBackend(Backend):
         return len(self._tokens.encode([text])[0])
 
     async def close(self) -> None:
-        """Fails the calls that are waiting, and releases the model after its present step."""
+        """Fails the waiting calls, and releases the model after its current step."""
         await asyncio.to_thread(self._service.close)
 
     async def _chat(self, requests: Sequence[ChatRequest], emit: Emit | None = None) -> list[ChatResult]:

@@ -25,7 +25,7 @@ from popi.backends.base import (
 from popi.backends.responses import Response, after_prefix
 from popi.backends.results import scored
 from popi.backends.streaming import Emit, streamed
-from popi.backends.together import held, together
+from popi.backends.together import closing, together
 from popi.backends.vllm_engine import (
     Engine,
     FlatLogprobs,
@@ -55,8 +55,8 @@ class VLLMBackend(Backend):
     computed once, so n samples of a conversation are n requests with different seeds. In float32, greedy responses and
     scores (to 1e-3 nats a token) equal those of the transformers backend.
 
-    vLLM's process imports the main script again, so a script must create this behind ``if __name__ == "__main__":``.
-    Any thread and event loop can use the backend; a forked process cannot.
+    vLLM's process imports the main script again, so a script must create the backend under ``if __name__ ==
+    "__main__":``. Any thread and event loop can use the backend; a forked process cannot.
 
     Args:
         model: The name of a shipped model, a folder, or a hub id.
@@ -69,7 +69,7 @@ class VLLMBackend(Backend):
 
     Raises:
         ModelError: If the model or an adapter is missing, broken, or has no chat template, or vLLM cannot run it.
-        ConfigError: If a number is not positive, or there is no such adapter.
+        ConfigError: If a number is not positive, or the adapter is unknown.
     """
 
     def __init__(
@@ -125,7 +125,7 @@ class VLLMBackend(Backend):
         """Returns a backend of the same engine that uses an adapter. Closing it leaves the engine open.
 
         Raises:
-            ConfigError: If there is no such adapter.
+            ConfigError: If the adapter is unknown.
         """
         other = copy.copy(self)
         other._owner = False
@@ -152,7 +152,7 @@ class VLLMBackend(Backend):
             BackendError: If the backend is closed.
         """
         if not any(folder.glob("*.safetensors")):
-            raise ModelError(f"there are no safetensors in {folder}", fix="save the model there")
+            raise ModelError(f"{folder} contains no safetensors", fix="save the model there")
         await self._run(self._engine.reload(str(folder)))
 
     async def chat(self, requests: Sequence[ChatRequest]) -> list[ChatResult]:
@@ -174,7 +174,7 @@ class VLLMBackend(Backend):
             [result] = await self._run(self._chats([request], emit))
             return result
 
-        async with held(streamed(self.model, chat, on_complete)) as pieces:
+        async with closing(streamed(self.model, chat, on_complete)) as pieces:
             async for piece in pieces:
                 yield piece
 
@@ -191,7 +191,7 @@ class VLLMBackend(Backend):
         return len(self._tokens.encode([text])[0])
 
     async def close(self) -> None:
-        """Ends the engine and its process. Calls that are still waiting fail."""
+        """Stops the engine and its process. Waiting calls fail."""
         self._closed = True
         if self._owner:
             await asyncio.get_running_loop().run_in_executor(None, self._engine.shut_down)
@@ -327,5 +327,5 @@ def _rank(adapters: Mapping[str, str]) -> int:
             ) from error
     fitting = [rank for rank in RANKS if rank >= largest]
     if not fitting:
-        raise ModelError(f"vLLM supports adapters up to rank {RANKS[-1]}, and one has rank {largest}")
+        raise ModelError(f"vLLM supports adapters up to rank {RANKS[-1]}, but one has rank {largest}")
     return fitting[0]

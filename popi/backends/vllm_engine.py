@@ -80,7 +80,8 @@ GUARD = "import os, signal, sys; sys.stdin.read(); os.kill(int(sys.argv[1]), sig
 class Engine:
     """An engine that any thread and any event loop of this process can use, until it is shut down.
 
-    The model runs in another process, which ends with this one, however this one ends. A forked child cannot use it.
+    The model runs in another process, which ends with this process, even if this one is killed. A forked child cannot
+    use it.
 
     Args:
         name: Name of the model, for errors.
@@ -88,7 +89,7 @@ class Engine:
 
     Attributes:
         closing: Whether the engine is being shut down.
-        weights: Fingerprint of the weights; empty until it is known.
+        weights: Fingerprint of the weights; empty until it has been computed.
 
     Raises:
         ModelError: If vLLM cannot run the model.
@@ -185,7 +186,7 @@ class Engine:
         """Keeps the weights unchanged during the block. Must run in the engine's loop.
 
         Raises:
-            BackendError: If an update of the weights failed, and there are no weights to use.
+            BackendError: If an update of the weights failed, so that no weights are loaded.
         """
         while not self._open.is_set():
             await self._open.wait()
@@ -227,7 +228,7 @@ class Engine:
                 self._open.set()
 
     def shut_down(self) -> None:
-        """Ends the engine and its process. Calling it twice is harmless."""
+        """Ends the engine and its process. May be called more than once."""
         if os.getpid() != self._process:
             return
         atexit.unregister(self.shut_down)
@@ -261,7 +262,7 @@ async def _started(arguments: Mapping[str, Any]) -> AsyncLLM:
 
 
 def _guarded(process: int | None) -> subprocess.Popen[bytes]:
-    """Starts a process that kills another one when this one ends, even by a signal that cannot be caught."""
+    """Starts a process that kills the engine's process when this process ends, even by SIGKILL."""
     command = [sys.executable, "-I", "-S", "-c", GUARD, str(process)]
     return subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
 

@@ -19,6 +19,6 @@ class NewWeights:
         model = self.model_runner.get_model()
         head = getattr(model, "lm_head", None)
         if head is not None and model.config.tie_word_embeddings:
-            # On a CPU the head multiplies by a packed copy of its weights. vLLM renews it for a layer whose weights it
-            # loads, and it loads these weights as those of the embeddings.
+            # On a CPU the head uses a packed copy of its weights. vLLM renews the copy only for layers whose weights it
+            # loads, and it loads tied weights as those of the embeddings.
             head.quant_method.process_weights_after_loading(head)

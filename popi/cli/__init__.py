@@ -1,9 +1,9 @@
 """The command line.
 
-Each command is a function, or a ``typer.Typer`` with commands of its own, in a module of this package. These modules
-import only typer and the standard library at their top and everything else in their functions, so that ``popi --help``
-is fast. A command raises :class:`popi.errors.PopiError` if it fails. :func:`main` prints the error in one line and
-returns the exit code: 0, 1 (failed), 2 (bad input) or 130 (interrupted).
+Each command is a function, or a ``typer.Typer`` with subcommands, in a module of this package. These modules import
+only typer and the standard library at their top and everything else in their functions, so that ``popi --help`` is
+fast. A command raises :class:`popi.errors.PopiError` if it fails. :func:`main` prints the error in one line and returns
+the exit code: 0, 1 (failed), 2 (bad input) or 130 (interrupted).
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ INTERRUPTED = 130
 
 
 class Interrupted(PopiError):
-    """Ctrl-C in a command that says what it has kept."""
+    """Ctrl-C in a command that names the results that it has kept."""
 
     exit_code = INTERRUPTED
 

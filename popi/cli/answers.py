@@ -13,8 +13,8 @@ from pydantic import BaseModel, ConfigDict
 
 from popi import registry
 from popi.backends.base import FinishReason
-from popi.backends.together import held
-from popi.cli.batches import accounted, affordable, check_settings, identity, keep_settings, telling
+from popi.backends.together import closing
+from popi.cli.batches import check_settings, explaining_errors, identity, keep_settings, reporting_cost, within_budget
 from popi.cli.growing import GrowingFile
 from popi.cli.output import Progress, note, print_records, progress
 from popi.cli.summaries import read_summaries
@@ -73,7 +73,7 @@ class Question(Conditioned):
     Attributes:
         line: Its line.
         user: The user, or ``None``.
-        answered: Whether there is a response already.
+        answered: Whether it has a response already.
     """
 
     line: int = 0
@@ -98,7 +98,7 @@ def load_summaries(path: Path) -> dict[str, PreferenceSummary]:
 class Job:
     """The prompts without a response, and the file of responses.
 
-    All prompts are read at once, before a model is loaded, so that bad rows are found first.
+    All prompts are read before a model is loaded, so that bad rows are reported early.
 
     Args:
         lines: The file of responses.
@@ -184,7 +184,7 @@ class Job:
             summary = self._summaries.get(line.user_id)
             if summary is None:
                 raise InputError(
-                    f"there is no summary of user {line.user_id!r}",
+                    f"no summary of user {line.user_id!r}",
                     file=self._prompts,
                     line=number,
                     field="user_id",
@@ -232,7 +232,7 @@ def answer_all(
         job = Job(lines, prompts, summaries, skip_bad_rows=skip_bad_rows)
         check_settings(out, settings)
         if job.pending:
-            with telling(f"finished responses are kept in {out}, and the same command resumes the run"):
+            with explaining_errors(f"finished responses are kept in {out}, and the same command resumes the run"):
                 _run(job, out, settings, options, max_concurrency)
     print_records([job.report()], json_flag=json)
     if job.truncated:
@@ -258,9 +258,9 @@ async def _write(
         settings = {**settings, "template_hash": template_hash}
         check_settings(out, settings)
         keep_settings(out, settings)
-        questions = affordable(job.pending_questions(), ledger)
-        with accounted(ledger), progress("responses", job.pending, "prompts") as shown:
-            async with held(personalizer.respond_many(questions, max_concurrency=max_concurrency)) as outcomes:
+        questions = within_budget(job.pending_questions(), ledger)
+        with reporting_cost(ledger), progress("responses", job.pending, "prompts") as shown:
+            async with closing(personalizer.respond_many(questions, max_concurrency=max_concurrency)) as outcomes:
                 async for question, outcome in outcomes:
                     if isinstance(outcome, Response):
                         job.keep(question, outcome, template_hash)

@@ -1,4 +1,4 @@
-"""What the commands that work through a file have in common: settings that must not change, costs, interruptions."""
+"""Parts of the commands that process a file: settings that must not change, costs, interruptions."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def load_backend(model: str, role: str) -> tuple[Backend, Ledger]:
 
 
 def identity(model: str) -> str:
-    """The model as it is recorded in settings and provenance: a path is made absolute."""
+    """The model as recorded in settings and provenance: a path is made absolute."""
     from popi.models import shipped
 
     return str(Path(model).resolve()) if model not in shipped() and Path(model).exists() else model
@@ -83,7 +83,7 @@ def _settings_file(out: Path) -> Path:
 
 
 def _as_read(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings as they are read back from the file."""
+    """The settings as read back from the file."""
     read: dict[str, Any] = json.loads(json.dumps(settings, default=str))
     return read
 
@@ -98,8 +98,8 @@ def _read_settings(path: Path) -> dict[str, Any]:
 
 
 @contextmanager
-def accounted(ledger: Ledger, model: str = "") -> Iterator[None]:
-    """Prints what the requests inside the block have cost, however it ends.
+def reporting_cost(ledger: Ledger, model: str = "") -> Iterator[None]:
+    """Prints the cost of the requests inside the block, also if it fails.
 
     Args:
         ledger: The accounts.
@@ -122,13 +122,13 @@ def accounted(ledger: Ledger, model: str = "") -> Iterator[None]:
         raise PopiError(f"the next request might exceed the budget of {ledger.cap:g}, which is for one command")
 
 
-def affordable(items: Iterable[Item], ledger: Ledger) -> Iterator[Item]:
+def within_budget(items: Iterable[Item], ledger: Ledger) -> Iterator[Item]:
     """The items, until the budget has refused a request."""
     return takewhile(lambda _: not ledger.refused, items)
 
 
 @contextmanager
-def telling(kept: str) -> Iterator[None]:
+def explaining_errors(kept: str) -> Iterator[None]:
     """Adds a sentence about kept results to the message of an interruption or a failure."""
     try:
         yield

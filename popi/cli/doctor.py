@@ -1,4 +1,4 @@
-"""``popi doctor``: what is here, what is missing, and the command that mends it."""
+"""``popi doctor``: installed packages, problems, and the commands that fix them."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ from popi.cli.output import JsonFlag, print_records
 from popi.errors import PopiError
 
 CPU_FEATURES = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "bf16")
-"""What decides how fast a model runs on a CPU: bfloat16 pays where ``avx512_bf16``, ``amx_bf16`` or ``bf16`` is."""
+"""CPU features that affect the speed of a model. Computing in bfloat16 is fast with ``avx512_bf16``, ``amx_bf16`` or
+``bf16``."""
 
 FOR_DEVELOPERS = ("dev",)
-"""Extras whose absence is no lack."""
+"""Extras that are not checked."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,21 +28,21 @@ class Finding:
     """One line of the report.
 
     Attributes:
-        part: What was looked at.
-        found: What is there.
-        state: ``ok``, or what is wrong with it.
-        mend: The command that mends it, or nothing.
+        part: The part that was checked.
+        found: The installed version or device.
+        state: ``ok``, or the problem.
+        fix: The command that fixes the problem, or empty.
     """
 
     part: str
     found: str
     state: str = "ok"
-    mend: str = ""
+    fix: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class Requirement:
-    """A distribution that popi needs: its name, the versions that were tested, the extra that asks for it."""
+    """A distribution that popi needs: its name, the tested versions, and the extra that requires it."""
 
     name: str
     versions: str
@@ -49,7 +50,7 @@ class Requirement:
 
 
 def doctor(json: JsonFlag = False) -> None:
-    """Say what is installed and on what it runs, what is missing, and the command that mends it."""
+    """Report installed packages and hardware, problems, and the commands that fix them."""
     needed = _requirements()
     base = _check_group("base", needed.get("", []), "pip install popi")
     extras = (
@@ -61,11 +62,11 @@ def doctor(json: JsonFlag = False) -> None:
     findings = [_popi(), *packages, _device(), _cpu(), _compiler(), _models()]
     print_records(map(asdict, findings), json_flag=json, title="popi doctor")
     if base.state != "ok":
-        raise PopiError(f"popi itself is broken: {base.state}; mend it with: {base.mend}")
+        raise PopiError(f"the base installation is incomplete: {base.state}; fix it with: {base.fix}")
 
 
 def _requirements() -> Mapping[str, list[Requirement]]:
-    """What popi needs, by extra, as its distribution declares it; the base has no name."""
+    """The requirements that popi's distribution declares, by extra; ``""`` is the base installation."""
     from importlib import metadata
 
     try:
@@ -113,7 +114,7 @@ def _release(version: str) -> tuple[int, ...]:
     return tuple(release)
 
 
-def _check_group(part: str, group: list[Requirement], mend: str) -> Finding:
+def _check_group(part: str, group: list[Requirement], fix: str) -> Finding:
     from importlib import metadata
 
     found, wrong = [], []
@@ -125,8 +126,8 @@ def _check_group(part: str, group: list[Requirement], mend: str) -> Finding:
             continue
         found.append(f"{requirement.name} {version}")
         if not is_within(version, requirement.versions):
-            wrong.append(f"{requirement.name} {version} is outside {requirement.versions}, which was tested")
-    return Finding(part, ", ".join(found), ", ".join(wrong) or "ok", mend if wrong else "")
+            wrong.append(f"{requirement.name} {version} is outside the tested range {requirement.versions}")
+    return Finding(part, ", ".join(found), ", ".join(wrong) or "ok", fix if wrong else "")
 
 
 def _popi() -> Finding:
@@ -144,13 +145,13 @@ def _popi() -> Finding:
 
 
 def _device() -> Finding:
-    mend = "pip install 'popi[local]'"
+    fix = "pip install 'popi[local]'"
     if find_spec("torch") is None:
-        return Finding("device", "", "torch is missing, so no model runs in this process", mend)
+        return Finding("device", "", "torch is missing, so no model runs in this process", fix)
     try:
         import torch
     except (ImportError, OSError, RuntimeError) as error:
-        return Finding("device", "", f"torch cannot be imported: {error}", f"{mend} --force-reinstall")
+        return Finding("device", "", f"torch cannot be imported: {error}", f"{fix} --force-reinstall")
     if torch.cuda.is_available():
         return Finding("device", f"cuda, {torch.cuda.get_device_name()}")
     return Finding("device", f"cpu, {torch.get_num_threads()} threads")
@@ -175,8 +176,8 @@ def _compiler() -> Finding:
     names = [os.environ.get("CXX", ""), "c++", "g++", "clang++"]
     found = next((path for path in map(shutil.which, filter(None, names)) if path), None)
     if found is None:
-        mend = "xcode-select --install" if sys.platform == "darwin" else "apt-get install g++"
-        return Finding("C++ compiler", "", "missing: DeepSpeed builds its operators with one", mend)
+        fix = "xcode-select --install" if sys.platform == "darwin" else "apt-get install g++"
+        return Finding("C++ compiler", "", "missing: DeepSpeed builds its operators with one", fix)
     return Finding("C++ compiler", found)
 
 

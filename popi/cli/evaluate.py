@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from popi.io import BadRows
 
 JUDGED = 200
-"""Number of users per sample whose responses are judged. Writing a response costs far more than scoring one."""
+"""Number of users per sample whose responses are judged. Writing a response costs much more than scoring one."""
 
 WORLD_USERS = 1000
 """Default number of users per sample of a world."""
@@ -71,7 +71,7 @@ def evaluate(
     from popi.registry import load
 
     load("numpy")  # not in the base installation: the error names the extra
-    from popi.cli.batches import identity, telling
+    from popi.cli.batches import explaining_errors, identity
     from popi.evaluation import rows as table
     from popi.evaluation.folder import Folder
     from popi.io import BadRows
@@ -89,7 +89,7 @@ def evaluate(
     folder = Folder(out)
     config = folder.open(run_config(source, samples, chosen, columns, writer, made_from))
     start = time.monotonic()
-    with telling(f"measurements are kept in {out}, and the same command resumes the run"):
+    with explaining_errors(f"measurements are kept in {out}, and the same command resumes the run"):
         try:
             results = asyncio.run(_measure(samples, chosen, columns, writer, made_from, folder, config))
         finally:
@@ -124,14 +124,14 @@ def show(results: Results, *, as_json: bool) -> None:
 
 @asynccontextmanager
 async def opened(models: Iterable[str]) -> AsyncIterator[dict[str, Backend]]:
-    """Opens the backends of models, each once. At the end it closes them and prints what they cost."""
-    from popi.cli.batches import accounted, load_backend
+    """Opens the backends of models, each once. At the end it closes them and prints their cost."""
+    from popi.cli.batches import load_backend, reporting_cost
 
     async with AsyncExitStack() as stack:
         found = {}
         for name in dict.fromkeys(models):
             backend, ledger = load_backend(name, "evaluation")
-            stack.enter_context(accounted(ledger, name))
+            stack.enter_context(reporting_cost(ledger, name))
             found[name] = await stack.enter_async_context(backend)
         yield found
 
@@ -220,13 +220,13 @@ def run_config(
 
 
 def _fingerprint(model: str) -> str | None:
-    """The fingerprint of a model's files; for a backend file, of what its responses depend on."""
-    from popi.assembly import FILES, answers_rest_on
+    """The fingerprint of a model's files; for a backend file, of everything in it that affects responses."""
+    from popi.assembly import FILES, response_fingerprint
     from popi.models import fingerprint
 
     if not model.endswith(FILES):
         return fingerprint(model)
-    what, models = answers_rest_on(Path(model))
+    what, models = response_fingerprint(Path(model))
     parts = [what, *map(fingerprint, models)]
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 

@@ -26,7 +26,7 @@ def generate(
     stream: Annotated[bool, typer.Option("--stream", help="Print the response while it is generated.")] = False,
     prompts: Annotated[Path | None, typer.Option(help='Many prompts: JSON lines of {"user_id", "prompt"}.')] = None,
     out: Annotated[Path | None, typer.Option(help="JSON lines: the responses to PROMPTS.")] = None,
-    generation: Annotated[str, typer.Option(help="What responds: prompted, or module:Class.")] = "prompted",
+    generation: Annotated[str, typer.Option(help="The generator class: prompted, or module:Class.")] = "prompted",
     max_tokens: Annotated[
         int | None, typer.Option(min=1, help="Maximum number of tokens of a response [default: 256].")
     ] = None,
@@ -45,8 +45,8 @@ def generate(
 ) -> None:
     """Respond to a prompt, or to many with --prompts and --out, under summaries or without.
 
-    Many: each response is written as soon as it is finished, and the same command resumes an interrupted run. The
-    settings are recorded in a file next to OUT, .meta.json; an OUT that was made with other settings is refused.
+    With --prompts, each response is written as soon as it is finished, and the same command resumes an interrupted run.
+    The settings are recorded in a file next to OUT, .meta.json; an OUT that was made with other settings is refused.
     """
     for name, text in {"--prompt": prompt, "--summary": summary, "--user": user}.items():
         if text is not None and not is_utf8(text):
@@ -75,11 +75,11 @@ def generate(
             prompt, _choose_summary(summary, summaries, user), model, generation, options, stream=stream, json=json
         )
     else:
-        raise ConfigError("there is no prompt", fix="give --prompt TEXT, or --prompts FILE and --out FILE")
+        raise ConfigError("no prompt given", fix="give --prompt TEXT, or --prompts FILE and --out FILE")
 
 
 def is_utf8(text: str) -> bool:
-    """Whether an argument of the command line was UTF-8: other bytes arrive as lone surrogates."""
+    """Whether an argument of the command line was UTF-8. Other bytes arrive as lone surrogates."""
     return not any("\ud800" <= char <= "\udfff" for char in text)
 
 
@@ -112,7 +112,7 @@ def _choose_summary(text: str | None, path: Path | None, user: str | None) -> Pr
         raise ConfigError("--summary cannot be combined with --summaries", fix="remove one of them")
     known, user_id = load_summaries(path), as_user_id(user)
     if user_id not in known:
-        raise InputError(f"there is no summary of user {user_id!r}", file=path, fix=did_you_mean(user_id, known))
+        raise InputError(f"no summary of user {user_id!r}", file=path, fix=did_you_mean(user_id, known))
     return known[user_id]
 
 
@@ -128,13 +128,13 @@ def _respond(
 ) -> None:
     import asyncio
 
-    from popi.cli.batches import accounted, identity
+    from popi.cli.batches import identity, reporting_cost
     from popi.personalizer import Personalizer
     from popi.response import incompleteness
 
     personalizer = Personalizer.load(identity(model), inference=None, generation=generation, generator_options=options)
     [ledger] = personalizer.ledgers
-    with accounted(ledger):
+    with reporting_cost(ledger):
         respond = _stream(personalizer, prompt, summary, json=json) if stream else _whole(personalizer, prompt, summary)
         response = asyncio.run(respond)
     if json or (wants_json(json) and not stream):

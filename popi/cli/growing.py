@@ -19,8 +19,8 @@ class GrowingFile:
 
     Entering locks the file and removes the incomplete line that a killed process may have left at its end. Each new
     line is on the disk when the call returns. Replacements of earlier lines are written to a file next to it, and take
-    their places at the end, or when the file is entered again after the process was killed. If there are no lines, no
-    file is left.
+    their places at the end, or when the file is entered again after the process was killed. Without any line, the file
+    is removed.
 
     Args:
         path: The file. It is created with the first line. The lock is next to it.
@@ -76,7 +76,7 @@ class GrowingFile:
         self._append(self.path, lines)
 
     def replace(self, number: int, line: str) -> None:
-        """Replaces a line, unless somebody else changes it before the end.
+        """Replaces a line, unless another program changes it before the end.
 
         Args:
             number: Number of the line, starting at 1.
@@ -142,7 +142,7 @@ class GrowingFile:
 
 
 def _changes_in(file: IO[bytes]) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The changes and where they begin, without an incomplete one at the end."""
+    """The changes and where they start, without an incomplete one at the end."""
     place = 0
     for line in file:
         if line.endswith(b"\n"):
@@ -151,7 +151,7 @@ def _changes_in(file: IO[bytes]) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def _changed(line: bytes, changes: IO[bytes], place: int) -> bytes:
-    """The new line; the old one if somebody changed it after it was read."""
+    """The new line; the old one if another program changed it after it was read."""
     changes.seek(place)
     change = json.loads(changes.readline())
     new: bytes = change["line"].encode()

@@ -85,7 +85,7 @@ def note(text: str) -> None:
 
 
 def _note(text: str) -> str:
-    """A text as a note. What the library calls ``max_tokens`` is an option here."""
+    """Formats a note. The library's argument ``max_tokens`` becomes the name of the option."""
     return f"popi: {one_line(text).replace('raise max_tokens', 'raise --max-tokens')}"
 
 
@@ -115,7 +115,7 @@ def telling_log(level: int = logging.INFO) -> Iterator[None]:
 
 
 class Progress(Protocol):
-    """Shows how far the work is."""
+    """Shows progress."""
 
     def advance(self, count: int = 1, figures: str = "") -> None:
         """Counts items as done. ``figures`` are shown next to the count until they are replaced."""
@@ -126,10 +126,10 @@ class Progress(Protocol):
 
 @contextmanager
 def progress(label: str, total: int, unit: str = "") -> Iterator[Progress]:
-    """Shows how far the work is: a bar if standard error is a terminal, else lines of text.
+    """Shows progress: a bar if standard error is a terminal, else lines of text.
 
     Args:
-        label: What is counted, for example ``summaries``.
+        label: Name of the work, for example ``summaries``.
         total: Number of items.
         unit: Name of the items, for example ``users``. If it is given, the number of items per minute is shown.
     """
@@ -140,7 +140,7 @@ def progress(label: str, total: int, unit: str = "") -> Iterator[Progress]:
 
 
 class _Speed:
-    """The speed so far, and how long the rest will take. Before the first item is done there is nothing to say."""
+    """The speed so far, and the remaining time. Both are empty before the first item is done."""
 
     def __init__(self, total: int, unit: str) -> None:
         self.done, self._total, self._unit, self._start = 0, total, unit, time.monotonic()
@@ -167,7 +167,7 @@ def _duration(seconds: float) -> str:
 @contextmanager
 def _lines(label: str, total: int, speed: _Speed) -> Iterator[Progress]:
     lines = _Lines(label, total, speed)
-    # Also while nothing is finished.
+    # Print lines even if no item is finished.
     thread = threading.Thread(target=lines.repeat, name="popi-progress", daemon=True)
     thread.start()
     try:
@@ -195,7 +195,7 @@ class _Lines:
         note(text)
 
     def repeat(self) -> None:
-        """Prints a line whenever there has been none for a while, until the end."""
+        """Prints a line after every period of silence, until the end."""
         while not self.ended.wait(max(SECONDS_OF_SILENCE - (self._speed.seconds() - self._printed), 0.01)):
             if self._speed.seconds() - self._printed >= SECONDS_OF_SILENCE:
                 self.print()

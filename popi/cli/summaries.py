@@ -7,8 +7,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from popi.backends.together import held
-from popi.cli.batches import accounted, affordable, check_settings, keep_settings
+from popi.backends.together import closing
+from popi.cli.batches import check_settings, keep_settings, reporting_cost, within_budget
 from popi.cli.growing import GrowingFile
 from popi.cli.output import Progress, note, progress
 from popi.data.reading import read_users
@@ -56,7 +56,7 @@ class Done(NamedTuple):
 class Job:
     """The users who need a summary, and the file of summaries.
 
-    All signals are read at once, before a model is loaded, so that bad rows are found first.
+    All signals are read before a model is loaded, so that bad rows are reported early.
 
     Args:
         lines: The file of summaries.
@@ -177,12 +177,12 @@ async def _write(job: Job, personalizer: Personalizer, settings: Mapping[str, An
     assert inference is not None
     async with personalizer:
         if inference.kind != "summary":
-            raise ConfigError(f"the inference {settings['inference']!r} infers no summaries")
+            raise ConfigError(f"the inference {settings['inference']!r} does not infer summaries")
         template_hash = None if inference.format is None else inference.format.template_hash
         job.check({**settings, "template_hash": template_hash}, inference.name)
-        users = affordable(job.pending_users(), ledger)
-        with accounted(ledger), progress("summaries", job.pending, "users") as shown:
-            async with held(personalizer.summarize(users, max_concurrency=max_concurrency)) as outcomes:
+        users = within_budget(job.pending_users(), ledger)
+        with reporting_cost(ledger), progress("summaries", job.pending, "users") as shown:
+            async with closing(personalizer.summarize(users, max_concurrency=max_concurrency)) as outcomes:
                 async for user, outcome in outcomes:
                     if isinstance(outcome, PreferenceSummary):
                         job.keep(user.user_id, outcome)

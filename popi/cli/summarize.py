@@ -15,10 +15,12 @@ def summarize(
     signals: Annotated[Path, typer.Option(help="JSON lines: signals of users, or examples that contain them.")],
     model: Annotated[str, typer.Option(help="The model: a shipped name, path, hub id, or YAML file of a backend.")],
     out: Annotated[Path, typer.Option(help="JSON lines: the summaries, one per user.")],
-    inference: Annotated[str, typer.Option(help="What writes them: llm, raw, empty, or module:Class.")] = "llm",
+    inference: Annotated[str, typer.Option(help="The inference class: llm, raw, empty, or module:Class.")] = "llm",
     budget: Annotated[
         int | None,
-        typer.Option(min=1, help="Maximum tokens of a user's signals [default: what the model has room for]."),
+        typer.Option(
+            min=1, help="Maximum number of tokens of a user's signals [default: as many as fit the model's context]."
+        ),
     ] = None,
     max_tokens: Annotated[
         int | None, typer.Option(min=1, help="Maximum number of tokens of a summary [default: 256].")
@@ -46,7 +48,7 @@ def summarize(
     to OUT, .meta.json; an OUT that was made with other settings is refused.
     """
     from popi import registry
-    from popi.cli.batches import check_settings, identity, telling
+    from popi.cli.batches import check_settings, explaining_errors, identity
     from popi.cli.growing import GrowingFile
     from popi.cli.summaries import Job, write_summaries
     from popi.io import check_rereadable
@@ -74,7 +76,7 @@ def summarize(
         if job.edits_kept:
             note(f"{job.edits_kept} edited summaries are kept, although their signals have changed")
         if job.pending:
-            with telling(f"finished summaries are kept in {out}, and the same command resumes the run"):
+            with explaining_errors(f"finished summaries are kept in {out}, and the same command resumes the run"):
                 write_summaries(job, settings, given, max_concurrency)
     print_records([job.report()], json_flag=json)
     if job.failed:

@@ -93,7 +93,7 @@ def _replace(tree: Any, name: str, value: Any, file: Path) -> None:
         else:
             tree[last] = value
     except (KeyError, IndexError, ValueError, TypeError) as error:
-        raise ConfigError("cannot be overridden: there is no such field", file=file, field=name) from error
+        raise ConfigError("cannot be overridden: unknown field", file=file, field=name) from error
 
 
 def parse_overrides(words: Sequence[str]) -> dict[str, Any]:

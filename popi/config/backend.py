@@ -1,4 +1,4 @@
-"""A backend and its wrappers, as a file describes them."""
+"""The schema of backend files: a backend and its wrappers."""
 
 from __future__ import annotations
 
@@ -56,11 +56,23 @@ class _Run(Section):
 
 
 class SingleConfig(_Run, ModelConfig):
-    """One model."""
+    """One model.
+
+    Example:
+        >>> config = SingleConfig(backend="openai", model="gpt-4.1-mini", retry={"attempts": 5}, cache="results.sqlite")
+        >>> config.model, config.retry
+        ('gpt-4.1-mini', {'attempts': 5})
+    """
 
 
 class RoutesConfig(_Run):
-    """Several models, of which the first one that is available serves.
+    """Several models with failover.
+
+    Example:
+        >>> own = {"backend": "openai", "model": "my-model", "breaker": {"failures": 3}}
+        >>> api = {"backend": "openai", "model": "gpt-4.1-mini"}
+        >>> list(RoutesConfig.model_validate({"routes": {"own": own, "api": api}}).routes)
+        ['own', 'api']
 
     Attributes:
         routes: The models, by their names in results and logs. The cheapest is tried first if all have a price; else

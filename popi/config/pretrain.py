@@ -117,7 +117,7 @@ class PretrainRecipe(Section):
             if name == "tokenizer":
                 raise ValueError("a phase cannot be named 'tokenizer': the tokenizer is saved in a folder of this name")
             if names.count(name) > 1:
-                raise ValueError(f"two phases are named {name!r}; each needs a folder of its own")
+                raise ValueError(f"two phases are named {name!r}; each needs its own folder")
         return phases
 
     def cost(self) -> dict[str, int]:

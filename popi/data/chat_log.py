@@ -66,7 +66,7 @@ def convert_chat(path: Path, *, bad_rows: BadRows | None = None) -> Conversion:
 
     Args:
         path: One record per line, or a list of records.
-        bad_rows: Collects the bad records. Skipped ones are among what was dropped. By default they are an error.
+        bad_rows: Collects the bad records. Skipped ones are reported as dropped. By default they are an error.
 
     Raises:
         InputError: If the file is not such a log, or has bad records that are not to be skipped.

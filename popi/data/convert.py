@@ -1,4 +1,4 @@
-"""The result of converting files to examples: the examples, and what was dropped."""
+"""The result of converting files to examples: the examples and the dropped items."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from popi.io import read_json
 
 @dataclass(frozen=True, slots=True)
 class Dropped:
-    """Something that is in the files but not in the examples.
+    """An item of the files that is not in the examples.
 
     Attributes:
         reason: Why, in the same words for everything that was dropped for this reason.
@@ -42,7 +42,7 @@ class Dropped:
 
 @dataclass(frozen=True, slots=True)
 class Conversion:
-    """The examples and what was dropped."""
+    """The examples and the dropped items."""
 
     examples: tuple[PersonalizationExample, ...]
     dropped: tuple[Dropped, ...]
@@ -70,7 +70,7 @@ def read_records(path: Path, *, of: str) -> list[object]:
 
     Args:
         path: The file.
-        of: What the records are, for the error.
+        of: Description of the records, for the error.
 
     Raises:
         InputError: If it cannot be read or is not a list.
@@ -82,17 +82,17 @@ def read_records(path: Path, *, of: str) -> list[object]:
 
 
 def check_any(path: Path, found: Sized, dropped: Sequence[Dropped], *, what: str, fix: str) -> None:
-    """Checks that something is left after dropping.
+    """Checks that the conversion has a result.
 
     Args:
         path: The file or folder.
-        found: What is left.
-        dropped: What was dropped.
-        what: What is expected in the file, for the error.
-        fix: What to do if nothing is left.
+        found: The converted items.
+        dropped: The dropped items.
+        what: The expected content of the file, for the error.
+        fix: What to do if no items were converted.
 
     Raises:
-        InputError: If nothing is left. It names the first item that was dropped.
+        InputError: If no items were converted. It names the first item that was dropped.
     """
     if not found:
         first = f" (the first of {len(dropped)} dropped: {dropped[0].place}, {dropped[0].reason})" if dropped else ""

@@ -74,7 +74,7 @@ def convert_csv(path: Path, *, bad_rows: BadRows | None = None) -> Conversion:
 
     Args:
         path: The table, in UTF-8, with the names of the columns in the first row.
-        bad_rows: Collects the bad rows. Skipped ones are among what was dropped. By default they are an error.
+        bad_rows: Collects the bad rows. Skipped ones are reported as dropped. By default they are an error.
 
     Raises:
         InputError: If the file is not such a table, or has bad rows that are not to be skipped.
@@ -131,7 +131,7 @@ class _User:
                 file=path,
                 line=line,
                 field="id",
-                fix="give each signal an id of its own",
+                fix="give each signal a different id",
             )
         return [] if earlier == line else [Dropped("repeats an earlier row", path.name, line=line)]
 
@@ -186,7 +186,7 @@ def _rows(path: Path, text: str, delimiter: str) -> Iterator[tuple[int, list[str
 
 
 def _column(name: str) -> str:
-    """The name of a column as we write it; names of facts keep their case."""
+    """The normalized name of a column. Names of facts keep their case."""
     head, dot, fact = name.strip().partition(".")
     head = re.sub(r"[\s-]+", "_", head.casefold())
     return f"{head}{dot}{fact.strip()}"
@@ -239,10 +239,13 @@ def _infer_kind(record: dict[str, Any], path: Path, line: int) -> str:
             return kind
     cells = f"with filled cells in {', '.join(sorted(filled))}" if filled else "without filled cells"
     raise InputError(
-        f"a row {cells} is of no kind", file=path, line=line, fix=f"fill the cells of one kind: {', '.join(KINDS)}"
+        f"the kind of a row {cells} cannot be inferred",
+        file=path,
+        line=line,
+        fix=f"fill the cells of one kind: {', '.join(KINDS)}",
     )
 
 
 def _without_decimals(text: str) -> str:
-    """An id as it was before pandas made floating-point numbers of the column."""
+    """Restores an id from a column that pandas converted to floating-point numbers."""
     return re.sub(r"^(-?(?:0|[1-9]\d*))\.0$", r"\1", text)

@@ -71,7 +71,7 @@ def from_row(row: dict[str, Any], *, file: Path | None = None, line: int | None 
 
 
 def save(examples: Iterable[PersonalizationExample], folder: Path) -> None:
-    """Writes examples as a whole or not at all, in constant memory.
+    """Writes examples atomically, in constant memory.
 
     Raises:
         InputError: If ``folder`` exists, or there are no examples.

@@ -1,8 +1,7 @@
 """Domain-Specific Preference: queries with one response for each of four audiences (Linear95/DSP, arXiv 2309.03126).
 
-An audience is a user: for each of some queries they prefer the response that was written for them to one that was
-written for another audience. The data set also has generic responses. They are much shorter, which would make them easy
-to tell apart, so they are not used.
+An audience is a user: for each query they prefer the response written for them to a response written for another
+audience. The data set also has generic responses. They are not used, because their shorter length would give them away.
 """
 
 from __future__ import annotations
@@ -118,7 +117,7 @@ def convert_dsp(path: Path, *, signals_per_user: int = 4, tests_per_user: int = 
 
 
 def _read(path: Path) -> tuple[list[_Query], list[Dropped]]:
-    """The usable records, and what is not usable."""
+    """The usable records, and the dropped ones."""
     files, dropped = _find(path)
     queries: list[_Query] = []
     known: set[str] = set()

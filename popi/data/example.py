@@ -28,7 +28,13 @@ from popi.signals import (
 
 
 class HeldOutPair(FileRecord):
-    """A prompt that is not in the signals, with the response that the user prefers and one that they do not."""
+    """A prompt that is not in the signals, with a response that the user prefers and one that the user rejects.
+
+    Example:
+        >>> pair = HeldOutPair(prompt="How do magnets work?", chosen="Poles attract.", rejected="Well, let me explain.")
+        >>> pair.chosen
+        'Poles attract.'
+    """
 
     prompt: Text
     chosen: Text
@@ -42,15 +48,23 @@ class HeldOutPair(FileRecord):
 
 
 class PersonalizationExample(FileRecord):
-    """One user: the signals that a writer may read, and the pairs that measure whether they were understood.
+    """One user: the signals that a writer may read, and the held-out pairs for evaluation.
+
+    Example:
+        >>> from popi.signals import Statement
+        >>> user = UserSignals(user_id="ann", signals=(Statement(text="I like short answers."),))
+        >>> pair = HeldOutPair(prompt="How do magnets work?", chosen="Poles attract.", rejected="Well, let me explain.")
+        >>> example = PersonalizationExample(user=user, tests=(pair,))
+        >>> example.user.user_id, len(example.tests)
+        ('ann', 1)
 
     Attributes:
         user: The signals. A writer sees nothing else.
-        tests: Held-out pairs. See :func:`find_unusable` for what makes one unusable.
+        tests: Held-out pairs. See :func:`find_unusable` for the requirements.
         oracles: Summaries that no writer could know, by name: ``truth`` (the true preferences) and ``evidence`` (the
             best summary given only the signals). Present only where the truth is known.
-        facts: What else is known about the user. It is for judges, and never shown to a writer or a generator. Users
-            with the same ``cluster`` are not independent of each other.
+        facts: Other facts about the user, for judges. They are never shown to a writer or a generator. Users with the
+            same ``cluster`` are not independent of each other.
     """
 
     user: UserSignals
@@ -60,7 +74,7 @@ class PersonalizationExample(FileRecord):
 
     @property
     def cluster(self) -> str:
-        """What is resampled as a whole when a confidence interval is computed."""
+        """The unit of resampling for confidence intervals."""
         cluster = self.facts.get("cluster")
         return self.user.user_id if cluster is None else str(number_as_text(cluster))
 
@@ -75,7 +89,7 @@ class PersonalizationExample(FileRecord):
 
 
 def find_unusable(user: UserSignals, tests: Sequence[HeldOutPair]) -> dict[int, str]:
-    """Finds held-out pairs that measure nothing.
+    """Finds held-out pairs that cannot be used.
 
     A pair is unusable if a signal contains its prompt together with one of its responses, because a generator that sees
     the signals can then look up the answer, or if an earlier pair has the same prompt and the same two responses, in

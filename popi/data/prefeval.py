@@ -1,8 +1,9 @@
 """PrefEval: a preference in one of three forms, and a question for which it matters (amazon-science/PrefEval).
 
 Each item becomes one user per form: the preference is stated, shown by a choice among options that an assistant gave,
-or mentioned in a dialogue. The held-out pair is the item's question, with the option that follows the preference and
-one of those that violate it. The true preference is known, so that the faithfulness of a summary can be checked.
+or mentioned in a dialogue. The held-out pair is the item's question with two options: the one that follows the
+preference, and a random one that violates it. The true preference is known, so that the faithfulness of a summary can
+be checked.
 
 The held-out pair of an item is the same in every form, so its users are not independent: they have the same
 ``cluster``, and confidence intervals resample clusters.

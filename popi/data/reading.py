@@ -21,7 +21,7 @@ def read_examples(path: Path, *, bad_rows: BadRows | None = None) -> Iterator[Pe
     Args:
         path: JSON lines, where a line with bare signals is an example without held-out pairs; or the folder of a
             ``datasets.Dataset`` that popi wrote.
-        bad_rows: Collects the bad rows. Rows are skipped if it says so; by default they are an error.
+        bad_rows: Collects the bad rows. They are skipped if its ``skip`` is true; by default they are an error.
 
     Raises:
         InputError: If the file cannot be read, or it has bad rows that are not to be skipped. A row is also bad if its
@@ -33,7 +33,7 @@ def read_examples(path: Path, *, bad_rows: BadRows | None = None) -> Iterator[Pe
 
 
 def read_users(path: Path, *, bad_rows: BadRows | None = None) -> Iterator[UserSignals]:
-    """Reads the signals of users, whatever their held-out pairs are. Otherwise the same as :func:`read_examples`."""
+    """Reads the signals of users without checking held-out pairs. Otherwise the same as :func:`read_examples`."""
     return (example.user for example in _read(path, bad_rows or BadRows(), held_out=False))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence, Set
 
-# What a tokenizer decodes bytes to that are not, or not yet, a character.
+# The character that a tokenizer returns for bytes that are not, or not yet, a character.
 INCOMPLETE = "\ufffd"
 
 
@@ -22,7 +22,7 @@ class Answer:
         stop: Strings that end the response. They are not part of it.
         emit: Called with each piece of text as soon as it is final.
         visible: Returns the visible part of the text so far, in which stop strings are searched. The second argument is
-            true for the whole text. What is visible stays visible when the text grows.
+            true for the whole text. Visible text must stay visible when the text grows.
 
     Attributes:
         watches: Whether :meth:`watch` has anything to do.

@@ -18,7 +18,7 @@ def group_heads(model: PreTrainedModel) -> None:
 
     With a mask, transformers repeats the whole cache for each query head in every layer and step. Here the query heads
     that share a key head become further queries of that head: the same numbers from a fraction of the memory traffic.
-    Models without grouped queries, or with another attention implementation, are left as they are.
+    Models without grouped queries, or with another attention implementation, are not changed.
     """
     config = model.config.get_text_config()
     heads = getattr(config, "num_attention_heads", None)

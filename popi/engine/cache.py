@@ -1,4 +1,4 @@
-"""What a model's cache allows: layouts of a batch, and prefixes that are computed once."""
+"""Layouts of a batch that a model's cache supports, and prefixes that are computed once."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def fixed_length(model: PreTrainedModel) -> int | None:
     """Number of tokens up to which positions are encoded in the same way in a sequence of any length.
 
     In a longer one the encoding of all positions depends on the length of the longest sequence of the batch (longrope,
-    dynamic NTK), so it has to be computed alone. ``None`` means that there is no such limit.
+    dynamic NTK), so it is computed separately. ``None`` means no limit.
     """
     # transformers resets dynamic NTK only in a sequence that is shorter than the limit.
     return min((limit - (kind == "dynamic") for kind, limit in _length_dependent(model)), default=None)
@@ -135,7 +135,7 @@ class Prefixes:
         Args:
             tokens_R_T: Token ids, ``[R, T]``.
             seen_R_T_T: Which of these tokens each of them sees, ``[R, T, T]``.
-            depths_R_T: Position of each behind its prefix, from 0, ``[R, T]``.
+            depths_R_T: Position of each token after its prefix, from 0, ``[R, T]``.
         """
         rows, new = tokens_R_T.shape
         seen_R_T_W = self._within_R_W[:, None].expand(rows, new, -1)
@@ -156,8 +156,8 @@ class Prefixes:
 def head_at(model: PreTrainedModel, rows_N: Tensor, columns_N: Tensor) -> Iterator[None]:
     """Makes the model compute logits at these positions only, ``[1, N, V]``, inside the block.
 
-    The hidden states are selected before the head, inside the model's own forward pass. What a family does to its
-    logits afterwards (scales, soft caps) still happens.
+    The hidden states are selected before the head, inside the model's own forward pass. Later operations on the logits
+    (scales, soft caps) still apply.
     """
 
     def select(module: torch.nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

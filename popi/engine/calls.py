@@ -38,7 +38,7 @@ class Call(Generic[Request, Result]):
 
     @property
     def over(self) -> bool:
-        """Whether nobody waits for what is left of it."""
+        """Whether no caller waits for its remaining results."""
         return self._error is not None or self.future.cancelled()
 
     def put(self, place: int, result: Result) -> None:
@@ -47,7 +47,7 @@ class Call(Generic[Request, Result]):
         self.end_if_complete()
 
     def end_if_complete(self) -> None:
-        """Ends the call if all results are there."""
+        """Ends the call if all results have arrived."""
         if len(self._results) == len(self.requests):
             self._on_end(self)
 
@@ -67,8 +67,8 @@ class Call(Generic[Request, Result]):
         self._on_end(self)
 
     def deliver(self) -> None:
-        """Gives the results or the error to the caller, unless it has cancelled the call."""
-        # It may do so at any time, and then the future does not take them.
+        """Passes the results or the error to the caller, unless the caller has cancelled the call."""
+        # The caller may cancel at any time, and a cancelled future raises.
         with suppress(InvalidStateError):
             if self._error is not None:
                 self.future.set_exception(self._error)
@@ -92,15 +92,15 @@ class Scorer:
 
     @property
     def busy(self) -> bool:
-        """Whether there is anything to score."""
+        """Whether any item is waiting."""
         return bool(self._waiting or self._passes)
 
     def add(self, call: Call[Scored, float]) -> None:
-        """Adds a call behind those that are waiting."""
+        """Appends a call to the queue."""
         self._waiting.append(call)
 
     def step(self) -> None:
-        """Runs one pass. What has arrived during the passes before is packed when they are done."""
+        """Runs one pass. Calls that arrived during earlier passes are packed after these."""
         if not self._passes:
             calls, self._waiting = self._waiting, []
             self._owners = [(call, place) for call in calls if not call.over for place in range(len(call.requests))]

@@ -22,8 +22,8 @@ from popi.reasoning import MARKERS
 log = logging.getLogger(__name__)
 
 # Some templates write today's date into every conversation, so that equal requests would differ from day to day: the
-# date is fixed to the one that Llama's templates use by default. Others open a reasoning block unless they are told not
-# to.
+# date is fixed to the one that Llama's templates use by default. Others open a reasoning block unless an argument
+# disables it.
 PINNED_DATE = date(2024, 7, 26)
 TEMPLATE_ARGUMENTS: dict[str, Any] = {
     "date_string": PINNED_DATE.strftime("%d %b %Y"),
@@ -80,8 +80,8 @@ class ChatTokens:
             reasoning.
 
     Raises:
-        ModelError: If the tokenizer has no chat template, or one that cannot render a question and a response, or that
-            leaves out the question.
+        ModelError: If the tokenizer has no chat template, or if its template cannot render a question and a response or
+            omits the question.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
@@ -115,15 +115,15 @@ class ChatTokens:
 
         Args:
             conversations: Conversations that end with a message of the user.
-            answered: Whether a given response follows, see :meth:`encode_responses`, which has no reasoning in front of
-                it. It matters only if the generation prompt opens a reasoning block.
+            answered: Whether a given response without reasoning follows, see :meth:`encode_responses`. It matters only
+                if the generation prompt opens a reasoning block.
         """
         texts: dict[tuple[Message, ...], str] = {}
         refused: dict[tuple[Message, ...], Rendered] = {}
         for conversation in dict.fromkeys(tuple(conversation) for conversation in conversations):
             try:
                 texts[conversation] = self._prompt(conversation, answered=answered)
-            # A template is a program, and raises what it likes.
+            # A template is a program and can raise any exception.
             except Exception as error:
                 refused[conversation] = Rendered(
                     [], f"the chat template rejects the conversation: {one_line(str(error))}"
@@ -135,11 +135,11 @@ class ChatTokens:
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """The token ids of plain texts, without special tokens."""
-        return self._encode([self._harmless(text) for text in texts])
+        return self._encode([self._escaped(text) for text in texts])
 
     def encode_responses(self, texts: Sequence[str]) -> list[list[int]]:
         """The token ids of finished responses, with the end of the turn, as they follow a rendered conversation."""
-        encoded = self._encode([self._lead + self._harmless(text) for text in texts])
+        encoded = self._encode([self._lead + self._escaped(text) for text in texts])
         return [[*tokens, *self.end_of_turn] for tokens in encoded]
 
     def decode(self, tokens: Sequence[int]) -> str:
@@ -154,7 +154,7 @@ class ChatTokens:
 
     def _decode(self, tokens: Sequence[int]) -> str:
         with self._lock:
-            # Cleaning up spaces would change words that a stream has already shown.
+            # Cleaning up spaces would change text that a stream has already emitted.
             text = self._tokenizer.decode(list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return str(text)
 
@@ -176,7 +176,7 @@ class ChatTokens:
 
     def _apply_template(self, conversation: Sequence[Message], add_generation_prompt: bool) -> str:
         messages: list[dict[str, Any]] = [
-            {"role": message.role, "content": self._harmless(message.content)} for message in conversation
+            {"role": message.role, "content": self._escaped(message.content)} for message in conversation
         ]
         with self._lock:
             return str(
@@ -185,7 +185,7 @@ class ChatTokens:
                 )
             )
 
-    def _harmless(self, text: str) -> str:
+    def _escaped(self, text: str) -> str:
         """Breaks the spelling of control tokens with a space, and replaces what UTF-8 cannot encode."""
         return self._control.sub(lambda found: f"{found[0][:1]} {found[0][1:]}", writable(text))
 
@@ -200,7 +200,9 @@ class ChatTokens:
         if turn.words != WORDS[0]:
             self._log(f"changes the response {WORDS[0]!r} to {turn.words!r}; responses are scored without the change")
         if not turn.agrees:
-            self._log("starts a finished turn unlike a generated one; responses are scored after the generation prompt")
+            self._log(
+                "starts finished and generated turns differently; responses are scored after the generation prompt"
+            )
         base = self._prompt(QUESTIONS[:1], answered=True)
         spaces = base[len(base.rstrip(" ")) :]
         [whole] = self._encode([base + turn.words + turn.after])
@@ -210,7 +212,9 @@ class ChatTokens:
             if whole[: len(frame) + len(words)] == [*frame, *words]:
                 self._trims, self._lead = trims, lead
                 return whole[len(frame) + len(words) :]
-        self._log("joins a response with the text around it to other tokens; responses are scored by their own tokens")
+        self._log(
+            "merges a response and the text around it into common tokens; responses are scored by their own tokens"
+        )
         return self._encode([turn.after])[0]
 
     def _check_end(self, after: list[int]) -> tuple[int, ...]:

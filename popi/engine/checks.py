@@ -1,4 +1,4 @@
-"""Checks of a loaded model: in which layout batches have the results of single sequences, and what ends responses."""
+"""Checks of a loaded model: the layouts in which batches have the results of single sequences, and the end tokens."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ CHECKS: dict[Layout, tuple[str, str]] = {
     "padded": ("left padding", "requests run one at a time instead"),
     "single": ("the cache", "requests run one at a time without a cache instead"),
 }
-"""What each layout relies on, and what is done instead if its check fails, in the order of the attempts."""
+"""The requirement of each layout, and the fallback if its check fails, in the order of the attempts."""
 
 TOLERANCE = 1e-3
 """Maximum difference of a score in float32, in nats."""
@@ -37,7 +37,7 @@ ROUNDING_STEPS = 32
 16 epsilon, and the tolerance is two such steps."""
 
 ATTEMPTS = 3
-"""Attempts in half precision, each with other tokens: rounding can send a token to another expert now and then."""
+"""Attempts in half precision, each with other tokens: rounding can occasionally route a token to another expert."""
 
 LENGTH = 40
 """Usual length of a probe: long enough that its start is copied from another row."""
@@ -49,7 +49,7 @@ BEYOND = 6
 """Number of tokens by which a probe exceeds a window."""
 
 SHORTEST, LONGEST = 12, 1100
-"""Bounds of the length of a probe, whatever it costs."""
+"""Minimum and maximum length of a probe, regardless of its cost."""
 
 BUDGET = {"cpu": 2e11, "cuda": 2e14}
 """Maximum number of floating-point operations of the longest probes, by device type: a few seconds of one core."""
@@ -65,7 +65,7 @@ garden behind the main hall. (Tickets cost 12.50 euros, or less for groups of fi
 
 @dataclass(frozen=True, slots=True)
 class Abilities:
-    """What a loaded model can be trusted with.
+    """The verified properties of a loaded model.
 
     Attributes:
         layout: The fastest layout of a batch that has the results of single sequences without a cache.
@@ -79,10 +79,10 @@ class Abilities:
 def verify(model: PreTrainedModel, tokens: ChatTokens, name: str) -> Abilities:
     """Checks a model: decoding and scoring of a batch are compared with single sequences without a cache.
 
-    The batch has branches behind a shared prefix, prompts that start with the same tokens, and prompts of several
-    lengths. If attention has a window, one prompt is longer, unless that costs too much; a window that is neither
-    checked nor known to the cache prevents sharing. Sequences that are so long that their length changes the encoding
-    of all positions (longrope, dynamic NTK) never share a batch, see :func:`popi.engine.cache.fixed_length`.
+    The batch has branches after a shared prefix, prompts that start with the same tokens, and prompts of several
+    lengths. If attention has a window, one prompt is longer, unless that costs too much; a window that is not checked
+    and not known to the cache prevents sharing. Sequences that are so long that their length changes the encoding of
+    all positions (longrope, dynamic NTK) never share a batch, see :func:`popi.engine.cache.fixed_length`.
 
     A layout that fails, with another score or an exception, is replaced by a slower one, with one line in the log. The
     model and the random state are left unchanged.
@@ -118,7 +118,7 @@ def _end_tokens(model: PreTrainedModel, tokens: ChatTokens, name: str) -> frozen
 def _verified_layout(model: PreTrainedModel, tokens: ChatTokens, name: str) -> Layout:
     probes, layout = _Probes(model, tokens, name), layout_of(model)
     if layout != "shared":
-        log.info("%s: its cache does not allow to share prefixes", name)
+        log.info("%s: its cache does not support shared prefixes", name)
     elif window := probes.unchecked_window():
         log.warning("%s: a window of %d tokens is too long to check; %s", name, window, CHECKS["shared"][1])
         layout = "padded"
@@ -157,12 +157,12 @@ class _Probes:
             )
 
     def unchecked_window(self) -> int | None:
-        """Size of a window that no probe exceeds and that the cache does not know; ``None`` if there is none."""
+        """Size of a window that no probe exceeds and that the cache does not know; ``None`` without such a window."""
         by_layer = getattr(self._model.config.get_text_config(), "layer_types", None)
         return next((size for size in self._windows if size + BEYOND > self._longest and not by_layer), None)
 
     def problem(self, layout: Layout) -> str | None:
-        """What is wrong with the results in a layout; ``None`` if nothing is."""
+        """The problem with the results in a layout; ``None`` if they are correct."""
         half = self._epsilon > torch.finfo(torch.float32).eps
         tolerance = max(TOLERANCE, ROUNDING_STEPS * self._epsilon)
         differences: list[float] = []
@@ -172,9 +172,9 @@ class _Probes:
                 differences.append(self._difference(layout, prompts))
             except ModelError:
                 raise
-            # The code of a model raises what it likes when it is used in a way that it does not support.
+            # A model can raise any exception when it is used in an unsupported way.
             except Exception as error:
-                # If the logits are not finite in any layout, no layout is to blame.
+                # Logits that are not finite in any layout are not a problem of the layout.
                 finite = all(map(math.isfinite, self._plain_scores([Scored(p[:-1], p[-1:]) for p in prompts])))
                 return f"fails ({reason(error)})" if finite or not isinstance(error, ArithmeticError) else None
             if differences[-1] <= tolerance:
@@ -182,7 +182,7 @@ class _Probes:
         return f"changes scores by {min(differences):.2g} nats"
 
     def _prompts(self, seed: int) -> list[list[int]]:
-        """Two equal prompts, one that starts like them, a conversation, a repeated token, and longer ones."""
+        """Two equal prompts, one with the same start, a conversation, a repeated token, and longer prompts."""
         source = random.Random(seed)
         switches = [size + BEYOND for size in (*self._windows, self._fixed or 0) if size]
         longer = [length for length in switches if length <= self._longest]
@@ -219,7 +219,7 @@ class _Probes:
 
 
 def _distance(value: float, expected: float) -> float:
-    """Difference of two scores; 0 if the expected one is not finite, which is nothing to compare with."""
+    """Difference of two scores; 0 if the expected one is not finite, so that it cannot be compared."""
     if not math.isfinite(expected):
         return 0.0
     return abs(value - expected) if math.isfinite(value) else math.inf

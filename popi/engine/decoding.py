@@ -44,8 +44,8 @@ class Completion:
 
     Attributes:
         token_ids: The new tokens, including the end token.
-        logprobs: Log-probability of each token in nats, under the distribution at the temperature of the draft, before
-            it is cut to its nucleus; at temperature 1 if the draft is greedy. Empty if they were not asked for.
+        logprobs: Log-probability of each token in nats, under the distribution at the temperature of the draft, without
+            the nucleus threshold; at temperature 1 if the draft is greedy. Empty if not requested.
         finish_reason: ``stop`` after an end token or if the draft's ``watch`` ended it, ``length`` at its limit.
     """
 
@@ -62,7 +62,7 @@ class Slots(Protocol):
     """The drafts that are running, in a layout of the model's cache."""
 
     def plan(self, candidates: Iterable[tuple[list[int], int]]) -> int:
-        """Adds as many of these prompts and limits as may join now, and returns their number."""
+        """Adds the first of these prompts and limits, as many as can join now, and returns their number."""
 
     def prefill(self, waiting: int) -> None:
         """Computes the prompts that :meth:`plan` added. This many drafts still wait."""
@@ -71,7 +71,7 @@ class Slots(Protocol):
         """Reads the last token of each draft, and returns the logits of the next one, ``[N, V]``."""
 
     def keep(self, places: Sequence[int]) -> None:
-        """Drops all drafts but these."""
+        """Keeps these drafts, and drops all others."""
 
     def erase(self, places: Sequence[int]) -> None:
         """Removes values that are not finite, before drafts that have them are dropped."""
@@ -83,10 +83,10 @@ class Job:
     Args:
         draft: The draft.
         on_complete: Called with the outcome as soon as the draft has ended.
-        owner: What the draft belongs to, for the caller.
+        owner: The caller's object that the draft belongs to.
 
     Attributes:
-        cancelled: Set to true, from any thread, it ends the draft at the next step without a call of ``on_complete``.
+        cancelled: Set it to true, from any thread, to end the draft at the next step without a call of ``on_complete``.
     """
 
     __slots__ = ("cancelled", "draft", "generator", "logprobs", "on_complete", "owner", "token_ids")
@@ -104,8 +104,8 @@ class Decoder:
     Args:
         model: The model, in evaluation mode.
         end_tokens: Token ids that end a draft.
-        batch_tokens: Maximum number of tokens in the batch: the prompts of all rows and room for what follows them. A
-            draft that is longer by itself runs alone.
+        batch_tokens: Maximum number of tokens in the batch: the prompts of all rows and room for their new tokens. A
+            longer draft runs in its own batch.
         layout: Layout of the batch.
         logprobs: Whether to compute log-probabilities.
     """
@@ -120,12 +120,12 @@ class Decoder:
         logprobs: bool = False,
     ) -> None:
         self._layout, self._fixed = layout, fixed_length(model)
-        # Those that the layout does not suit run one at a time.
+        # Drafts that the layout does not support run one at a time.
         slots = [_slots(model, layout, batch_tokens), SingleSlot(model, cached=layout != "plain")]
         self._lanes = [_Lane(model, each, end_tokens, logprobs) for each in slots]
 
     def add(self, jobs: Sequence[Job]) -> None:
-        """Adds drafts behind those that are waiting, in order."""
+        """Appends drafts to the queue, in order."""
         for job in jobs:
             length = len(job.draft.prompt)
             long = self._fixed is not None and length + job.draft.limit > self._fixed
@@ -149,7 +149,7 @@ class Decoder:
 
 
 class _Lane:
-    """The drafts of one batch: those that are running, and those that wait for room."""
+    """The running and the waiting drafts of one batch."""
 
     def __init__(self, model: PreTrainedModel, slots: Slots, end_tokens: Set[int], logprobs: bool) -> None:
         self._slots, self._end_tokens, self._device, self._logprobs = slots, end_tokens, model.device, logprobs
@@ -178,7 +178,7 @@ class _Lane:
             job.on_complete(outcome)
 
     def _advance(self, job: Job, token: int, finite: bool, logprob: float | None) -> Outcome | None:
-        """Adds a token to a draft, and gives the outcome if it has ended."""
+        """Adds a token to a draft, and returns the outcome if it has ended."""
         if not finite:
             return ArithmeticError("the logits of the model are not finite")
         job.token_ids.append(token)
@@ -286,7 +286,7 @@ def decode(
 
 
 def in_order(drafts: Sequence[Draft]) -> list[int]:
-    """The order in which drafts are best started: equal prompts and prompts of similar length next to each other."""
+    """An efficient order of the drafts: equal prompts and prompts of similar length next to each other."""
     counts = Counter(tuple(draft.prompt) for draft in drafts)
     ranks = [(counts[tuple(draft.prompt)], len(draft.prompt), draft.prompt) for draft in drafts]
     return sorted(range(len(drafts)), key=ranks.__getitem__)

@@ -62,5 +62,5 @@ def _release() -> None:
     _making.release()
 
 
-if hasattr(os, "register_at_fork"):  # there is no fork on Windows
+if hasattr(os, "register_at_fork"):  # Windows has no fork
     os.register_at_fork(before=_acquire, after_in_parent=_release, after_in_child=_release)

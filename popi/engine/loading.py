@@ -1,4 +1,4 @@
-"""Loads a causal language model and its tokenizer; what prevents that becomes an error of one line."""
+"""Loads a causal language model and its tokenizer, and reports problems as errors of one line."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def load(name_or_path: str, device: str | None, dtype: str) -> tuple[PreTrainedM
 
     Raises:
         ModelError: If the model is not found, it is broken, or the device is out of memory.
-        ConfigError: If there is no such device or dtype.
+        ConfigError: If the device is not available, or the dtype is unknown.
     """
     place = _device(device)
     if dtype not in DTYPES:
@@ -82,7 +82,7 @@ def _explained(what: str, where: str, *, tokenizer_only: bool = False) -> Iterat
         raise ModelError(
             f"out of memory while loading {what}", fix="free the device, or use a smaller model"
         ) from error
-    # Many libraries read configurations, weights and tokenizers, each with exceptions of its own.
+    # Many libraries read configurations, weights and tokenizers, each with its own exceptions.
     except Exception as error:
         folder = folder_of(where)
         problem = None if folder is None else diagnose(folder, tokenizer_only=tokenizer_only)
@@ -100,11 +100,11 @@ def _here_or_from_hub(where: str, read: Callable[[bool], Read]) -> Read:
         if Path(where).exists():
             raise
     try:
-        # One short request: a download retries for most of a minute if there is no response.
+        # One short request: a download retries for most of a minute if the hub does not respond.
         HfApi().model_info(where, timeout=HUB_TIMEOUT)
     except Exception as error:
         raise ModelError(
-            f"the model {where!r} is neither in the cache nor on the Hugging Face hub: {_first_line(error)}",
+            f"the model {where!r} was not found in the cache or on the Hugging Face hub: {_first_line(error)}",
             fix="check the name, the network, and whether the model requires a login (hf auth login)",
         ) from error
     return read(False)

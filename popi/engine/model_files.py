@@ -50,7 +50,7 @@ def _problem_of_model(folder: Path) -> ModelError | None:
     if not files and any(folder.glob("*.gguf")):
         return ModelError(f"{folder} has only GGUF weights, which are not supported yet", fix=FORMATS)
     if not config.is_file():
-        return ModelError(f"there is no config.json in {folder}", fix=f"check the path; {FORMATS}")
+        return ModelError(f"{folder} contains no config.json", fix=f"check the path; {FORMATS}")
     return _problem_of_type(config) or _problem_of_weights(folder, files)
 
 
@@ -75,7 +75,7 @@ def _problem_of_type(file: Path) -> ModelError | None:
 
 def _problem_of_weights(folder: Path, files: list[Path]) -> ModelError | None:
     if not files:
-        return ModelError(f"there are no weights in {folder}", fix=f"download the model again; {FORMATS}")
+        return ModelError(f"{folder} contains no weights", fix=f"download the model again; {FORMATS}")
     for file in sorted(files):
         if damage := _damage(file):
             return ModelError(f"{file} {damage}", fix="download or copy the file again")
@@ -98,7 +98,7 @@ def _damage(file: Path) -> str | None:
             with safe_open(file, "pt"):
                 return None
         return None if zipfile.is_zipfile(file) else "is damaged: it is not a file of torch.save"
-    # safetensors raises exceptions of its own.
+    # safetensors raises its own exceptions.
     except Exception as error:
         return f"is damaged: {one_line(str(error))}"
 
@@ -106,4 +106,4 @@ def _damage(file: Path) -> str | None:
 def _missing_tokenizer(folder: Path) -> ModelError | None:
     if any(any(folder.glob(pattern)) for pattern in TOKENIZER_FILES):
         return None
-    return ModelError(f"there is no tokenizer in {folder}", fix="copy tokenizer.json and tokenizer_config.json there")
+    return ModelError(f"{folder} contains no tokenizer", fix="copy tokenizer.json and tokenizer_config.json there")

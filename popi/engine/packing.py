@@ -12,10 +12,10 @@ from transformers import PreTrainedModel
 from popi.engine.cache import Layout, fixed_length
 from popi.engine.trees import TokenTree, common_prefix
 
-# Logits take the most memory in scoring: at most 2^28 of them at once, 1 GiB in fp32.
+# Logits take the most memory in scoring: at most 2^28 of them per pass, 1 GiB in fp32.
 MAX_LOGITS = 2**28
 
-# The activations of more tokens do not fit the caches of a processor (docs/log.md). A GPU is faster with more.
+# The activations of more tokens do not fit the caches of a CPU (docs/log.md). A GPU is faster with more.
 CPU_OWN_TOKENS = 2048
 
 # Attention between the branches of a row is masked, but computed (docs/log.md): a row has about as many tokens after
@@ -30,7 +30,7 @@ class Scored:
     prompt: list[int]
     response: list[int]
 
-    def behind(self, prefix: int) -> list[int]:
+    def after_prefix(self, prefix: int) -> list[int]:
         """The tokens that a model reads after a prefix of this length. The last token is predicted, never read."""
         return [*self.prompt[prefix:], *self.response[:-1]]
 
@@ -51,13 +51,13 @@ class Row:
 
     @classmethod
     def of(cls, scored: Sequence[Scored], items: list[int], prefix: int) -> Row:
-        """Makes a row of items whose prompts have this many first tokens in common."""
-        tree = TokenTree.of([scored[index].behind(prefix) for index in items])
+        """Makes a row of items whose prompts share their first ``prefix`` tokens."""
+        tree = TokenTree.of([scored[index].after_prefix(prefix) for index in items])
         return cls(items, scored[items[0]].prompt[:prefix], tree)
 
     @classmethod
     def whole(cls, scored: Sequence[Scored], index: int) -> Row:
-        """Makes a row of one item, whose last token is read too: it counts where the length of a sequence does."""
+        """Makes a row of one item and reads its last token too, because the length of the sequence affects scores."""
         return cls([index], [], TokenTree.of([[*scored[index].prompt, *scored[index].response]]))
 
 
@@ -66,7 +66,7 @@ def pack(
 ) -> Iterator[list[Row]]:
     """Sorts items into forward passes: those with the same first tokens in a row, rows of similar length in a pass.
 
-    An item that is longer than :func:`popi.engine.cache.fixed_length` has a pass of its own, with those that have to
+    An item that is longer than :func:`popi.engine.cache.fixed_length` has a separate pass, with the items that have to
     be in the same pass.
 
     Args:
@@ -74,7 +74,7 @@ def pack(
         items: Prompts and responses.
         batch_tokens: Maximum number of tokens in the rows of a pass.
         layout: Layout of the batch. Rows are padded on the right, which needs no mask, so ``padded`` and ``single``
-            make no difference. In ``plain`` each unit has a pass of its own.
+            make no difference. In ``plain`` each unit has a separate pass.
         together: Number of neighbours that have equal prompts and have to be in one pass.
     """
     units = [list(range(start, start + together)) for start in range(0, len(items), together)]
@@ -136,7 +136,7 @@ def shared_prefixes(prompts: Sequence[list[int]]) -> list[int]:
 def _blocks(items: Sequence[Scored], units: Sequence[list[int]], prefix_lengths: Sequence[int]) -> Iterator[list[Row]]:
     """Puts units with a common prefix into rows of similar length; all other items have a row each.
 
-    A unit that is too long for a row has a row for each of its items, which stay in one pass.
+    If a unit is too long for a row, each of its items has a row, and all of them stay in one pass.
     """
 
     def prompt(unit: list[int]) -> list[int]:
@@ -162,7 +162,7 @@ def _blocks(items: Sequence[Scored], units: Sequence[list[int]], prefix_lengths:
 
 def _size(items: Sequence[Scored], unit: Sequence[int], prefix: int) -> int:
     """Number of tokens in the tree of these items."""
-    read = sorted(items[index].behind(prefix) for index in unit)
+    read = sorted(items[index].after_prefix(prefix) for index in unit)
     return sum(map(len, read)) - sum(common_prefix(*pair) for pair in pairwise(read))
 
 

@@ -33,7 +33,7 @@ JOINABLE = (
 
 
 class _Runner:
-    """Runs a model with its own cache, and gives it a padding mask and positions where it takes them.
+    """Runs a model with its own cache, and passes a padding mask and positions if the model accepts them.
 
     Args:
         model: Any causal language model.
@@ -49,7 +49,7 @@ class _Runner:
         self.caches = bool(self._name)
 
     def __call__(self, tokens_N_T: Tensor, mask_N_L: Tensor, cache: Cache) -> Tensor:
-        """Reads tokens, and gives the logits of the last one of each row, ``[N, V]``.
+        """Reads tokens, and returns the logits of the last one of each row, ``[N, V]``.
 
         Args:
             tokens_N_T: Token ids, ``[N, T]``.
@@ -59,7 +59,8 @@ class _Runner:
         new = tokens_N_T.shape[1]
         options: dict[str, Any] = {self._name: cache, "use_cache": True} if self.caches else {"use_cache": False}
         if "attention_mask" in self._parameters:
-            # A state has taken in what came before: models that have nothing else mask the new tokens only.
+            # A recurrent state contains the earlier tokens: a model with only such states gets a mask of the new
+            # tokens.
             options["attention_mask"] = mask_N_L[:, -new:] if self._name == STATES else mask_N_L
         if "position_ids" in self._parameters:
             options["position_ids"] = (mask_N_L.cumsum(dim=1) - 1).clamp(min=0)[:, -new:]
@@ -76,8 +77,8 @@ class PaddedSlots:
 
     Args:
         model: The model.
-        batch_tokens: Maximum size of the batch in tokens: prompts, padding and room for what follows. A draft that does
-            not fit runs alone.
+        batch_tokens: Maximum size of the batch in tokens: prompts, padding and room for new tokens. A draft that does
+            not fit runs in its own batch.
     """
 
     def __init__(self, model: PreTrainedModel, batch_tokens: int) -> None:
@@ -113,7 +114,7 @@ class PaddedSlots:
         return len(self._new)
 
     def prefill(self, waiting: int) -> None:
-        """Computes the prompts of the drafts that :meth:`plan` added, all but their last tokens."""
+        """Computes the prompts of the drafts that :meth:`plan` added, except their last tokens."""
         if not self._new:
             return
         places = {prompt: place for place, prompt in enumerate(dict.fromkeys(map(tuple, self._new)))}
@@ -141,14 +142,14 @@ class PaddedSlots:
         self._mask_N_L = torch.cat([_pad_left(mask, 1, length) for mask in (self._mask_N_L, mask_M_W)])
 
     def step(self, last_N: Tensor) -> Tensor:
-        """Reads the last token of each draft, and gives the logits of the next one, ``[N, V]``."""
+        """Reads the last token of each draft, and returns the logits of the next one, ``[N, V]``."""
         self._mask_N_L = torch.cat((self._mask_N_L, torch.ones_like(last_N)[:, None]), dim=1)
         self._left = [left - 1 for left in self._left]
         assert self._cache is not None, "prefill makes it"
         return self._run(last_N[:, None], self._mask_N_L, self._cache)
 
     def keep(self, places: Sequence[int]) -> None:
-        """Drops all drafts but these, and the columns in which the others have only padding."""
+        """Keeps these drafts, and drops all others and the columns that contain only padding."""
         if not places:
             self._clear()
             return
@@ -165,11 +166,11 @@ class PaddedSlots:
                     _set_length(layer, self._mask_N_L.shape[1])
 
     def erase(self, places: Sequence[int]) -> None:
-        """Does nothing: rows do not read each other."""
+        """Does nothing, because rows do not attend to each other."""
 
 
 class SingleSlot:
-    """One draft at a time, with whatever the model keeps of it.
+    """One draft at a time, with the model's own cache.
 
     Args:
         model: Any causal language model.
@@ -194,7 +195,7 @@ class SingleSlot:
             reset_positions(self._model)
 
     def step(self, last_1: Tensor) -> Tensor:
-        """Reads what it has not read yet, up to the last token of the draft, and gives the next logits, ``[1, V]``."""
+        """Reads the unread tokens of the draft, and returns the next logits, ``[1, V]``."""
         if self._cached:
             self._tokens.append(int(last_1))
         if not self._run.caches or outdated(self._model, self._cached, len(self._tokens)):
@@ -210,7 +211,7 @@ class SingleSlot:
             self._cache = DynamicCache(config=self._model.config)
 
     def erase(self, places: Sequence[int]) -> None:
-        """Does nothing: there is only one draft."""
+        """Does nothing, because no other draft is running."""
 
 
 def _join_attention(layer: DynamicLayer, other: DynamicLayer, length: int) -> None:

@@ -15,8 +15,8 @@ class Chosen:
 
     Attributes:
         tokens_N: Token ids, ``[N]``.
-        finite_N: Whether the logits of each draft are finite, ``[N]``. Where they are not, its token means nothing.
-        logprobs_N: Log-probabilities of the tokens in nats, ``[N]``; ``None`` if they were not asked for.
+        finite_N: Whether the logits of each draft are finite, ``[N]``. If they are not, its token is meaningless.
+        logprobs_N: Log-probabilities of the tokens in nats, ``[N]``; ``None`` if not requested.
     """
 
     tokens_N: Tensor
@@ -91,7 +91,7 @@ def choose(logits_R_V: Tensor, temperature_R: Tensor, top_p_R: Tensor, noise_R_V
     if bool((top_p_R < 1).any()):
         sorted_R_V, order_R_V = probs_R_V.sort(dim=-1, descending=True)
         outside_R_V = sorted_R_V.cumsum(dim=-1) - sorted_R_V >= top_p_R[:, None]
-        # A whole distribution stays whole, although its cumulative sum may reach 1 early by rounding.
+        # With a threshold of 1 all tokens are kept, although the cumulative sum may reach 1 early by rounding.
         outside_R_V &= (top_p_R < 1)[:, None]
         outside_R_V[:, 0] = False
         probs_R_V = probs_R_V.masked_fill(outside_R_V.scatter(-1, order_R_V, outside_R_V), 0.0)

@@ -1,4 +1,4 @@
-"""One queue in front of a model: concurrent calls of any thread and event loop run in one continuous batch."""
+"""The queue of a model: concurrent calls of any thread and event loop run in one continuous batch."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class ModelService:
     starts with an empty queue.
 
     Args:
-        model: The model. If it is in training mode, it is in evaluation mode during each step.
+        model: The model. It is put into evaluation mode during each step.
         name: Name of the model in errors.
         layout: Layout of the batches.
         end_tokens: Token ids that end a response.
@@ -118,13 +118,13 @@ class ModelService:
                 self._worker.submit(self._work)
 
     def _work(self) -> None:
-        """Computes until nothing is left."""
+        """Computes until the queue is empty."""
         try:
             while self._take():
                 with self._computing:
                     self._step()
                 self._deliver()
-        # A fault of this module must not leave anybody waiting.
+        # A bug in this module must not leave callers waiting.
         except BaseException as error:
             with self._lock:
                 self._fail({*self._calls, *self._arrived}, reason(error), error)
@@ -133,7 +133,7 @@ class ModelService:
             raise
 
     def _take(self) -> bool:
-        """Starts the calls that have arrived. Returns whether there is anything to compute."""
+        """Starts the calls that have arrived. Returns whether any work is left."""
         with self._lock:
             arrived, self._arrived = self._arrived, []
             closed = self._closed
@@ -183,7 +183,7 @@ class ModelService:
         try:
             with evaluating(self._model), self._within():
                 (self._scorer if scores else self._decoder).step()
-        # The code of a model raises what it likes: out of memory, a lost device, an index out of range.
+        # A model can raise any exception: out of memory, a lost device, an index out of range.
         except Exception as error:
             affected = self._scorer.abandon() if scores else {job.owner for job in self._decoder.abandon()}
             self._fail(affected or self._calls, reason(error), error)
@@ -234,5 +234,5 @@ def _start_over() -> None:
         service._start_over()
 
 
-if hasattr(os, "register_at_fork"):  # there is no fork on Windows
+if hasattr(os, "register_at_fork"):  # Windows has no fork
     os.register_at_fork(after_in_child=_start_over)

@@ -1,4 +1,4 @@
-"""The key/value buffer of the rows of a batch, each of which is written at a place of its own."""
+"""The key/value buffer of the rows of a batch. Each row is written at its own column."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from transformers.cache_utils import DynamicLayer
 
 
 class Cursor:
-    """Where the next tokens are written, for all layers.
+    """The places at which the next tokens are written, for all layers.
 
     Attributes:
         rows_N: Row of each draft.
@@ -36,7 +36,7 @@ class SlotLayer(DynamicLayer):
         self._buffers_S_H_L_D: list[Tensor] = []
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Writes the states of the next token of each draft, and gives what the rows attend to."""
+        """Writes the states of the next token of each draft, and returns the keys and values to attend to."""
         at = self._cursor
         keys, values = self._allocated(key_states, value_states)
         for buffer, states in ((keys, key_states), (values, value_states)):
@@ -50,7 +50,7 @@ class SlotLayer(DynamicLayer):
             buffer[first : first + len(states), :, : states.shape[2]] = states
 
     def copy(self, source: int, first: int, count: int, length: int) -> tuple[Tensor, Tensor]:
-        """Copies the start of a row to this many others, from the first on, and gives their keys and values."""
+        """Copies the start of a row to the ``count`` rows from ``first`` on, and returns their keys and values."""
         for buffer in self._buffers_S_H_L_D:
             buffer[first : first + count, :, :length] = buffer[source, :, :length]
         keys, values = (buffer[first : first + count, :, :length] for buffer in self._buffers_S_H_L_D)
@@ -70,7 +70,7 @@ class SlotLayer(DynamicLayer):
         return self._cursor.width
 
     def _allocated(self, *like_R_H_T_D: Tensor) -> list[Tensor]:
-        """The buffers of keys and values, which are made when it is known what they hold."""
+        """The buffers of keys and values. They are created with the shape and dtype of the first states."""
         self._buffers_S_H_L_D = self._buffers_S_H_L_D or [self._blank(states) for states in like_R_H_T_D]
         return self._buffers_S_H_L_D
 

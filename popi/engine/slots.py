@@ -1,4 +1,4 @@
-"""Continuing many prompts at once in one key/value buffer, whose rows are reused as soon as they are free.
+"""Continues many prompts in one key/value buffer, whose rows are reused when they become free.
 
 Each row of the buffer holds one prompt. Drafts with the same prompt are branches of its row, which a mask hides from
 each other: the prompt is computed and kept once. A prompt that starts like another one in the buffer copies that part.
@@ -19,21 +19,21 @@ from popi.engine.cache import head_at, pad
 from popi.engine.slot_cache import Cursor, SlotLayer
 from popi.engine.trees import common_prefix
 
-# A prefill pass of a CPU is efficient from here on, and a longer one delays the drafts that are running.
+# On a CPU, longer prefill passes are not more efficient, and they delay the running drafts.
 CPU_PREFILL_TOKENS, PREFILL_TOKENS = 512, 8192
 
-# Copying fewer tokens than this gains less than the pass of its own costs.
+# Copying fewer tokens than this saves less than the additional pass costs.
 MIN_SHARED = 32
 
-# Rows are computed as wide as the one with the most branches: at most so many cells for each draft.
+# All rows are padded to the one with the most branches. This is the maximum number of cells for each draft.
 MAX_CELLS = 2
 
 
-# The width of the buffer is a multiple of this number, if that is little beside the size of the buffer.
+# The width of the buffer is a multiple of this number, if the buffer is much larger.
 COLUMNS = 64
 
 
-# A row has at least so much room for its drafts, if they may need it.
+# A row reserves at least this many columns for its drafts, if their limits allow it.
 ROOM = 512
 
 
@@ -55,7 +55,7 @@ class _Row:
 
     @property
     def needed(self) -> int:
-        """Number of columns that it should have now: few drafts come near a high limit."""
+        """Number of columns to allocate now, less than reserved: few drafts reach a high limit."""
         return min(self.reserved, 2 * max(self.used, len(self.prompt)) + ROOM)
 
 
@@ -77,7 +77,7 @@ class _Branch:
 
 
 def prefill_tokens(model: PreTrainedModel) -> int:
-    """Maximum number of tokens of a prefill pass, if it is not that of a single prompt."""
+    """Maximum number of tokens of a prefill pass of several prompts."""
     return CPU_PREFILL_TOKENS if model.device.type == "cpu" else PREFILL_TOKENS
 
 
@@ -86,8 +86,8 @@ class SharedSlots:
 
     Args:
         model: The model.
-        batch_tokens: Maximum size of the buffer in tokens: prompts and room for what follows them. A draft that does
-            not fit runs alone.
+        batch_tokens: Maximum size of the buffer in tokens: prompts and room for new tokens. A draft that does not fit
+            runs in its own batch.
     """
 
     def __init__(self, model: PreTrainedModel, batch_tokens: int) -> None:
@@ -109,7 +109,7 @@ class SharedSlots:
         self._mask_S_C_L = torch.empty(0, 0, 0, dtype=self._model.dtype, device=self._device)
 
     def plan(self, candidates: Iterable[tuple[list[int], int]]) -> int:
-        """Adds drafts behind those that are running, as many as have room and as one prefill pass computes.
+        """Adds drafts to the running ones, as many as fit into the buffer and into one prefill pass.
 
         Args:
             candidates: Prompt and maximum number of new tokens of each draft, in the order in which they should run.
@@ -145,7 +145,7 @@ class SharedSlots:
             width = max(own, *(len(row.prompt) - 1 for row in self._new)) - shared
             if (source, shared) != self._source or (len(self._new) + 1) * width > self._prefill_tokens:
                 return None
-            # What it has in common with a row of this pass can be copied after the pass.
+            # A prefix that it shares with a row of this pass can be copied after the pass.
             if max(common_prefix(prompt, row.prompt) for row in self._new) >= max(MIN_SHARED + shared, own // 2):
                 return None
         self._source = source, shared
@@ -156,7 +156,7 @@ class SharedSlots:
         return count * self._columns_for(max(reserved, *(row.reserved for row in rows))) <= self._batch_tokens
 
     def _columns_for(self, width: int) -> int:
-        """Columns of a buffer for rows of this width: rounded up, so that it seldom has to be copied."""
+        """Columns of a buffer for rows of this width: rounded up, so that it rarely has to be copied."""
         return -(-width // self._unit) * self._unit
 
     def _longest_shared(self, prompt: list[int]) -> tuple[_Row | None, int]:
@@ -166,7 +166,7 @@ class SharedSlots:
         return (row, length) if length >= max(1, min(MIN_SHARED, len(prompt) - 1)) else (None, 0)
 
     def prefill(self, waiting: int) -> None:
-        """Computes the prompts of the drafts that :meth:`plan` added, all but their last tokens.
+        """Computes the prompts of the drafts that :meth:`plan` added, except their last tokens.
 
         Args:
             waiting: Number of drafts that still wait.
@@ -182,7 +182,7 @@ class SharedSlots:
         self._place()
 
     def _compute(self, first: int, rests: Sequence[list[int]]) -> None:
-        """Fills new rows, from the first on, with what they share with another row and with these tokens."""
+        """Fills the new rows from ``first`` on: copies the prefix of another row, and computes the remaining tokens."""
         source, shared = self._source
         past = DynamicCache(config=self._model.config)
         if source is not None:
@@ -195,7 +195,7 @@ class SharedSlots:
                 layer.fill(first, keys, values)
 
     def step(self, last_N: Tensor) -> Tensor:
-        """Reads the last token of each draft, and gives the logits of the next one, ``[N, V]``."""
+        """Reads the last token of each draft, and returns the logits of the next one, ``[N, V]``."""
         at = self._cursor
         if max(row.used + row.branches for row in self._rows) > at.capacity[1]:
             self._reserve(0)
@@ -219,7 +219,7 @@ class SharedSlots:
         return logits_1_N_V[0]
 
     def keep(self, places: Sequence[int]) -> None:
-        """Drops all drafts but these, and frees the rows that have none left."""
+        """Keeps these drafts, drops all others, and frees the rows without drafts."""
         kept = [self._branches[place] for place in places]
         for branch in set(self._branches) - set(kept):
             branch.row.branches -= 1
@@ -234,7 +234,8 @@ class SharedSlots:
     def erase(self, places: Sequence[int]) -> None:
         """Overwrites the rows of drafts that failed: a value that is not finite would spoil the next prompt there.
 
-        The branches of a row fail together, because attention multiplies what it masks with zero.
+        The branches of a row fail together, because attention multiplies masked values with zero, and zero times
+        infinity is not finite.
         """
         failed = Counter(self._branches[place].row for place in places)
         for index, row in enumerate(self._rows):
@@ -243,7 +244,7 @@ class SharedSlots:
                     layer.erase(index)
 
     def _close_gaps(self) -> None:
-        """Moves the last rows to where rows are free."""
+        """Moves the last rows into the free ones."""
         for index, row in enumerate(self._rows):
             while self._rows[-1].branches == 0:
                 self._rows.pop()
@@ -256,7 +257,7 @@ class SharedSlots:
                 self._rows[index] = last
 
     def _reserve(self, waiting: int) -> None:
-        """Makes the buffer large enough for its rows, and if possible for those that wait: a copy of it is slow."""
+        """Enlarges the buffer for its rows and, if possible, for the waiting drafts, because copying it is slow."""
         at, rows, width = self._cursor, len(self._rows), max(row.needed for row in self._rows)
         if rows <= at.capacity[0] and width <= at.capacity[1]:
             return
@@ -266,7 +267,7 @@ class SharedSlots:
             layer.resize()
 
     def _place(self) -> None:
-        """Gives each draft a row and a column, and shows it its prompt and what it has written."""
+        """Assigns a row and a column to each draft, and rebuilds positions and mask."""
         at, index, taken = self._cursor, {row: place for place, row in enumerate(self._rows)}, Counter[_Row]()
         table: list[tuple[int, ...]] = []
         for branch in self._branches:
@@ -286,7 +287,7 @@ class SharedSlots:
         self._show(own_N, old_rows_N, old_columns_N)
 
     def _show(self, own_N: Tensor, old_rows_N: Tensor, old_columns_N: Tensor) -> None:
-        """Makes the mask anew: drafts that were there see what they saw, new ones see their prompts."""
+        """Rebuilds the mask: running drafts keep the columns that they see, and new ones see their prompts."""
         at, old_S_C_L = self._cursor, self._mask_S_C_L
         hidden = torch.finfo(self._model.dtype).min
         seen_N_L = torch.arange(at.capacity[1], device=self._device) < own_N[:, None]

@@ -1,4 +1,4 @@
-"""The turn of an assistant in a chat template: what stands around its words, found by rendering two responses."""
+"""The turn of an assistant in a chat template: the text around a response, found by rendering two responses."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def read_turn(apply: Apply, name: str) -> Turn:
         prompt = apply([question], True)
         shows_question = prompt != apply([other], True)
         finished, second = (apply([question, Message("assistant", words)], False) for words in WORDS)
-    # A template is a program, and raises what it likes.
+    # A template is a program and can raise any exception.
     except Exception as error:
         raise ModelError(
             f"the chat template of {name} cannot be used: {error}", fix="correct its chat template"
@@ -99,7 +99,7 @@ def _opens_reasoning(generation_prompt: str) -> bool:
 def _has_system(apply: Apply, question: Message) -> bool:
     try:
         return SYSTEM.content in apply([SYSTEM, question], True)
-    # As above.
+    # Some templates reject system messages with an exception.
     except Exception:
         return False
 

@@ -98,7 +98,7 @@ class Folder:
         self.write("config.json", spent.model_dump_json(indent=2) + "\n")
 
     def write(self, name: str, text: str) -> None:
-        """Writes a file of the folder, as a whole or not at all.
+        """Writes a file of the folder atomically.
 
         Raises:
             PopiError: If it cannot be written.

@@ -31,7 +31,7 @@ class Judge(Protocol):
 
 
 class TasteReader(Protocol):
-    """Reads preferences: those that a summary claims, those that a user has, and those that the signals show."""
+    """Reads the preferences of a summary, of a user, and of the signals."""
 
     def claimed(self, summary: str) -> Tastes:
         """The preferences that a summary claims, as far as they can be checked."""

@@ -25,7 +25,7 @@ ITEM_FAILURES: frozenset[FailureKind | None] = frozenset({None, "request", "malf
 """Failures that say something about the generator. Any other one, such as a rate limit, ends the evaluation."""
 
 Context = Interface | Failure | None
-"""What a generator reads about a user: an interface, why there is none, or ``None`` for the plain prompt."""
+"""The interface of a user, the reason why it is missing, or ``None`` for the plain prompt."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +52,7 @@ class _Record(BaseModel):
     Attributes:
         user_id: The user.
         answer: The response to the first held-out prompt; ``None`` if it was not requested, or failed.
-        prompt_tokens: Length of the conversation of that response, including what the generator reads about the user.
+        prompt_tokens: Length of the conversation of that response, including the context of the user.
         completion_tokens: Length of the response.
         error: Why the first of the failed scores or responses failed; empty if none did.
     """
@@ -103,7 +103,7 @@ async def measure_plain(column: Column, examples: Sequence[PersonalizationExampl
     ]
 
 
-def measure_nothing(plain: Sequence[Plain], *, judged: int) -> list[Measured]:
+def measured_as_reference(plain: Sequence[Plain], *, judged: int) -> list[Measured]:
     """The plain prompts of a generator that is its own reference: every margin is zero and every response ties."""
     return [
         Measured(
@@ -130,10 +130,10 @@ async def measure(
     Args:
         column: The generator.
         examples: The users.
-        contexts: What the generator reads about each user. All items of a user with a ``Failure`` fail.
+        contexts: The context of each user. All items of a user with a ``Failure`` fail.
         plain: The measurements of the column's reference on the plain prompts.
         judge: Compares the responses.
-        judged: Number of users, from the first, whose responses are compared. Without a judge there are none.
+        judged: Number of users, from the first, whose responses are compared. It has no effect without a judge.
 
     Raises:
         BackendError: If the backend is not available.

@@ -10,7 +10,7 @@ from popi.evaluation.judges import Comparison, Tastes
 
 
 class MiniWorld:
-    """Knows the tastes of the users, so that its judgments have neither errors nor a bias for the first response."""
+    """Knows the tastes of the users, so that its judgments have no errors, and no bias for the first response."""
 
     remark = (
         "The mini world is a miniature, and so are its numbers. Its untrained writer, popi-mini-base, is mediocre by "

@@ -26,7 +26,7 @@ class Cell(_Figures):
         differences: The accuracy minus that of each reference row, on the same pairs. If the backend does not score,
             the win rate minus theirs, for the same users.
         win_rate: Win rate of its responses against its own responses to the plain prompt. A tie counts one half.
-        judged: Number of responses behind the win rate.
+        judged: Number of responses in the win rate.
         context_tokens: Mean length of the interface, by the generator's tokenizer.
         prompt_tokens: Mean length of the conversation of a judged response, interface included; ``None`` if the server
             does not count tokens, as for ``completion_tokens``.
@@ -92,7 +92,7 @@ class SummaryReport(_Figures):
     Attributes:
         row: The row.
         truth: Faithfulness to the users' true preferences, where they are known.
-        evidence: Faithfulness to what can be known from the signals.
+        evidence: Faithfulness to the preferences that the signals show.
         not_enough_evidence: Share of the summaries that say that there is not enough evidence.
         claims: Share of the claims that are ``true``, the ``opposite`` of the truth, about something that the user has
             no preference in (``idle``), or ``unchecked`` because they name no side; empty if the truth is unknown.

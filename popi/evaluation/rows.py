@@ -23,12 +23,12 @@ from popi.summary import PreferenceSummary
 
 
 class RowUnavailable(PopiError):
-    """The data lack what a row needs. The table is made without the row and says why."""
+    """The data are not sufficient for a row. The table is made without the row, and names the reason."""
 
 
 @dataclass(frozen=True, slots=True)
 class Materials:
-    """What the rows of one sample of users are made from.
+    """The inputs of the rows for one sample of users.
 
     Attributes:
         writer: The inference under test. It writes once per user, however many rows use the summaries.
@@ -45,7 +45,7 @@ class Materials:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """What a generator reads about a user.
+    """A row: the interface that a generator reads about each user.
 
     Attributes:
         name: Name on the command line and in results.
@@ -65,7 +65,7 @@ class Row:
 
 
 class Written(BaseModel):
-    """The summary of one user, or why there is none."""
+    """The summary of one user, or the reason why it failed."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -148,7 +148,7 @@ def _trained(materials: Materials) -> PreferenceInference:
 
 def _another_user(materials: Materials) -> PreferenceInference:
     if len(materials.examples) < 2:
-        raise RowUnavailable("there is only one user")
+        raise RowUnavailable("the data contain only one user")
     return registry.inference("another-user")(materials.writer)
 
 

@@ -15,8 +15,8 @@ from popi.evaluation.measure import (
     Measured,
     Plain,
     measure,
-    measure_nothing,
     measure_plain,
+    measured_as_reference,
 )
 from popi.evaluation.notes import notes
 from popi.evaluation.results import Results
@@ -43,7 +43,7 @@ async def evaluate(
 
     Args:
         samples: The users. No user is in two of them.
-        rows: What the generators read. A row that cannot be made from the data is left out and named in the results.
+        rows: The rows of the table. A row that cannot be made from the data is left out and named in the results.
         columns: The generators. A cell whose generator does not accept the interface of its row is unavailable.
         writer: The inference under test.
         untrained: The inference that it was trained from; ``None`` if it was not trained.
@@ -148,7 +148,7 @@ class _Bench:
 
     async def _measure_row(self, row: Row, column: Column, plain: Sequence[Plain]) -> list[Measured]:
         if row.build is None and column.reference is None:
-            return measure_nothing(plain, judged=self._judged)
+            return measured_as_reference(plain, judged=self._judged)
 
         async def make() -> list[Measured]:
             contexts = await self._contexts(row, column)

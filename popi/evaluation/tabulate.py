@@ -239,7 +239,7 @@ def _perfect(user: MeasuredUser) -> float | None:
 
 
 CLAIMS = ("true", "opposite", "idle", "unchecked")
-"""What a claim can be, see :class:`popi.evaluation.results.SummaryReport`."""
+"""The kinds of claims, see :class:`popi.evaluation.results.SummaryReport`."""
 
 
 def _sort_claims(summary: PreferenceSummary, claimed: Tastes, truth: Tastes) -> dict[str, int]:

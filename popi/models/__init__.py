@@ -52,10 +52,10 @@ def _fix_of_file(path: Path) -> str:
 
 
 def folder_of(name_or_path: str) -> Path | None:
-    """The folder of a model's files, for a hub id that of its commit in the cache; ``None`` where none are here yet.
+    """The folder of a model's files; for a hub id in the cache, ``None`` if they have not been downloaded.
 
     Raises:
-        ModelError: If there is no such model.
+        ModelError: If the model does not exist.
     """
     where = find(name_or_path)
     if Path(where).exists():
@@ -69,12 +69,12 @@ def folder_of(name_or_path: str) -> Path | None:
 
 
 def fingerprint(name_or_path: str) -> str | None:
-    """Tells a model from others of the same name: 16 hex digits of its files, or the commit of a hub id.
+    """Identifies the weights of a model: 16 hex digits from its files, or the commit of a hub id.
 
-    ``None`` where its files are not here yet.
+    ``None`` if its files have not been downloaded.
 
     Raises:
-        ModelError: If there is no such model.
+        ModelError: If the model does not exist.
     """
     where = Path(find(name_or_path))
     if where.exists():

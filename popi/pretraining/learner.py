@@ -64,7 +64,7 @@ def build(architecture: dict[str, Any], tokenizer: PreTrainedTokenizerFast, seed
 
     Args:
         architecture: Arguments of the transformers config, including ``model_type``.
-        tokenizer: Decides the size of the vocabulary and the special tokens.
+        tokenizer: Determines the size of the vocabulary and the special tokens.
         seed: Seed of the weights.
 
     Raises:
@@ -86,7 +86,7 @@ def build(architecture: dict[str, Any], tokenizer: PreTrainedTokenizerFast, seed
         use_float32_attention(model)
         heads = SignalHeads(config.hidden_size)
         layers = model.base_model.layers
-    # Each model family reports arguments that do not fit with errors of its own.
+    # Each model family reports invalid arguments with its own exceptions.
     except Exception as error:
         raise ConfigError(
             f"transformers cannot make a model of it ({error})", field="architecture", fix="see the family's config"
@@ -159,5 +159,5 @@ def learn(
 
 
 def bf16_is_faster() -> bool:
-    """Whether this processor multiplies in bfloat16 natively. Where it must emulate, autocast halves the speed."""
+    """Whether this processor multiplies in bfloat16 natively. If it emulates bfloat16, autocast halves the speed."""
     return bool(torch.cpu._is_avx512_bf16_supported())

@@ -76,7 +76,7 @@ class Batch:
         at: Positions of the tokens that predict a response token: (R,).
         targets: The response tokens: (R,).
         signal_ends: Positions of the last token of each signal: (S,).
-        shown: What each signal shows by itself, as a class: 0 first side, 1 second side, 2 nothing: (S, D).
+        shown: The side that each signal shows by itself, as a class: 0 first side, 1 second side, 2 nothing: (S, D).
         beliefs: The posterior after each signal: (S, D, 3).
         answer_ends: Positions of the last token of each answer: (A,).
         styles: Whether each answer takes the first side, as floats: (A, D).
@@ -123,7 +123,7 @@ def _flat(ends: Sequence[Sequence[int]], width: int) -> Tensor:
 def batches(items: Sequence[Encoded], pad: int, batch_tokens: int) -> Iterator[Batch]:
     """Packs lessons by length into batches of at most ``batch_tokens`` tokens, including padding.
 
-    A longer lesson has a batch to itself.
+    A longer lesson has its own batch.
     """
     chosen: list[Encoded] = []
     for item in sorted(items, key=lambda item: len(item.ids)):
@@ -138,9 +138,9 @@ def batches(items: Sequence[Encoded], pad: int, batch_tokens: int) -> Iterator[B
 class SignalHeads(nn.Module):
     """Linear auxiliary heads on hidden states, used in training only.
 
-    ``styles`` predicts the style of an answer at a third of the layers, ``shown`` what a signal shows at two thirds,
-    and ``beliefs`` the posterior after the signal below the top layer. Each prediction builds on the one before, and
-    later tokens can attend to all three.
+    ``styles`` predicts the style of an answer at a third of the layers, ``shown`` the sides that a signal shows at two
+    thirds, and ``beliefs`` the posterior after the signal below the top layer. Each prediction builds on the one
+    before, and later tokens can attend to all three.
 
     Args:
         width: Size of the hidden states.
@@ -160,7 +160,7 @@ class Losses:
     Attributes:
         response: Cross-entropy of each response token: (R,).
         styles: Cross-entropy of the style of each answer: (A,).
-        shown: Cross-entropy of what each signal shows: (S,).
+        shown: Cross-entropy of the sides that each signal shows: (S,).
         beliefs: Kullback-Leibler divergence from the exact posterior: (S,).
         correct: Whether the head predicts each side that a signal shows: (labels,).
     """

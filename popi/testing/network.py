@@ -11,7 +11,7 @@ from unittest import mock
 
 
 class NetworkForbidden(RuntimeError):
-    """A network call to another machine was attempted."""
+    """Raised on a network call to another machine."""
 
 
 @contextmanager

@@ -41,10 +41,10 @@ class ScriptedBackend(Backend):
 
     Args:
         answers: The response to a request: a function of the request, or a mapping from the content of the last
-            message. A function may return a :class:`ChatResult`, for example one that failed; it is used as it is. A
+            message. A function may return a :class:`ChatResult`, for example one that failed; it is used unchanged. A
             message that the mapping lacks is a failed item.
-        scores: The log-probability of a request's response, or a :class:`ScoreResult`. By default every token costs one
-            nat.
+        scores: The log-probability of a request's response, or a :class:`ScoreResult`. By default every token has a
+            log-probability of -1.
         model: Name of the model.
         context_length: Maximum number of words of a conversation and its response.
 
@@ -52,7 +52,7 @@ class ScriptedBackend(Backend):
         chats: All requests of ``chat`` and ``stream``, in order.
         scored: All requests of ``score``, in order.
         streams: Number of open streams.
-        dead: A reason; while it is set every call raises a :class:`popi.errors.BackendError` with it.
+        dead: If set, every call raises a :class:`popi.errors.BackendError` with this message.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class ScriptedBackend(Backend):
 
     @property
     def identity(self) -> str:
-        """The name of the model and its context length: two scripts of one name count as the same model."""
+        """The name of the model and its context length: two backends with the same name count as the same model."""
         return f"scripted {self.model} {self.capabilities.context_length}"
 
     async def chat(self, requests: Sequence[ChatRequest]) -> list[ChatResult]:
@@ -170,5 +170,5 @@ class ScriptedBackend(Backend):
 
 
 def _pieces(text: str) -> list[str]:
-    """Words with the white space in front of them; white space at the end is a piece of its own."""
+    """Words with the white space before them; white space at the end is a separate piece."""
     return re.findall(r"\s*\S+|\s+$", text)

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from popi.errors import BackendError
 
-LIKE_OURS = (
+FASTEST_START = (
     *("--dtype", "float32", "--enforce-eager", "--distributed-executor-backend", "uni"),
     "--no-enable-chunked-prefill",
 )
@@ -42,7 +42,7 @@ class VLLMServer:
     process: subprocess.Popen[bytes]
 
     def kill(self) -> None:
-        """Kills the whole process group, as an operating system does that runs out of memory."""
+        """Kills the whole process group, as an operating system does when memory runs out."""
         with suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
@@ -73,7 +73,7 @@ def vllm_server(
     """
     port = port or free_port()
     command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", model, "--served-model-name", name]
-    command += ["--host", "127.0.0.1", "--port", str(port), *LIKE_OURS, *options]
+    command += ["--host", "127.0.0.1", "--port", str(port), *FASTEST_START, *options]
     with tempfile.NamedTemporaryFile() if log is None else log.open("wb") as output:
         process = subprocess.Popen(
             command,

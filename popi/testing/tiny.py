@@ -103,7 +103,7 @@ _CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
         | {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1, "moe_intermediate_size": 32}
         | {"first_k_dense_replace": 1},
     ),
-    # Recurrent states, alone and beside attention.
+    # Recurrent states, with and without attention.
     "mamba": ("MambaConfig", {"state_size": 8}),
     "mamba2": ("Mamba2Config", {"state_size": 8, "num_heads": 8, "head_dim": 8, "n_groups": 1, "chunk_size": 16}),
     "falcon_mamba": ("FalconMambaConfig", {"state_size": 8}),
@@ -140,10 +140,10 @@ def tiny_model(family: str = "llama", *, seed: int = 0) -> tuple[PreTrainedModel
         seed: Seed of the weights. The global random state is left unchanged.
 
     Raises:
-        ValueError: If there is no such family.
+        ValueError: If the family is unknown.
     """
     if family not in _CONFIGS:
-        raise ValueError(f"there is no family {family!r}; choose one of {', '.join(FAMILIES)}")
+        raise ValueError(f"unknown family {family!r}; choose one of {', '.join(FAMILIES)}")
     import torch
     import transformers
 
@@ -174,7 +174,7 @@ def tiny_tokenizer(*, begin: bool = True, channels: bool = False) -> PreTrainedT
     """Makes the tokenizer of the tiny models: a byte-level BPE with a chat template.
 
     Args:
-        begin: Whether it has a begin token, ``<|begin|>``, in front of a plain text and of a conversation.
+        begin: Whether it has a begin token, ``<|begin|>``, before a plain text and before a conversation.
         channels: Whether its template is :data:`CHANNEL_TEMPLATE`, where ``<|return|>`` ends a response, instead of
             :data:`CHAT_TEMPLATE`, where ``<|end|>`` does.
     """

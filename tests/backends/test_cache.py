@@ -78,7 +78,7 @@ async def test_a_full_disk_costs_no_answer(tmp_path: Path, caplog: pytest.LogCap
         results = await cache.chat([ask("rice"), ask("tea"), ask("milk")])
         assert [result.text for result in results] == ["answer 0 to rice", "answer 1 to tea", "answer 2 to milk"]
         [told] = caplog.messages
-        assert told.startswith(f"{file}: results are no longer kept: ")
+        assert told.startswith(f"{file}: results are no longer stored: ")
         cache._connection().execute("PRAGMA query_only = 0")
         assert (await cache.chat([ask("tea")]))[0].text == "answer 3 to tea"
         assert (await cache.chat([ask("tea")]))[0].text == "answer 3 to tea" and len(inner.chats) == 4

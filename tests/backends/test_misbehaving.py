@@ -164,7 +164,7 @@ EMPTY: dict[str, tuple[Pieces, str]] = {
     "nothing": ([piece("", "stop")], "the model wrote no text"),
     "null": ([piece(None, "stop")], "the model wrote no text"),
     "white space": ([piece(" \n"), piece("\n", "stop")], "the model wrote no text"),
-    "nothing, cut off": ([piece("", "length", usage=CUT)], "all 256 tokens were used, and none of them is text"),
+    "nothing, cut off": ([piece("", "length", usage=CUT)], "all 256 tokens were used without writing text"),
     "reasoning that was cut off": ([piece("<think>so I "), piece("will", "length", usage=CUT)], ALL_REASONING),
     "reasoning without an end": ([piece("<think>so I will", "stop")], "the model wrote reasoning and no response"),
     "reasoning alone": ([piece("<think>so</think>\n\n", "stop")], "the model wrote no text"),

@@ -13,7 +13,7 @@ from email.utils import formatdate
 
 import pytest
 
-from popi.backends.base import PASSING, ChatRequest, ChatResult, ScoreRequest
+from popi.backends.base import TRANSIENT, ChatRequest, ChatResult, ScoreRequest
 from popi.backends.openai import OpenAIBackend
 from popi.backends.remote.failures import failed
 from popi.errors import BackendError, ConfigError
@@ -198,7 +198,7 @@ async def test_broken_connections_are_a_dead_backend_when_all_of_them_are(reply:
     async with answering(reply) as url, backend(url) as box:
         with pytest.raises(BackendError, match=f"connection to {url} failed: ") as caught:
             await box.chat([ask(), ask()])
-        assert caught.value.failure == "unreachable" and caught.value.failure in PASSING
+        assert caught.value.failure == "unreachable" and caught.value.failure in TRANSIENT
 
 
 @pytest.mark.usefixtures("key")

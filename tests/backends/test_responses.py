@@ -59,7 +59,7 @@ def test_reasoning_is_not_part_of_a_response(text: str, options: dict[str, objec
         ("I wonder", {"ends": False, "opened": True}, "reasoning used all 8 tokens; raise max_tokens"),
         ("Yes. <think>or", {"ends": False}, "reasoning used all 14 tokens; raise max_tokens"),
         ("<think>hm", {}, "the model wrote reasoning and no response"),
-        ("  \n", {"ends": False}, "all 3 tokens were used, and none of them is text; raise max_tokens"),
+        ("  \n", {"ends": False}, "all 3 tokens were used without writing text; raise max_tokens"),
         ("", {}, "the model wrote no text"),
     ],
 )

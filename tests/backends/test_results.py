@@ -40,7 +40,7 @@ def test_the_pieces_are_the_text_of_the_result(parts: list[str], prefix: str, op
     ("text", "reason", "more", "why"),
     [
         ("", "stop", {}, "the model wrote no text"),
-        ("", "length", {}, "all 9 tokens were used, and none of them is text; raise max_tokens"),
+        ("", "length", {}, "all 9 tokens were used without writing text; raise max_tokens"),
         ("", "length", {"completion_tokens": 7}, "all 7 tokens were used"),
         ("", "length", {"reasoned": True}, "reasoning used all 9 tokens; raise max_tokens"),
         ("<think>so", "length", {}, "reasoning used all 9 tokens; raise max_tokens"),

@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Sequence
 
 import pytest
 
-from popi.backends.base import PASSING, ChatRequest, ChatResult, OnComplete, ScoreRequest, ScoreResult, ignore_result
+from popi.backends.base import TRANSIENT, ChatRequest, ChatResult, OnComplete, ScoreRequest, ScoreResult, ignore_result
 from popi.backends.ledger import Ledger, Price
 from popi.backends.wrappers import Cost, Limit, Retry, limit
 from popi.errors import BackendError, ConfigError
@@ -48,7 +48,7 @@ class Flaky(ScriptedBackend):
         return -1.0 if failure is None else ScoreResult(math.nan, 0, error=failure.error, failure=failure.failure)
 
 
-@pytest.mark.parametrize("kind", sorted(PASSING))
+@pytest.mark.parametrize("kind", sorted(TRANSIENT))
 async def test_what_may_pass_is_asked_for_again(kind: str) -> None:
     flaky = Flaky(failing(kind), BackendError("down", failure=kind))
     [result] = await Retry(flaky, first=0.01).chat([ask("rice?")])

@@ -73,7 +73,7 @@ def test_without_a_key_the_variable_is_named(value: str | None, monkeypatch: pyt
 
 @pytest.mark.parametrize("key", ["sk-proj-secret", "0123secret", "secretOfMine", "SECRET KEY", "secret\n"])
 def test_a_key_in_place_of_its_name_is_not_repeated(key: str) -> None:
-    with pytest.raises(ConfigError, match="field key: there is no environment variable of this name") as caught:
+    with pytest.raises(ConfigError, match="field key: this environment variable is not set") as caught:
         OpenAIBackend("m", key=key)
     assert "secret" not in str(caught.value).lower()
 
@@ -125,8 +125,8 @@ def test_an_empty_variable_is_not_set(monkeypatch: pytest.MonkeyPatch) -> None:
 PROXIES = {
     "socks5://127.0.0.1:1080": "is a SOCKS proxy, and socksio is not installed; pip install socksio",
     "socks5h://127.0.0.1:1080": "is a SOCKS proxy",
-    "socks4://127.0.0.1:1080": "is neither an HTTP nor a SOCKS5 proxy",
-    "ftp://127.0.0.1": "is neither an HTTP nor a SOCKS5 proxy",
+    "socks4://127.0.0.1:1080": "is not an HTTP or SOCKS5 proxy",
+    "ftp://127.0.0.1": "is not an HTTP or SOCKS5 proxy",
     f"http://user:{SECRET}@127.0.0.1:port": "is not a valid URL",
     "http://127.0.0.1:99999": "is not a valid URL",
     "http://127.0.0.1:80\n": "is not a valid URL",

@@ -1,4 +1,4 @@
-"""What every wrapper owes to the backend that it stands around."""
+"""All wrappers: calls are passed on, and the inner backend is closed."""
 
 from __future__ import annotations
 

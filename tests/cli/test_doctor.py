@@ -51,24 +51,24 @@ def test_tells_what_is_there_and_what_is_missing(popi: Callable[..., Ran], insta
         "part": "extra local",
         "found": "torch 2.13.0+cpu, numpy 2.1",
         "state": "ok",
-        "mend": "",
+        "fix": "",
     }
     assert found["extra train"]["state"] == "trl is missing"
-    assert found["extra train"]["mend"] == "pip install 'popi[train]'"
+    assert found["extra train"]["fix"] == "pip install 'popi[train]'"
 
 
 def test_tells_a_version_that_was_not_tested(popi: Callable[..., Ran], installed: dict[str, str]) -> None:
     installed["torch"] = "2.14.1"
     local = findings(popi("doctor"))["extra local"]
-    assert local["state"] == "torch 2.14.1 is outside <2.14,>=2.13, which was tested"
-    assert local["mend"] == "pip install 'popi[local]'"
+    assert local["state"] == "torch 2.14.1 is outside the tested range <2.14,>=2.13"
+    assert local["fix"] == "pip install 'popi[local]'"
 
 
 def test_a_broken_base_is_a_failure(popi: Callable[..., Ran], installed: dict[str, str]) -> None:
     del installed["pydantic"]
     ran = popi("doctor")
     assert ran.code == 1
-    assert ran.err == "popi: popi itself is broken: pydantic is missing; mend it with: pip install popi\n"
+    assert ran.err == "popi: the base installation is incomplete: pydantic is missing; fix it with: pip install popi\n"
 
 
 def test_a_folder_that_was_never_installed_is_no_failure(
@@ -81,7 +81,7 @@ def test_a_folder_that_was_never_installed_is_no_failure(
     monkeypatch.setattr(metadata, "requires", nothing)
     ran = popi("doctor")
     assert ran.code == 0
-    assert "pip install -e" in findings(ran)["popi"]["mend"]
+    assert "pip install -e" in findings(ran)["popi"]["fix"]
 
 
 @pytest.mark.parametrize(

@@ -134,8 +134,8 @@ def test_a_generator_of_ones_own_responds(popi: Run) -> None:
 @pytest.mark.parametrize(
     ("args", "says"),
     [
-        ([], "there is no prompt; give --prompt TEXT, or --prompts FILE and --out FILE"),
-        (["--prompts", "p.jsonl"], "there is no prompt"),
+        ([], "no prompt given; give --prompt TEXT, or --prompts FILE and --out FILE"),
+        (["--prompts", "p.jsonl"], "no prompt given"),
         (["--prompt", "How?", "--out", "o.jsonl"], "--out cannot be combined with --prompt; remove one of them"),
         (["--prompts", "p.jsonl", "--out", "o.jsonl", "--stream"], "--stream cannot be combined with --prompts"),
         (["--prompt", "How?", "--user", "ann"], "--summaries and --user need each other; give both or neither"),
@@ -257,7 +257,7 @@ def test_bad_rows_are_reported_together_or_skipped(answer_all: Run, tmp_path: Pa
     rows = [PROMPTS[0], {"user_id": "nobody", "prompt": "One?"}, "{half", {"user_id": 7}, PROMPTS[1]]
     ran = answer_all(rows)
     assert ran.code == 2
-    assert "3 bad rows; the first: line 2, field user_id: there is no summary of user 'nobody'" in ran.err
+    assert "3 bad rows; the first: line 2, field user_id: no summary of user 'nobody'" in ran.err
     assert models.made == []
     ran = answer_all(rows, "--skip-bad-rows")
     assert (ran.code, ran.record["prompts"], ran.record["written"]) == (0, 2, 2)
@@ -288,7 +288,7 @@ def test_a_prompt_that_fails_is_named_and_tried_again(answer_all: Run, tmp_path:
     ("prompts", "says"),
     [
         ([{"user_id": "ann", "prompt": "Another?"}], ":1: the prompt or the summary has changed since"),
-        ([*PROMPTS, {"user_id": "bo", "prompt": "X?"}], ":5, field user_id: there is no summary of user 'bo'"),
+        ([*PROMPTS, {"user_id": "bo", "prompt": "X?"}], ":5, field user_id: no summary of user 'bo'"),
         ([*PROMPTS, {"user_id": "ann"}], ":5, field prompt: field required"),
     ],
 )

@@ -356,7 +356,7 @@ def test_bad_rows_can_be_skipped(summarize: Run, models: Models, out: Path) -> N
     assert ":2, field signals.0.text: field required\n" in ran.err
     assert list(summaries(out)) == ["user-0", "user-1"]
     ran = summarize(BAD[1:3], "--skip-bad-rows")
-    assert (ran.code, ran.err.splitlines()[0].endswith("all rows are bad")) == (2, True)
+    assert (ran.code, ran.err.splitlines()[0].endswith("all rows are bad; check the format of the file")) == (2, True)
 
 
 class OwnFormat(PromptedSummary):

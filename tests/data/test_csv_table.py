@@ -161,10 +161,10 @@ BAD: list[tuple[dict[str, Any], str | None, str]] = [
     (
         {"prompt": "p", "chosen": "a"},
         None,
-        "a row with filled cells in chosen, prompt is of no kind; fill the cells of",
+        "the kind of a row with filled cells in chosen, prompt cannot be inferred; fill the cells of",
     ),
-    ({"prompt": ""}, None, "a row without filled cells is of no kind"),
-    ({"text": "x", "score": 4, "prompt": "p", "response": "r"}, None, "is of no kind"),
+    ({"prompt": ""}, None, "the kind of a row without filled cells cannot be inferred"),
+    ({"text": "x", "score": 4, "prompt": "p", "response": "r"}, None, "cannot be inferred"),
     ({"kind": "pair", "prompt": "p", "chosen": "a"}, "rejected", "field required"),
     ({"kind": "statement", "text": "x", "score": 4}, "score", "not permitted"),
     ({"kind": "rating", "prompt": "p", "response": "r", "score": "good"}, "score", "valid number"),

@@ -77,7 +77,7 @@ def make_shards(folder: Path) -> None:
 
 BREAKS: dict[str, Callable[[Path], object]] = {
     "config.json is damaged: Expecting": lambda folder: (folder / "config.json").write_text("{"),
-    "there is no config.json in": lambda folder: remove(folder / "config.json"),
+    "contains no config.json": lambda folder: remove(folder / "config.json"),
     "config.json has no model_type": lambda folder: edit(folder, model_type=""),
     "type 'nonsense' is not known to transformers": lambda folder: edit(folder, model_type="nonsense"),
     "code that comes with the model": lambda folder: edit(folder, model_type="own", auto_map={"AutoConfig": "x.C"}),
@@ -90,13 +90,13 @@ BREAKS: dict[str, Callable[[Path], object]] = {
     "safetensors is damaged": lambda folder: weights(folder).write_bytes(b"\0" * 100),
     "pointer of Git LFS": lambda folder: weights(folder).write_text("version https://git-lfs.github.com/spec/v1\n"),
     "pytorch_model.bin is damaged": lambda folder: weights(folder).rename(folder / "pytorch_model.bin"),
-    "there are no weights in": lambda folder: remove(weights(folder)),
+    "contains no weights": lambda folder: remove(weights(folder)),
     "has only GGUF weights, which are not supported yet": lambda folder: weights(folder).rename(folder / "q4.gguf"),
     "is an adapter, not a model": make_adapter,
     "model-00002-of-00002.safetensors is missing": make_shards,
     "do not fit its config.json: model.layers.2.* and 8 more": lambda folder: edit(folder, num_hidden_layers=3),
     "do not fit its config.json: lm_head.weight": lambda folder: edit(folder, vocab_size=400),
-    "there is no tokenizer in": lambda folder: remove(*folder.glob("tokenizer*")),
+    "contains no tokenizer": lambda folder: remove(*folder.glob("tokenizer*")),
     "tokenizer.json is damaged": lambda folder: (folder / "tokenizer.json").write_text('{"version":'),
     "no chat template": lambda folder: remove(folder / "chat_template.jinja"),
 }

@@ -13,7 +13,7 @@ from popi.backends.base import ChatRequest, ChatResult, ScoreRequest, ScoreResul
 from popi.data.example import PersonalizationExample
 from popi.errors import BackendError
 from popi.evaluation.judges import Comparison
-from popi.evaluation.measure import Column, Measured, Plain, measure, measure_nothing, measure_plain
+from popi.evaluation.measure import Column, Measured, Plain, measure, measure_plain, measured_as_reference
 from popi.prompts import DEFAULT
 from popi.registry import generator
 from popi.roles import Failure
@@ -89,7 +89,7 @@ async def test_a_score_that_is_not_finite_is_a_failed_one(value: float, make_exa
         user_id="ann", differences=(None, 0.0), error=f"malformed response: the log-probability is not finite ({value})"
     )
     assert Plain.model_validate_json(plain.model_dump_json()) == plain
-    [bare] = measure_nothing([plain], judged=0)
+    [bare] = measured_as_reference([plain], judged=0)
     assert bare.margins == (None, 0.0)
     with pytest.raises(ValidationError, match="finite number"):
         Plain(user_id="ann", differences=(value,))
@@ -126,7 +126,7 @@ async def test_a_backend_without_log_probabilities_has_answers_and_no_margins(ma
     assert plain == [Plain(user_id="ann", differences=(), **answered)]
     [measured] = await measure(column_of(backend), [ann], [summary_of(ann)], plain, judge=PrefersFirst(), judged=1)
     assert measured.margins == () and measured.won is not None and backend.scored == []
-    [bare] = measure_nothing(plain, judged=1)
+    [bare] = measured_as_reference(plain, judged=1)
     assert bare == Measured(user_id="ann", margins=(), context_tokens=0, won=0.5, **answered)
     assert measured.prompt_tokens > 2 and measured.completion_tokens == 2
 
@@ -168,7 +168,7 @@ async def test_an_answer_that_failed_ties(make_example: Make) -> None:
 async def test_without_context_every_pair_and_every_answer_ties(judged: int, make_example: Make) -> None:
     users = [make_example("ann", ("good", "bad")), make_example("bob", ("a", "b"), ("c", "d"))]
     plain = await measure_plain(column_of(ScriptedBackend()), users, judged=judged)
-    measured = measure_nothing(plain, judged=judged)
+    measured = measured_as_reference(plain, judged=judged)
     assert [record.margins for record in measured] == [(0.0,), (0.0, 0.0)]
     assert [record.won for record in measured] == [0.5] * judged + [None] * (2 - judged)
     assert {record.context_tokens for record in measured} == {0}

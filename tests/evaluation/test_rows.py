@@ -73,7 +73,7 @@ def test_what_the_data_lack_is_said(users: list[PersonalizationExample]) -> None
     assert another is not None
     with pytest.raises(RowUnavailable, match="3 of 3 users have no evidence oracle"):
         evidence(materials(users, statement_writer()))
-    with pytest.raises(RowUnavailable, match="there is only one user"):
+    with pytest.raises(RowUnavailable, match="the data contain only one user"):
         another(materials(users[:1], statement_writer()))
 
 

@@ -84,7 +84,7 @@ async def test_another_users_summary_tells_whose_signals_were_read() -> None:
 
 
 async def test_a_lone_user_has_no_other() -> None:
-    with pytest.raises(InputError, match="there is only one user"):
+    with pytest.raises(InputError, match="got only one user"):
         await AnotherUsers(Empty()).infer([ANN])
 
 

@@ -474,7 +474,7 @@ def test_a_folder_of_something_else_is_left_as_it_is(recipe, tmp_path):
     thesis = tmp_path / "mine" / "writer" / "thesis.txt"
     thesis.parent.mkdir(parents=True)
     thesis.write_text("years of work")
-    with pytest.raises(InputError, match="holds no run, but writer; choose another folder"):
+    with pytest.raises(InputError, match="contains writer, which does not belong to a run; choose another folder"):
         train(recipe(), tmp_path / "mine")
     assert thesis.read_text() == "years of work"
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["writer"]

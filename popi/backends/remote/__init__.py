@@ -1,1 +1,1 @@
-"""Servers that speak OpenAI's protocol: requests, responses, and what their failures mean."""
+"""A client of OpenAI-compatible servers: requests, responses and errors."""

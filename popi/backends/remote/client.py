@@ -20,21 +20,21 @@ from openai import APIStatusError, AsyncOpenAI, DefaultAsyncHttpx2Client, omit
 
 from popi.backends.remote.failures import Malformed, Rejected, rejection
 from popi.backends.remote.server import Server
-from popi.backends.together import held
+from popi.backends.together import closing
 from popi.errors import ConfigError
 
 DONE: Final = object()
-"""Comes behind the last body of a response that is known to be whole."""
+"""Yielded after the last body of a complete response."""
 
 BOM = b"\xef\xbb\xbf"
 EVENT = re.compile(rb"(data|event|id|retry)?:")
-"""How a stream of server-sent events begins: with a field, or a comment."""
+"""Matches the start of a stream of server-sent events: a field or a comment."""
 
-ENOUGH = len("event:")
-"""Number of bytes that tell such a stream from a JSON."""
+HEAD_BYTES = len("event:")
+"""Number of bytes that distinguish such a stream from JSON."""
 
 DRAIN = 0.2
-"""Seconds to wait for the end of a response behind the end of its stream."""
+"""Seconds to wait for the end of a response after the end of its stream."""
 
 KEPT = 3.0
 """Seconds to keep an idle connection. Servers close it after 5 by default; a request at that moment would be lost."""
@@ -69,10 +69,10 @@ class Client:
     async def bodies(self, path: str, body: Mapping[str, Any]) -> AsyncIterator[Any]:
         """Sends a request, and yields the parsed body of the response, or each body of its stream; then ``DONE``.
 
-        A stream that just ends yields no ``DONE``.
+        A stream that ends early yields no ``DONE``.
 
         Raises:
-            Rejected: If the server responds with an error, whatever the status.
+            Rejected: If the server responds with an error, with any status.
             Malformed: If a body is not JSON.
             openai.APIConnectionError: If the request fails before the response.
             httpx2.HTTPError: If the response breaks off.
@@ -89,7 +89,7 @@ class Client:
         except APIStatusError as error:
             raise self._error(error.body, error.response) or error from None
         assert isinstance(response, httpx2.Response)
-        async with aclosing(response), held(_bodies(response)) as bodies:
+        async with aclosing(response), closing(_bodies(response)) as bodies:
             async for data in bodies:
                 yield data if data is DONE else self._parse(data, response)
 
@@ -121,22 +121,22 @@ class Client:
 async def _bodies(response: httpx2.Response) -> AsyncIterator[Any]:
     """The data of each event of a stream, or the whole body of another response; then ``DONE``.
 
-    The first bytes decide which it is: servers ignore the ``stream`` of a request, and label either kind as the other.
+    The first bytes decide which it is, because some servers ignore ``stream`` or send the wrong content type.
     """
     pieces, head = response.aiter_bytes(), b""
     async for piece in pieces:
         head = (head + piece).removeprefix(BOM).lstrip()
-        if len(head) >= ENOUGH:
+        if len(head) >= HEAD_BYTES:
             break
     if not EVENT.match(head):
         yield b"".join([head, *[piece async for piece in pieces]]).decode("utf-8", "replace")
         yield DONE
         return
-    async with held(aiter(_events(head, pieces, response))) as events:
+    async with closing(aiter(_events(head, pieces, response))) as events:
         async for event in events:
             if event.data.strip() == "[DONE]":
                 yield DONE
-                # A connection can be used again only if its response was read to the end, which may never come.
+                # A connection can be reused only if its response was read to the end, which some servers never send.
                 with suppress(TimeoutError):
                     async with asyncio.timeout(DRAIN):
                         async for _ in pieces:
@@ -160,7 +160,7 @@ def _events(head: bytes, rest: AsyncIterator[bytes], response: httpx2.Response) 
 
 
 def _error_of(body: Any) -> Any:
-    """The part of a body that is an error, if it has one; routers put it into the choice."""
+    """The error in a body; without an error, the body itself. Some routers put the error into the choice."""
     choices = body.get("choices") if isinstance(body, Mapping) else None
     first = choices[0] if isinstance(choices, list) and choices else None
     inner = first.get("error") if isinstance(first, Mapping) else None
@@ -178,7 +178,7 @@ def certificates() -> ssl.SSLContext:
 
 @cache
 def _certificates(file: str | None, folder: str | None) -> ssl.SSLContext:
-    """Loading them takes longer than everything else that a client does at its start."""
+    """Cached, because loading certificates takes longer than the rest of creating a client."""
     try:
         return httpx2.create_ssl_context()
     except OSError as error:

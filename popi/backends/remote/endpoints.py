@@ -1,4 +1,4 @@
-"""The two ways to use a server that speaks OpenAI's protocol: by messages, and by token ids."""
+"""The two endpoints of an OpenAI-compatible server: chat completions of messages, and completions of token ids."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from popi.backends.remote.fields import Fields
 from popi.backends.remote.reply import Reply
 from popi.backends.remote.wire import Chunk, read
 from popi.backends.results import scored
-from popi.backends.together import held
+from popi.backends.together import closing
 from popi.errors import BackendError
 from popi.io import writable
 
@@ -58,7 +58,7 @@ class Endpoint(ABC):
         if prepared.error is not None:
             return ChatResult.failed(prepared.error, "request", model=self._model, prompt_tokens=prepared.prompt_tokens)
         reply = Reply(request, self._model, opened=self._opened)
-        async with held(self._bodies(client, prepared.arguments)) as bodies:
+        async with closing(self._bodies(client, prepared.arguments)) as bodies:
             async for body in bodies:
                 reply.add(body)
         reply.finish()
@@ -71,7 +71,7 @@ class Endpoint(ABC):
             raise BackendError(f"{self._model}: {prepared.error}", failure="request")
         reply = Reply(request, self._model, opened=self._opened)
         arguments = {**prepared.arguments, "stream": True, "stream_options": {"include_usage": True}}
-        async with held(self._bodies(client, arguments)) as bodies:
+        async with closing(self._bodies(client, arguments)) as bodies:
             async for body in bodies:
                 if piece := reply.add(body):
                     yield piece
@@ -96,11 +96,11 @@ class Endpoint(ABC):
         return result
 
     async def _bodies(self, client: Client, arguments: dict[str, Any]) -> AsyncIterator[Any]:
-        """Sends a request, again with other fields if the server rejects one, and yields the bodies of the response."""
+        """Sends a request, and yields the bodies of the response. Retries if the server rejects a field."""
         attempt, begun = self._fields.attempt(arguments), False
         while not begun:
             try:
-                async with held(client.bodies(self.path, attempt.body())) as bodies:
+                async with closing(client.bodies(self.path, attempt.body())) as bodies:
                     async for body in bodies:
                         attempt.accepted()
                         begun = True
@@ -161,7 +161,7 @@ class ByTokenIds(Endpoint):
         self._opened = tokens.opens_reasoning
 
     async def score(self, client: Client, request: ScoreRequest) -> ScoreResult:
-        """Scores a response: the server echoes it with its conversation, and adds nothing."""
+        """Scores a response: the server echoes it with its conversation, and generates nothing."""
         if not self.scores:
             raise BackendError(f"{self._model}: scoring is turned off by the option scores", failure="denied")
         [response] = self._tokens.encode_responses([request.response])
@@ -176,7 +176,7 @@ class ByTokenIds(Endpoint):
             "echo": True,
             "logprobs": 0,
         }
-        async with held(self._bodies(client, arguments)) as bodies:
+        async with closing(self._bodies(client, arguments)) as bodies:
             chunk = read(Chunk, await anext(bodies))
         echoed = chunk.first.logprobs if chunk.first else None
         if echoed is None or not echoed.token_logprobs:
@@ -221,7 +221,7 @@ class ByTokenIds(Endpoint):
 
 
 def _sampling(request: ChatRequest) -> dict[str, Any]:
-    """The fields that decide how a response is sampled. Values that change nothing are not sent."""
+    """The fields that decide how a response is sampled. Fields without effect are left out."""
     arguments: dict[str, Any] = {"max_tokens": request.max_tokens, "temperature": request.temperature}
     if request.temperature > 0 and request.top_p < 1:
         arguments["top_p"] = request.top_p

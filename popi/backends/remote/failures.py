@@ -1,4 +1,4 @@
-"""What the failures of a server mean."""
+"""Classifies the errors of a server."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ CODES: dict[str, FailureKind] = {
     "context_length_exceeded": "request",
     "invalid_request_error": "request",
 }
-"""Codes and types of errors, where the status does not say what they mean."""
+"""Failures by code or type of the error, for errors whose status is ambiguous."""
 
 
 class Malformed(Exception):
@@ -53,7 +53,7 @@ class Rejected(Exception):
         status: The HTTP status, or the number in the body of a response with status 200.
         codes: Code and type of the error.
         fields: Request fields that the error points to.
-        retry_after: Seconds after which the server accepts a retry, if it said so.
+        retry_after: Seconds to wait before a retry, if the server sent them.
     """
 
     def __init__(
@@ -95,7 +95,7 @@ def rejection(
         status: The HTTP status.
         headers: The headers of the response.
         redact: Hides secrets in a text.
-        reason: Used if the body has no message, or is a page for people.
+        reason: Used if the body has no message, or is an HTML page.
 
     Returns:
         The error, or ``None`` for a body without one in a response with status 200.
@@ -121,7 +121,7 @@ def rejection(
 
 
 def _message(body: Any) -> str | None:
-    """The message of an error; ``None`` if there is none."""
+    """The message of an error; ``None`` if it has no message."""
     if isinstance(body, str):
         return body if body.strip() and "<html" not in body.lower() else None
     if isinstance(body, list):
@@ -151,7 +151,7 @@ class Failed:
     Attributes:
         kind: The kind of failure.
         error: One line.
-        retry_after: Seconds after which the server accepts a retry, if it said so.
+        retry_after: Seconds to wait before a retry, if the server sent them.
     """
 
     kind: FailureKind
@@ -173,7 +173,7 @@ def failed(error: Exception, *, url: str, timeout: float, redact: Callable[[str]
         redact: Hides secrets in a text.
 
     Raises:
-        Exception: The same one, if it is of none of these kinds.
+        Exception: ``error`` itself, if it is of another kind.
     """
     # The message of the SDK is only "Connection error."
     if isinstance(error, APIConnectionError) and isinstance(error.__cause__, httpx2.HTTPError | OSError):
@@ -193,8 +193,8 @@ def failed(error: Exception, *, url: str, timeout: float, redact: Callable[[str]
             return Failed("denied", f"the certificate of {url} is not valid: {why}")
         case httpx2.TransportError() if any(_is_unknown_host(cause) for cause in causes):
             return Failed("denied", f"the host of {url} is unknown: {why}")
-        # Another attempt would fail in the same way, before anything is sent. The group is anyio's, of what a socket
-        # raises that is no OSError.
+        # Another attempt would fail in the same way, before anything is sent. anyio raises a group if connecting fails
+        # with an exception other than an OSError.
         case (
             ExceptionGroup()
             | httpx2.LocalProtocolError()
@@ -213,7 +213,7 @@ def failed(error: Exception, *, url: str, timeout: float, redact: Callable[[str]
 
 
 def _is_unknown_host(error: BaseException) -> bool:
-    """Whether there is no such host. A name server that does not respond may do so later."""
+    """Whether the host does not exist. A name server that does not respond is a transient failure."""
     return isinstance(error, socket.gaierror) and error.errno == socket.EAI_NONAME
 
 
@@ -224,7 +224,7 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def retry_after(headers: Mapping[str, str]) -> float | None:
-    """Seconds after which the server accepts a retry, by its headers; ``None`` if it does not say."""
+    """Seconds to wait before a retry, from the headers; ``None`` if the server did not send them."""
     for name, unit in (("retry-after-ms", 0.001), ("retry-after", 1.0)):
         try:
             seconds = float(headers.get(name, "")) * unit

@@ -1,4 +1,4 @@
-"""The names of request fields: servers know different ones, and reject those that they do not know."""
+"""The names of request fields. Servers support different ones, and reject unknown fields."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from popi.errors import ConfigError, did_you_mean
 log = logging.getLogger(__name__)
 
 OPTIONAL = ("stream_options", "stop_token_ids", "seed", "top_p", "temperature")
-"""Fields without which a request keeps its meaning, or most of it; the first one that an error names is dropped."""
+"""Fields that can be dropped with little effect. The first one that an error names is dropped."""
 
 LIMITS = {"max_tokens": "max_completion_tokens", "max_completion_tokens": "max_tokens"}
 """The two names of the maximum number of new tokens, each with the other one."""
@@ -26,7 +26,7 @@ RESERVED = {
     *LIMITS,
     *RENAMABLE,
 }
-"""Fields that the request itself decides."""
+"""Fields that popi sets itself."""
 
 UNKNOWN = re.compile(r"unsupported|not support|unknown|unrecogni|unexpected|extra inputs|not (permitted|allowed)", re.I)
 OUT_OF_RANGE = re.compile(
@@ -34,11 +34,11 @@ OUT_OF_RANGE = re.compile(
     r"|exceed|range|invalid value|valid (number|integer|string)",
     re.I,
 )
-"""A complaint about a value is a complaint about the request: without the field it would mean something else."""
+"""Matches an error about the value of a field. Dropping the field would change the meaning of the request."""
 
 
 class Fields:
-    """Renames, drops and adds fields of request bodies, and remembers which ones the server rejects.
+    """Renames, drops and adds fields of request bodies, and records which ones the server rejects.
 
     Args:
         model: The server's name of the model, for the log.
@@ -100,7 +100,7 @@ class Attempt:
     """A request that may be sent again with other fields if the server rejects one.
 
     Args:
-        fields: What is known about the server.
+        fields: The field names of the server.
         body: The body.
     """
 
@@ -119,10 +119,10 @@ class Attempt:
         """Changes the body after a rejection.
 
         Raises:
-            Rejected: If no other body is worth an attempt.
+            Rejected: If no change of the body can help.
         """
         if self._fields.adapted(self._body, self._changes) != self._sent:
-            return  # another request has learnt what this body needs
+            return  # another request has already found the changes that this body needs
         if self._first is not None and any(_names(error, name) for name in self._touched()):
             raise self._first
         field = _field_to_change(error, self._sent) if error.status in (400, 422) else None
@@ -134,7 +134,7 @@ class Attempt:
         self._changes[field], self._reasons[field] = LIMITS.get(field), error.message
 
     def accepted(self) -> None:
-        """Remembers the changes: the server did not reject the body that they led to."""
+        """Records the changes, because the server accepted the changed body."""
         self._fields.remember(self._changes, self._reasons)
         self._changes = {}
 

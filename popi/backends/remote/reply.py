@@ -1,4 +1,4 @@
-"""Puts the pieces of a server's response together."""
+"""Assembles the pieces of a server's response."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Reply:
         """Takes the next body, and returns the text that can now be shown.
 
         Raises:
-            Malformed: If the body has another form.
+            Malformed: If the body does not follow the protocol.
         """
         if body is DONE:
             self._whole = True
@@ -60,7 +60,7 @@ class Reply:
             self._prompt_tokens = chunk.usage.prompt_tokens or self._prompt_tokens
             self._completion_tokens = chunk.usage.completion_tokens or self._completion_tokens
             self._reasoned |= bool(details and details.reasoning_tokens)
-        # A report of the usage alone comes behind the last piece.
+        # A body that only reports usage follows the last piece.
         self._whole = not chunk.choices and chunk.usage is not None and self._responds
         return self._take(chunk.first) if chunk.first else ""
 

@@ -1,6 +1,7 @@
-"""Where a server is and how requests to it are authorized: read from options and the environment, and checked first.
+"""The address of a server and the authorization of requests, read from options and the environment, and checked.
 
-A mistake here would otherwise show at the first request, as an error of the HTTP library that repeats the secret.
+Without the checks a mistake would raise an error of the HTTP library at the first request, and that error contains the
+secret.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ PROXIES = ("http", "https", "all")
 HIDDEN = "[hidden]"
 
 SHORTEST_SECRET, SHORTEST_VALUE = 4, 6
-"""Fewest characters of a key, and of a value of ``extra``, that messages hide. Shorter ones are parts of words."""
+"""Minimum length of a key, and of a value of ``extra``, that is hidden in messages. Shorter ones are parts of words."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +35,7 @@ class Server:
         url: Base URL of the API, without user name and password.
         authorization: The ``Authorization`` header; ``None`` for a server that needs none.
         secrets: Texts that no message may contain.
-        proxied: Whether the proxies of the environment serve it.
+        proxied: Whether requests use the proxies of the environment.
     """
 
     url: str
@@ -132,7 +133,7 @@ def _read_key(name: str) -> str:
     if not value:
         # The name may be the key itself, which must not be printed.
         raise ConfigError(
-            "there is no environment variable of this name", field="key", fix="give the name of one, not the key itself"
+            "this environment variable is not set", field="key", fix="give the name of a variable, not the key itself"
         )
     if problem := _problem_of_key(value):
         raise ConfigError(
@@ -168,7 +169,7 @@ def _problem_of_header(value: str) -> str | None:
 
 
 def _proxies() -> dict[str, str]:
-    """The proxies of the environment, by the scheme that they serve."""
+    """The proxies of the environment, by scheme."""
     return {scheme: url for scheme, url in getproxies().items() if scheme in PROXIES}
 
 
@@ -181,7 +182,7 @@ def _check_proxies() -> None:
 
 
 def _problem_of_proxy(url: str) -> tuple[str, str] | None:
-    """What is wrong with a proxy, and how to fix it."""
+    """The problem of a proxy, and how to fix it."""
     rewrite = "write it as http://host:port, or unset it"
     url = url if "://" in url else f"http://{url}"
     try:
@@ -194,7 +195,7 @@ def _problem_of_proxy(url: str) -> tuple[str, str] | None:
         if find_spec("socksio") is None:
             return "is a SOCKS proxy, and socksio is not installed", "pip install socksio, or unset it"
     elif parts.scheme not in ("http", "https"):
-        return "is neither an HTTP nor a SOCKS5 proxy", rewrite
+        return "is not an HTTP or SOCKS5 proxy", rewrite
     return None if _is_host(parts.hostname) else ("has no valid host name", rewrite)
 
 

@@ -1,6 +1,6 @@
-"""The parts of a server's responses that are read, and their types.
+"""Types of the parts of a server's response that popi reads.
 
-A whole response and a piece of a stream have one form here: a whole one is a stream of one piece.
+A whole response is read as a stream of one piece.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Usage(_Wire):
 
 
 class Part(_Wire):
-    """A part of a content: text, reasoning, a refusal or something else."""
+    """A part of a content: text, reasoning, a refusal or another type."""
 
     type: str
     text: str | None = None
@@ -66,7 +66,7 @@ class Choice(_Wire):
 
     @property
     def is_response(self) -> bool:
-        """Whether it has a message or a text at all, which may be null."""
+        """Whether it has a message or a text, even if the value is null."""
         return not self.model_fields_set.isdisjoint(("message", "delta", "text"))
 
     @property
@@ -91,7 +91,7 @@ class Choice(_Wire):
 
     @property
     def reasons(self) -> bool:
-        """Whether it contains reasoning apart from the text."""
+        """Whether it contains reasoning in a separate field."""
         content = self.turn.content
         parts = content if isinstance(content, list) else ()
         apart = self.turn.reasoning or self.turn.reasoning_content
@@ -111,7 +111,7 @@ class Chunk(_Wire):
 
     @property
     def first(self) -> Choice | None:
-        """The first of several responses: servers may send more than a request asks for."""
+        """The first of several responses: servers may send more than requested."""
         return next((choice for choice in self.choices if not choice.index), None)
 
     @field_validator("choices", mode="before")
@@ -132,7 +132,7 @@ def read(kind: type[Wire], body: Any) -> Wire:
     """Reads the parsed body of a response.
 
     Raises:
-        Malformed: If it has another form.
+        Malformed: If it does not follow the protocol.
     """
     try:
         return kind.model_validate(body)

@@ -1,4 +1,4 @@
-"""Backends that wrap another backend and add one behaviour. They can be combined in any order."""
+"""Backends that wrap another backend and add one feature. They can be combined in any order."""
 
 from popi.backends.wrappers.base import Wrapper
 from popi.backends.wrappers.breaker import Breaker

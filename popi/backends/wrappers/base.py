@@ -1,4 +1,4 @@
-"""What every wrapper passes on, and a base for wrappers that treat each request by itself."""
+"""Base classes of wrappers."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from functools import partial
 from typing import TypeVar
 
 from popi.backends.base import Backend, ChatRequest, ChatResult, OnComplete, ScoreRequest, ScoreResult, ignore_result
-from popi.backends.together import each, held
+from popi.backends.together import closing, each
 
 Request = TypeVar("Request", ChatRequest, ScoreRequest)
 Result = TypeVar("Result", ChatResult, ScoreResult)
@@ -36,7 +36,7 @@ class Wrapper(Backend):
 
     async def stream(self, request: ChatRequest, on_complete: OnComplete = ignore_result) -> AsyncIterator[str]:
         """See :meth:`Backend.stream`."""
-        async with held(self.inner.stream(request, on_complete)) as pieces:
+        async with closing(self.inner.stream(request, on_complete)) as pieces:
             async for piece in pieces:
                 yield piece
 
@@ -54,7 +54,7 @@ class Wrapper(Backend):
 
 
 class OneByOne(Wrapper):
-    """A wrapper that treats each request by itself, all at the same time: none delays another."""
+    """A wrapper that processes requests separately and concurrently, so that none delays another."""
 
     async def chat(self, requests: Sequence[ChatRequest]) -> list[ChatResult]:
         """See :meth:`Backend.chat`."""

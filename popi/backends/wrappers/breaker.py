@@ -31,7 +31,8 @@ class Breaker:
 
     A failure counts only if no request succeeded between the start and the end of the failed one, and a success resets
     the count: three time-outs among 64 concurrent requests, of which the others succeed, do not open the circuit. A
-    probe that succeeds closes it, one that fails opens it again. Several event loops and threads may share a breaker.
+    successful probe closes the circuit, a failed one opens it again. Several event loops and threads may share a
+    breaker.
 
     Args:
         failures: Number of failures that opens the circuit.
@@ -60,7 +61,7 @@ class Breaker:
         renew_after_fork(self)
 
     def after_fork(self) -> None:
-        """Forgets a probe that runs in the parent process."""
+        """Drops a probe that runs in the parent process."""
         self._probing = False
 
     @property

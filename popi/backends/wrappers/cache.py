@@ -12,7 +12,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from popi.backends.base import Backend, ChatRequest, ChatResult, OnComplete, ScoreRequest, ScoreResult, ignore_result
-from popi.backends.together import held
+from popi.backends.together import closing
 from popi.backends.wrappers.base import Request, Result, Wrapper
 from popi.engine.forking import ForkLock
 from popi.errors import BackendError, InputError
@@ -23,20 +23,32 @@ TABLE = "CREATE TABLE IF NOT EXISTS results (key TEXT PRIMARY KEY, result TEXT N
 
 
 class Cache(Wrapper):
-    """Keeps responses and scores in a file, and sends no request whose result is there.
+    """Stores responses and scores in a file, and does not send requests whose results are stored.
 
-    A result is kept if the request determines it: greedy decoding, or sampling with a seed. Failures are never kept.
-    Entries are found by the request and by :attr:`Backend.identity`, so that another server, or other weights, never
-    answer under the same name. Several threads and processes may share a file.
+    A result is stored if the request determines it: greedy decoding, or sampling with a seed. Failures are not stored.
+    Entries are found by the request and by :attr:`Backend.identity`, so that results of another server, or of other
+    weights, are never returned under the same name. Several threads and processes may share a file.
 
-    If the file cannot be written, for example because the disk is full, results are returned and not kept.
+    If the file cannot be written, for example because the disk is full, results are returned but not stored.
+
+    Example:
+        >>> import asyncio, tempfile
+        >>> from popi.prompts import Message
+        >>> from popi.testing import ScriptedBackend
+        >>> requests = [ChatRequest([Message("user", "Hello")])]
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     cache = Cache(ScriptedBackend({"Hello": "Hi."}), file=Path(folder, "results.sqlite"))
+        ...     first, second = asyncio.run(cache.chat(requests)), asyncio.run(cache.chat(requests))
+        ...     asyncio.run(cache.close())
+        >>> first == second, cache.hits, cache.misses
+        (True, 1, 1)
 
     Args:
         inner: The backend.
         file: An SQLite file. It is created if it does not exist.
 
     Attributes:
-        hits: Number of requests whose results were in the file.
+        hits: Number of requests whose results were stored.
         misses: Number of requests that were passed on.
 
     Raises:
@@ -48,7 +60,7 @@ class Cache(Wrapper):
         self.hits = self.misses = 0
         self._file, self._writes, self._closed = file, True, False
         self._open_connection: sqlite3.Connection | None = None
-        # SQLite has locks of its own, and a child must not inherit an open file: held in every call, closed in a fork.
+        # SQLite has its own locks, and a child must not inherit an open file. It is closed before a fork.
         self._lock = ForkLock(before_fork=self._disconnect)
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
@@ -90,7 +102,7 @@ class Cache(Wrapper):
             self._write(key, result)
             on_complete(result)
 
-        async with held(self.inner.stream(request, complete)) as pieces:
+        async with closing(self.inner.stream(request, complete)) as pieces:
             async for piece in pieces:
                 yield piece
 
@@ -178,13 +190,13 @@ class Cache(Wrapper):
             self._writes = True
         except sqlite3.Error as error:
             if self._writes:
-                log.warning("%s: results are no longer kept: %s", self._file, error)
+                log.warning("%s: results are no longer stored: %s", self._file, error)
             self._writes = False
 
 
 def _key(request: ChatRequest | ScoreRequest, identity: str) -> str | None:
     if isinstance(request, ChatRequest) and request.temperature > 0 and request.seed is None:
         return None
-    # The user on whose account it is booked does not change the result.
+    # The user whose account is charged does not change the result.
     parts = [type(request).__name__, identity, asdict(replace(request, user=""))]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

@@ -15,7 +15,7 @@ from popi.backends.base import (
     ignore_result,
 )
 from popi.backends.ledger import Ledger, Price, Spent
-from popi.backends.together import held
+from popi.backends.together import closing
 from popi.backends.wrappers.base import Request, Result, Wrapper
 from popi.errors import BackendError
 from popi.io import writable
@@ -28,12 +28,23 @@ NEVER_BILLED: frozenset[str | None] = frozenset({"request", "denied", "rate_limi
 
 
 class Cost(Wrapper):
-    """Books each request in the accounts of a run, and rejects requests that might exceed its budget.
+    """Charges each request to the accounts of a run, and rejects requests that might exceed its budget.
 
     The maximum price of a request is reserved before it is sent: no token is shorter than a byte, and no response is
     longer than ``max_tokens``. It is replaced by the price of the tokens that the server reports. If the server reports
-    none, the request fails, or the stream is closed early, the maximum is booked as ``unsure``, and counts towards the
-    budget.
+    none, the request fails, or the stream is closed early, the maximum is recorded as ``unsure``, and counts towards
+    the budget.
+
+    Example:
+        >>> import asyncio
+        >>> from popi.prompts import Message
+        >>> from popi.testing import ScriptedBackend
+        >>> ledger = Ledger(cap=1.0)
+        >>> inner = ScriptedBackend({"Hello": "Hi there."})
+        >>> backend = Cost(inner, price=Price(prompt=0.5, completion=2.0), ledger=ledger)
+        >>> [result] = asyncio.run(backend.chat([ChatRequest([Message("user", "Hello")], user="ann")]))
+        >>> ledger.by_user()["ann"].requests, ledger.total.money > 0
+        (1, True)
 
     Args:
         inner: The backend.
@@ -71,7 +82,7 @@ class Cost(Wrapper):
             on_complete(result)
 
         try:
-            async with held(self.inner.stream(request, answered)) as pieces:
+            async with closing(self.inner.stream(request, answered)) as pieces:
                 async for piece in pieces:
                     yield piece
         except BackendError as error:
@@ -87,7 +98,7 @@ class Cost(Wrapper):
         ask: Callable[[Sequence[Request]], Awaitable[list[Result]]],
         kind: type[Result],
     ) -> list[Result]:
-        """Sends as many requests together as the budget has room for, and the others after them."""
+        """Sends the requests that fit into the budget together, and the others after them."""
         results: dict[int, Result] = {}
         waiting = deque((place, self._most(request)) for place, request in enumerate(requests))
         while waiting:
@@ -107,7 +118,7 @@ class Cost(Wrapper):
     async def _settled(
         self, reserved: Sequence[tuple[Request, float]], ask: Callable[[Sequence[Request]], Awaitable[list[Result]]]
     ) -> list[Result]:
-        """Sends requests, and books the price of each."""
+        """Sends requests, and records the price of each."""
         spent = [Spent(requests=1, unsure=most) for _, most in reserved]
         try:
             results = await ask([request for request, _ in reserved])

@@ -1,4 +1,4 @@
-"""Several backends, of which the first one that is available serves."""
+"""Failover between several backends."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from popi.backends.base import (
     ignore_result,
 )
 from popi.backends.ledger import MILLION, Price
-from popi.backends.together import held, together
+from popi.backends.together import closing, together
 from popi.backends.wrappers.base import Request, Result
 from popi.backends.wrappers.breaker import Admission, Breaker
 from popi.errors import BackendError, ConfigError
@@ -34,6 +34,12 @@ OF_THE_REQUEST: frozenset[FailureKind] = frozenset({"request", "rate_limit", "em
 @dataclass(frozen=True, slots=True)
 class Route:
     """One of several backends.
+
+    Example:
+        >>> from popi.testing import ScriptedBackend
+        >>> route = Route("own", ScriptedBackend(), price=Price(prompt=0, completion=0))
+        >>> route.name, route.breaker.closed
+        ('own', True)
 
     Attributes:
         name: Its name in results and logs.
@@ -54,12 +60,23 @@ class Fallback(Backend):
     If all routes have a price, the cheapest is tried first, and those of equal price in their order. If one has none,
     all are tried in their order: an unknown price is not a low one.
 
-    A request that fails goes to the next route that supports it: a conversation that is too long for one model to a
-    model with a longer context, a score to a model that returns log-probabilities. A route that fails repeatedly is
-    left out for a while (:class:`Breaker`). ``ChatResult.route`` names the route that served a request.
+    A failed request goes to the next route that supports it. For example, a conversation that is too long for one model
+    goes to a model with a longer context. A route that fails repeatedly is left out for a while (:class:`Breaker`).
+    ``ChatResult.route`` names the route that served a request.
 
-    The capabilities are those that every route has, except that it streams and scores if any route does. A text has
-    as many tokens as on the route that counts most.
+    It streams and scores if any route does. Other capabilities are those of all routes. The length of a text is its
+    maximum number of tokens on any route.
+
+    Example:
+        >>> import asyncio
+        >>> from popi.prompts import Message
+        >>> from popi.testing import ScriptedBackend
+        >>> own, api = ScriptedBackend({"Hello": "Hi."}), ScriptedBackend({"Hello": "Good day."})
+        >>> own.dead = "connection refused"
+        >>> backend = Fallback([Route("own", own), Route("api", api)])
+        >>> [result] = asyncio.run(backend.chat([ChatRequest([Message("user", "Hello")])]))
+        >>> result.text, result.route
+        ('Good day.', 'api')
 
     Args:
         routes: The routes.
@@ -124,8 +141,8 @@ class Fallback(Backend):
                 on_complete(replace(result, route=name))
 
             try:
-                with _watched(route, admission):
-                    async with held(route.backend.stream(request, served)) as pieces:
+                with _abandoned_on_cancel(route, admission):
+                    async with closing(route.backend.stream(request, served)) as pieces:
                         async for piece in pieces:
                             begun = True
                             yield piece
@@ -140,7 +157,7 @@ class Fallback(Backend):
         raise self._unavailable(reasons)
 
     def count_tokens(self, text: str) -> int:
-        """Counts the tokens of a plain text, on the route that counts most."""
+        """Counts the tokens of a plain text. Returns the maximum over all routes."""
         return max(route.backend.count_tokens(text) for route in self._routes)
 
     async def close(self) -> None:
@@ -164,7 +181,7 @@ class Fallback(Backend):
                 return
             first, *others = routes
             admission = first.breaker.admit(len(places))
-            # While one request probes a route the others are served elsewhere.
+            # While one request probes a route, other routes serve the rest.
             await together(
                 [by(first, admission, places[: admission.count], others), serve(places[admission.count :], others)]
             )
@@ -173,14 +190,15 @@ class Fallback(Backend):
             if not places:
                 return
             try:
-                with _watched(route, admission):
+                with _abandoned_on_cancel(route, admission):
                     answers = await ask(route.backend, [requests[place] for place in places])
             except BackendError as error:
                 _note(route, admission, error.failure or "server", str(error), whole=True)
                 reasons.append(f"{route.name}: {error}")
                 await serve(places, others)
                 return
-            # Successes first: the order in which requests of a batch ended is unknown, and a success outweighs.
+            # Successes first: the order in which requests of a batch ended is unknown, and a success shows that the
+            # route is up.
             for answer in sorted(answers, key=lambda answer: answer.failure is not None):
                 _note(route, admission, answer.failure, answer.error or "")
             results.update(
@@ -206,8 +224,8 @@ def _by_price(routes: Sequence[Route]) -> list[Route]:
 
 
 @contextmanager
-def _watched(route: Route, admission: Admission) -> Iterator[None]:
-    """Makes room for another probe if this one is cancelled."""
+def _abandoned_on_cancel(route: Route, admission: Admission) -> Iterator[None]:
+    """Allows another probe if this one is cancelled."""
     try:
         yield
     except BackendError:

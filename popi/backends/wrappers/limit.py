@@ -10,7 +10,7 @@ from contextlib import asynccontextmanager, nullcontext
 from popi.backends.base import Backend, ChatRequest, OnComplete, ScoreRequest, ignore_result
 from popi.backends.deadline import turn, waiting
 from popi.backends.sharing import Semaphore
-from popi.backends.together import held
+from popi.backends.together import closing
 from popi.backends.wrappers.base import OneByOne, Request, Result
 from popi.engine.forking import ForkLock
 from popi.errors import BackendError, ConfigError
@@ -21,9 +21,18 @@ MINUTE = 60.0
 class Limit(OneByOne):
     """Delays requests so that they stay within the limits of a server.
 
-    The allowance of a minute may be used at once, and comes back evenly. Tokens are counted before a request is sent:
-    those of its messages, and ``max_tokens`` for the response. The limits hold for all event loops and threads of a
-    process together.
+    The limits per minute are token buckets: the allowance may be used in one burst, and is refilled at a constant rate.
+    Tokens are counted before a request is sent: those of its messages, and ``max_tokens`` for the response. All
+    event loops and threads of a process share the limits.
+
+    Example:
+        >>> import asyncio
+        >>> from popi.prompts import Message
+        >>> from popi.testing import ScriptedBackend
+        >>> backend = Limit(ScriptedBackend({"Hello": "Hi."}), max_concurrency=4, requests_per_minute=500)
+        >>> [result] = asyncio.run(backend.chat([ChatRequest([Message("user", "Hello")])]))
+        >>> result.text
+        'Hi.'
 
     Args:
         inner: The backend.
@@ -54,8 +63,8 @@ class Limit(OneByOne):
                 raise ConfigError(f"must be positive, got {limit}", field=name)
         self._max_tokens = tokens_per_minute
         self._places = None if max_concurrency is None else Semaphore(max_concurrency)
-        self._requests = None if requests_per_minute is None else _Allowance(requests_per_minute)
-        self._tokens = None if tokens_per_minute is None else _Allowance(tokens_per_minute)
+        self._requests = None if requests_per_minute is None else _TokenBucket(requests_per_minute)
+        self._tokens = None if tokens_per_minute is None else _TokenBucket(tokens_per_minute)
 
     async def one(self, request: Request, ask: Callable[[], Awaitable[Result]], kind: type[Result]) -> Result:
         """Passes a request on when the limits allow it. One that exceeds the tokens of a minute fails."""
@@ -74,7 +83,7 @@ class Limit(OneByOne):
         size = self._size(request)
         if error := self._too_large(size):
             raise BackendError(f"{self.model}: {error}", failure="request")
-        async with self._turn(size), held(self.inner.stream(request, on_complete)) as pieces:
+        async with self._turn(size), closing(self.inner.stream(request, on_complete)) as pieces:
             async for piece in pieces:
                 yield piece
 
@@ -104,8 +113,8 @@ class Limit(OneByOne):
             yield
 
 
-class _Allowance:
-    """An amount that may be taken in a minute, at once or bit by bit, and comes back evenly.
+class _TokenBucket:
+    """A token bucket: an amount that may be taken in a minute, and is refilled at a constant rate.
 
     Args:
         per_minute: The amount.
@@ -116,7 +125,7 @@ class _Allowance:
         self._lock = ForkLock()
 
     async def take(self, amount: float) -> None:
-        """Takes an amount, and waits until it has come back, after those who took before."""
+        """Takes an amount, and waits until the bucket has been refilled that far. Earlier callers come first."""
         if (missing := self._add(amount) - self._size) > 0:
             try:
                 await asyncio.sleep(missing * MINUTE / self._size)

@@ -13,9 +13,9 @@ from tenacity import (
     wait_random_exponential,
 )
 
-from popi.backends.base import PASSING, Backend, ChatRequest, ChatResult, OnComplete, ScoreResult, ignore_result
+from popi.backends.base import TRANSIENT, Backend, ChatRequest, ChatResult, OnComplete, ScoreResult, ignore_result
 from popi.backends.deadline import Clock, within
-from popi.backends.together import held
+from popi.backends.together import closing
 from popi.backends.wrappers.base import OneByOne, Request, Result
 from popi.errors import BackendError, ConfigError
 
@@ -25,9 +25,19 @@ Anything = TypeVar("Anything")
 class Retry(OneByOne):
     """Repeats requests after transient failures: a rate limit, a timeout, a server that fails or is unreachable.
 
-    Waits are drawn at random from a range that doubles with every attempt ("full jitter"), and are no shorter than the
-    server asks for. A request that the model cannot serve is not repeated, and neither is a stream after its first
-    piece. Each request is treated by itself: one that fails delays no other.
+    Waits are drawn at random from a range that doubles with every attempt ("full jitter"), and are at least as long as
+    the server requests. A request that the model cannot serve is not repeated, and neither is a stream after its first
+    piece. Requests are retried independently: a failing request does not delay the others.
+
+    Example:
+        >>> import asyncio
+        >>> from popi.prompts import Message
+        >>> from popi.testing import ScriptedBackend
+        >>> replies = iter([ChatResult.failed("too many requests", "rate_limit", model="m"), "Hi."])
+        >>> backend = Retry(ScriptedBackend(lambda request: next(replies)), attempts=2, first=0.001)
+        >>> [result] = asyncio.run(backend.chat([ChatRequest([Message("user", "Hello")])]))
+        >>> result.text
+        'Hi.'
 
     Args:
         inner: The backend.
@@ -64,7 +74,8 @@ class Retry(OneByOne):
         """Continues one conversation, and yields the text in pieces. It is repeated only before the first piece.
 
         Raises:
-            BackendError: If the request fails, does not begin in time, or the stream breaks.
+            BackendError: If the request fails, the first piece does not arrive before the deadline, or the stream
+                breaks.
         """
 
         async def begin() -> tuple[AsyncIterator[str], str | None]:
@@ -76,7 +87,7 @@ class Retry(OneByOne):
                 begun, piece = await self._again(begin, clock)
         except TimeoutError:
             raise BackendError(f"{self.model}: {self._late()}", failure="timeout") from None
-        async with held(begun) as pieces:
+        async with closing(begun) as pieces:
             while piece is not None:
                 yield piece
                 piece = await anext(pieces, None)
@@ -103,7 +114,7 @@ class Retry(OneByOne):
 
 
 def _is_transient(outcome: object) -> bool:
-    return isinstance(outcome, ChatResult | ScoreResult | BackendError) and outcome.failure in PASSING
+    return isinstance(outcome, ChatResult | ScoreResult | BackendError) and outcome.failure in TRANSIENT
 
 
 def _last(state: RetryCallState) -> object:

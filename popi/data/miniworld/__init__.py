@@ -1,7 +1,7 @@
 """The mini world: users with known tastes, their signals, and answers whose style a program can check.
 
-It is a complete world in miniature, in which every part of popi runs on a laptop. The truth about each user is known,
-and the posterior over tastes given the signals is exact, like the judge. Its numbers are those of a miniature.
+In this miniature every part of popi runs on a laptop. The truth about each user is known, and the judge and the
+posterior over tastes given the signals are exact. Its figures say nothing about real users.
 """
 
 from popi.data.miniworld.language import as_sides, as_vector, claimed_tastes, style_of

@@ -1,10 +1,10 @@
 """The training sequences of the mini models: conversations in popi's own templates, labelled with the truth.
 
-There are four tasks: *write* a summary from signals, and answer a prompt under a *summary*, under *raw* signals, or
+The four tasks are to *write* a summary from signals, and to answer a prompt under a *summary*, under *raw* signals, or
 without context (*bare*). The target of writing is the evidence oracle. Answers follow what the context claims (for raw
 signals, what the user likes), and their style is random otherwise. A sequence with signals has two more targets at the
-end of each signal: what this signal shows, and the exact posterior after it. Without them a small model takes far
-longer to learn to infer.
+end of each signal: the sides that this signal shows, and the exact posterior after it. Without them a small model takes
+much longer to learn to infer.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class Lesson:
         messages: The conversation.
         response: The target response.
         ends: Index of the last character of each signal in the last message; empty without signals.
-        shown: What each signal shows by itself: (signals, dimensions) in {-1, 0, 1}.
+        shown: The sides that each signal shows by itself: (signals, dimensions) in {-1, 0, 1}.
         beliefs: The posterior after each signal: (signals, dimensions, 3), see ``tastes.marginals``.
         answer_ends: Index of the last character of each answer inside a signal.
         styles: The styles of these answers: (answers, dimensions) in {-1, 1}.

@@ -1,6 +1,6 @@
 """Writes answers in any style, and reads the style of any text.
 
-Reading is parsing, without a record of what was written, so the judge works on whatever a model generates.
+Styles are parsed from the text only, so the judge works on any text that a model generates.
 """
 
 from __future__ import annotations

@@ -46,12 +46,12 @@ MIX = {
     "demographics": 0.06,
     "quoted": 0.04,
 }
-"""Frequency of each kind of signal. ``quoted`` is a statement by somebody else, which is not evidence."""
+"""Frequency of each kind of signal. ``quoted`` is a statement by another person, which is not evidence."""
 
 
 @dataclass(frozen=True, slots=True)
 class Observation:
-    """A signal with what it says about the user's taste.
+    """A signal with its evidence about the user's taste.
 
     Attributes:
         signal: The signal.
@@ -96,7 +96,7 @@ def draw_style(rng: np.random.Generator) -> Style:
 
 
 def draw_choice(rng: np.random.Generator, taste: Style, question: Question) -> Choice:
-    """Draws a choice between two answers that differ in few dimensions, so that the user prefers one of them."""
+    """Draws a choice between two answers that differ in few dimensions and of which the user prefers one."""
     while True:
         first = draw_style(rng)
         second = first.copy()
@@ -128,7 +128,7 @@ def _one(dimension: int, side: int) -> Style:
 
 
 def _remark(rng: np.random.Generator, taste: Style) -> tuple[int, int]:
-    """A dimension and side that the user asks for: one that they like, or by mistake its opposite."""
+    """A dimension and side that the user requests: one that they like, or by mistake its opposite."""
     dimension = int(rng.choice(np.flatnonzero(taste)))
     side = int(taste[dimension])
     return dimension, side if rng.random() >= NOISE else -side

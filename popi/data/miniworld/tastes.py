@@ -215,7 +215,7 @@ def best_claims(belief: Floats, *, least_gain: float = 0.004) -> Style:
         least_gain: Minimum increase of the expected accuracy per claim.
 
     Returns:
-        (dimensions,) in {-1, 0, 1}; all zero if nothing is worth claiming.
+        (dimensions,) in {-1, 0, 1}; all zero if no claim increases the accuracy enough.
     """
     table, signed = _questions()
     expected = belief @ signed

@@ -41,12 +41,12 @@ _UNSEEN_TOPICS = tuple(sorted(HELD_OUT_TOPICS))
 
 
 def is_reserved(text: str, share: int) -> bool:
-    """Whether a text is kept out of training: one in ``share`` texts is, by its hash."""
+    """Whether a text is held out from training. The hash of the text selects one in ``share`` texts."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4]) % share == 0
 
 
 def is_held_out(taste: Style) -> bool:
-    """Whether this combination is kept for ``unseen-combinations``: one in five of those that a user can have is."""
+    """Whether this combination is reserved for ``unseen-combinations``. One in five possible combinations is."""
     usual = CARED[0] <= np.abs(taste).sum() <= CARED[1]
     return bool(usual) and is_reserved("".join(f"{side:+d}" for side in taste), 5)
 
