@@ -14,7 +14,17 @@ from popi.data.example import PersonalizationExample
 from popi.data.reading import read_examples
 from popi.errors import InputError
 from popi.io import BadRows, write_jsonl
-from popi.signals import Comment, Conversation, Demographics, Edit, PreferencePair, Rating, Speaker, Statement
+from popi.signals import (
+    Comment,
+    Conversation,
+    Demographics,
+    Edit,
+    PreferencePair,
+    Rating,
+    Speaker,
+    Statement,
+    as_user_id,
+)
 from tests.strategies import signals, words
 
 Write = Callable[..., Path]
@@ -94,7 +104,7 @@ def test_what_is_written_is_read(write: Write, rows: list[tuple[str, Any]], deli
     )
     users: dict[str, dict[str, Any]] = {}
     for user_id, signal in rows:
-        users.setdefault(user_id, {}).setdefault(signal.id, signal)
+        users.setdefault(as_user_id(user_id), {}).setdefault(signal.id, signal)
     conversion = convert_csv(path)
     found = {example.user.user_id: list(example.user.signals) for example in conversion.examples}
     assert found == {user_id: list(shown.values()) for user_id, shown in users.items()}
