@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import re
 from bisect import bisect_left
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 
 from popi.prompts import DEFAULT, PromptSet, quote
-from popi.signals import Comment, Conversation, Demographics, Rating, Signal, Speaker
+from popi.signals import Comment, Conversation, Demographics, Rating, Signal, Speaker, Statement
 
 INFORMATIVENESS = {
     "statement": 4.0,
@@ -29,6 +30,9 @@ INFORMATIVENESS = {
 
 HALF_LIFE = 32
 """Number of newer signals after which the weight of a signal halves."""
+
+REPEATS = 3
+"""Number of signals with the same words, newest first, after which further ones have a lower priority."""
 
 MAX_MISSES = 32
 """Maximum number of consecutive signals that do not fit. After them no more are tried."""
@@ -214,14 +218,26 @@ class _Rendering:
 
 
 def _best_first(signals: Sequence[Signal]) -> list[int]:
-    """Indices of the signals: evidence first, then by kind and age."""
+    """Indices of the signals: evidence first, then signals whose words are not repeated often, then by kind and age."""
+    said = Counter[str]()
+    is_new = dict[int, bool]()
+    for place, signal in reversed(list(enumerate(signals))):
+        words = _said(signal)
+        said[words] += bool(words)
+        is_new[place] = said[words] <= REPEATS
 
-    def priority(place: int) -> tuple[bool, float, int]:
+    def priority(place: int) -> tuple[bool, bool, float, int]:
         age = len(signals) - 1 - place
         kind = INFORMATIVENESS[signals[place].kind]
-        return signals[place].is_evidence, kind * 0.5 ** (age / HALF_LIFE), place
+        return signals[place].is_evidence, is_new[place], kind * 0.5 ** (age / HALF_LIFE), place
 
     return sorted(range(len(signals)), key=priority, reverse=True)
+
+
+def _said(signal: Signal) -> str:
+    """The words of a statement or comment, without case and punctuation."""
+    text = signal.text if isinstance(signal, Statement | Comment) else ""
+    return " ".join(re.findall(r"\w+", text.casefold()))
 
 
 @cache

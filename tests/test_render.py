@@ -82,6 +82,14 @@ def test_equal_texts_are_shown_once_with_their_count_at_the_place_of_the_newest(
     assert (rendered.shown, rendered.omitted) == (("edit", "thanks-398"), ())
 
 
+def test_what_is_said_again_and_again_displaces_nothing() -> None:
+    edit = Edit(id="edit", prompt="Rice?", original="Rinse it. Boil it.", edited="Boil it.")
+    thanks = [Comment(text=("thanks", "Thanks!")[n % 2], about=f"answer {n}") for n in range(399)]
+    rendered = render_signals([edit, *thanks], lambda text: len(text.split()), 40)
+    assert rendered.shown[0] == "edit" and rendered.shown[-1] == thanks[-1].id
+    assert len(rendered.shown) + len(rendered.omitted) == 400
+
+
 @given(users())
 def test_a_wide_budget_is_no_budget(user: UserSignals) -> None:
     assert render_signals(user.signals, len, 10**6) == render_signals(user.signals, len)
