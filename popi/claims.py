@@ -187,7 +187,7 @@ def is_heading(line: str) -> bool:
 
 
 def is_frame(line: str) -> bool:
-    """Whether a line is a fence of code, or a tag alone. It is not part of a summary."""
+    """Whether a line is only a code fence or a tag. Such lines are not part of a summary."""
     return _FRAME.fullmatch(line) is not None
 
 

@@ -291,7 +291,7 @@ def _what(error: Mapping[str, Any]) -> str:
         case "union_tag_invalid":
             return f"unknown value {error['ctx']['tag']!r}; use one of {error['ctx']['expected_tags']}"
         case "string_unicode":
-            return "contains half a character (a lone surrogate)"
+            return "contains a lone surrogate (half of a character)"
         case _:
             message: str = error["msg"].removeprefix("Value error, ")
             return message[:1].lower() + message[1:]

@@ -80,7 +80,7 @@ class TransformersBackend(Backend):
         batch_tokens: Maximum number of tokens in a batch, including room for the responses. Less takes less memory.
 
     Attributes:
-        abilities: What the loaded model can be trusted with.
+        abilities: The layout of a batch and the end tokens, as verified on the loaded model.
 
     Raises:
         ModelError: If the model is missing, broken, or has no chat template.

@@ -73,7 +73,7 @@ def test_bare_signals_are_examples_without_tests(
             "has the prompt and a response of this pair; prompt 'p'; 1 of 1 held-out pairs of user 'lee'",
         ),
         ({"user": {"user_id": "b"}, "facts": {"x": "\ud800"}}, "facts", "cannot be written as JSON"),
-        ({"user": {"user_id": "b"}, "oracles": {"truth": "\ud800"}}, "oracles.truth", "half a character"),
+        ({"user": {"user_id": "b"}, "oracles": {"truth": "\ud800"}}, "oracles.truth", "lone surrogate"),
         ({"messages": [], "user": "b"}, None, r"is a chat log; .* popi data convert chat users\.jsonl"),
         ("ada", None, "is not JSON"),
         ('"ada"', None, "is not a JSON object"),

@@ -81,7 +81,7 @@ class Client:
             response = await self._openai.post(
                 path,
                 cast_to=httpx2.Response,
-                # Only ASCII: half a character in a prompt has no UTF-8.
+                # ASCII only: UTF-8 cannot encode a lone surrogate in a prompt.
                 content=json.dumps(body, allow_nan=False).encode(),
                 options={"headers": {"Authorization": self._server.authorization or omit}},
                 stream=True,

@@ -72,7 +72,7 @@ class Reply:
         """
         ended_early = not self._whole and self._reason is None
         if not self._responds and (self._other or not ended_early):
-            raise Malformed(f"there is no message in the response{self._other}")
+            raise Malformed(f"the response contains no message{self._other}")
         if ended_early:
             raise Malformed("the response ended early")
         return self._pieces.finish()
