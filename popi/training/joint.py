@@ -202,7 +202,7 @@ class _Run:
         order = epoch_order(len(users), before + phase.steps * recipe.users_per_step, seed=recipe.seed)[before:]
         prompts = summary_prompts(users, models.summary_format)
         abilities = models.writer_backend.abilities
-        trainer = SummaryTrainer(
+        trainer: SummaryTrainer = WriterTrainer(
             models.writer,
             models.writer_tokenizer,
             self._writer_arguments(phase, folder),
