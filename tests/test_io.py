@@ -93,7 +93,7 @@ PAIR = {"kind": "pair", "prompt": "p", "chosen": "a", "rejected": "b"}
         ({"user_id": "u", "signals": [{"kind": "statement", "text": None}]}, "signals.0.text", "field required"),
         ({"user_id": None, "signals": []}, "user_id", "field required"),
         ({"user_id": "u", "signals": [PAIR | {"mood": "x"}]}, "signals.0.mood", "not permitted"),
-        ({"user_id": "u\ud800"}, "user_id", "half a character"),
+        ({"user_id": "u\ud800"}, "user_id", "lone surrogate"),
         ({"signals": []}, "user_id", "field required"),
         (["u"], None, "is not a JSON object"),
     ],
