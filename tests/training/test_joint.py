@@ -549,6 +549,6 @@ def test_users_of_a_file_with_fewer_pairs_than_wanted_are_counted(recipe, tmp_pa
 
 def test_a_file_with_too_few_users_says_so(recipe, tmp_path):
     with pytest.raises(
-        InputError, match=r"11 of 12 users have evidence and pairs; 30 are held out, and none is left for"
+        InputError, match=r"11 of 12 users have evidence and pairs, 30 are held out, and none is left for training"
     ):
         train(recipe(evaluate_users=30), tmp_path / "run")
