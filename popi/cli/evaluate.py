@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from popi.cli.output import JsonFlag, note, print_json, print_table, progress, wants_json
-from popi.errors import ConfigError, MissingExtra
+from popi.errors import ConfigError, MissingExtra, PopiError
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -97,6 +97,8 @@ def evaluate(
         _write(results, folder)
     show(results, as_json=wants_json(json))
     note(f"written to {out}")
+    if all(cell.unavailable is not None for cell in results.cells):
+        raise PopiError(f"no accuracy could be measured: {results.cells[0].unavailable}")
 
 
 def show(results: Results, *, as_json: bool) -> None:

@@ -93,6 +93,25 @@ def test_the_folder_holds_the_figures_and_what_they_rest_on(
     assert any("miniature" in remark for remark in lines[-1]["remarks"])  # type: ignore[attr-defined]
 
 
+def test_an_evaluation_without_any_accuracy_is_a_failure(
+    evaluate: Callable[..., int],
+    backends: dict[str, ScriptedBackend],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def make(model: str) -> ScriptedBackend:
+        return ScriptedBackend(lambda request: "- lists [1]", lambda request: float("nan"), model=model)
+
+    monkeypatch.setattr("popi.registry.backend", lambda name: make)
+    # The second run reads what the first one stored.
+    for _ in range(2):
+        assert evaluate() == 1
+        last = capsys.readouterr().err.splitlines()[-1]
+        assert re.match(r"popi: no accuracy could be measured: none of its \d+ pairs could be scored \(", last)
+    assert (tmp_path / "out/results.json").exists()
+
+
 def test_the_same_command_measures_nothing_again(
     evaluate: Callable[..., int],
     backends: dict[str, ScriptedBackend],
