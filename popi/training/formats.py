@@ -55,6 +55,7 @@ def answer_format(name: str, backend: Backend, *, options: Mapping[str, Any]) ->
         ConfigError: If the generator is unknown or has no format, or an option is wrong.
         ModelError: If the model cannot be used for it.
     """
+    registry.generator(name)  # the error of an unknown name is not one of its options
     generator = _make("generator", "generator", lambda: registry.make_generator(name, backend, **options))
     if generator.format is None:
         what = f"{name} has no format and cannot be trained"
