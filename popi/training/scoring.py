@@ -33,6 +33,7 @@ class PairLogps(NamedTuple):
 
 
 NO_REFERENCE = PairLogps(0.0, 0.0)
+"""With it, the ratios of a pair are its log-probabilities."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,6 @@
 """HTTP: sends a request through the openai SDK, and reads the JSON or the server-sent events of its response.
 
-Responses are read here: the SDK's own streams do not show whether they ended or broke off, and find no event in a JSON.
+Responses are read here: the streams of the SDK do not show whether a response ended early, and do not accept JSON.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ HEAD_BYTES = len("event:")
 DRAIN = 0.2
 """Seconds to wait for the end of a response after the end of its stream."""
 
-KEPT = 3.0
+KEEPALIVE_EXPIRY = 3.0
 """Seconds to keep an idle connection. Servers close it after 5 by default; a request at that moment would be lost."""
 
 SHOWN = 200
@@ -60,7 +60,7 @@ class Client:
             max_retries=0,
             http_client=DefaultAsyncHttpx2Client(
                 # The number of requests at once is limited elsewhere, where waiting does not count as a timeout.
-                limits=httpx2.Limits(keepalive_expiry=KEPT),
+                limits=httpx2.Limits(keepalive_expiry=KEEPALIVE_EXPIRY),
                 trust_env=server.proxied,
                 verify=certificates(),
             ),
