@@ -23,7 +23,6 @@ from popi.errors import ConfigError, InputError, PopiError
 from popi.io import read_jsonl, write_jsonl
 from popi.run_folder import RunFolder, load_state
 from popi.signals import PreferencePair, Statement, UserSignals
-from popi.testing import tiny_model
 from popi.training import joint
 from popi.training.contexts import Contexts
 from popi.training.generator import GeneratorTrainer
@@ -31,6 +30,7 @@ from popi.training.objective import LogRatios
 from popi.training.scoring import PairScorer
 from popi.training.users import read_users
 from popi.training.writer import WriterTrainer
+from tests.brief import brief_model
 from tests.hub import in_hub_cache
 
 pytestmark = pytest.mark.slow
@@ -41,7 +41,7 @@ def models(tmp_path_factory):
     """Two tiny models on disk. They would drop out, were it not forbidden: no two runs would be alike."""
     folder = tmp_path_factory.mktemp("models")
     for seed, name in enumerate(("one", "two")):
-        model, tokenizer = tiny_model(seed=seed)
+        model, tokenizer = brief_model(seed=seed)
         model.config.attention_dropout = 0.1
         model.save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)

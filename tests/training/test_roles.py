@@ -19,13 +19,14 @@ from popi.io import write_jsonl
 from popi.prompts import Message
 from popi.roles import AnswerFormat, Candidate, Conditioned, SummaryFormat, SummaryPrompt, infer_or_nothing
 from popi.signals import Statement, UserSignals
-from popi.testing import ScriptedBackend, tiny_model
+from popi.testing import ScriptedBackend
 from popi.trained import training_record
 from popi.training.formats import answer_format, summary_format
 from popi.training.joint import run
 from popi_generators import PromptedGenerator
 from popi_inference import LLMSummarizer
 from popi_inference.format import PromptedSummary
+from tests.brief import brief_model
 
 
 class NotesFormat(AnswerFormat):
@@ -74,7 +75,7 @@ PAIRS = tuple(HeldOutPair(prompt=f"What about {k}?", chosen=f"This {k}.", reject
 @pytest.fixture
 def recipe(tmp_path):
     for name in ("one", "two"):
-        model, tokenizer = tiny_model(seed=name == "two")
+        model, tokenizer = brief_model(seed=name == "two")
         model.save_pretrained(tmp_path / name)
         tokenizer.save_pretrained(tmp_path / name)
     users = [
