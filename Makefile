@@ -23,11 +23,14 @@ lint: .venv/installed-dev
 	.venv/bin/mypy
 	.venv/bin/lint-imports --no-logo
 
+# One worker for each core, four at most, because each has its own models in memory.
+PYTEST = .venv/bin/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadgroup
+
 test-fast: .venv/installed-dev
-	.venv/bin/python -m pytest -m "not slow" --junitxml=.reports/fast.xml
+	$(PYTEST) -m "not slow" --junitxml=.reports/fast.xml
 
 test-slow: .venv/installed-dev
-	.venv/bin/python -m pytest -m slow --junitxml=.reports/slow.xml
+	$(PYTEST) -m slow --junitxml=.reports/slow.xml
 
 # A stamp file for each extra. The extra is installed again only if one of its prerequisites has changed.
 .venv/installed-%: pyproject.toml constraints.txt | .venv/bin/pip

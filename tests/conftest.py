@@ -22,11 +22,27 @@ ROOT = Path(__file__).resolve().parent.parent
 # Set before anything imports the libraries that read them.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["MPLBACKEND"] = "Agg"
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Each worker has one core. More threads would wait for each other.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# Session fixtures that are slow to make. The tests of a group run in one worker.
+GROUPS = {"servers": {"vllm_url", "vllm_backend"}, "wheel": {"wheel", "clean_python"}}
 
 # A busy machine is not a failing test. In continuous integration the examples are the same every time: a new find there
 # would blame a change that has nothing to do with it, and people who run the tests find it too.
 settings.register_profile("popi", deadline=None, derandomize="CI" in os.environ)
 settings.load_profile("popi")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tells pytest-xdist which tests share expensive fixtures: those of a group, and else those of a file."""
+    for item in items:
+        if item.get_closest_marker("xdist_group") is None:
+            needed = set(getattr(item, "fixturenames", ()))
+            name = next((name for name, fixtures in GROUPS.items() if fixtures & needed), str(item.path))
+            item.add_marker(pytest.mark.xdist_group(name))
 
 
 @pytest.fixture(scope="session")

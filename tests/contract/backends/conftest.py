@@ -140,9 +140,10 @@ CASES = {
 }
 
 
-@pytest.fixture(
-    params=[pytest.param(name, marks=pytest.mark.slow) if case.shared else name for name, case in CASES.items()]
-)
+SERVERS = (pytest.mark.slow, pytest.mark.xdist_group("servers"))
+
+
+@pytest.fixture(params=[pytest.param(name, marks=SERVERS) if case.shared else name for name, case in CASES.items()])
 def case(request: pytest.FixtureRequest) -> Case:
     case = CASES[request.param]
     if case.shared is None:
