@@ -32,13 +32,6 @@ def ratings() -> list[ScoreRequest]:
     return [ScoreRequest(conversation(i), RESPONSES[i % 3]) for i in range(64)]
 
 
-async def test_greedy_text_of_a_batch_of_64_is_that_of_64_batches_of_1(make) -> None:
-    backend = make()
-    together = await backend.chat(chats())
-    assert together == [(await backend.chat([request]))[0] for request in chats()]
-    assert len({result.text for result in together}) > 32
-
-
 async def test_greedy_text_is_that_of_a_plain_loop(make, tiny) -> None:
     model, tokenizer = tiny
     for request, result in zip(chats()[:12], await make().chat(chats()[:12]), strict=True):

@@ -56,6 +56,7 @@ async def test_a_batch_of_64_answers_as_64_batches_of_one(backend: Backend) -> N
     requests = [ask(f"{'Why? ' * (n % 7)}What about {n}?") for n in range(64)]
     together = await backend.chat(requests)
     assert [(await backend.chat([request]))[0] for request in requests] == together
+    assert len({result.text for result in together}) > 32
 
 
 async def test_no_request_no_result(backend: Backend) -> None:
