@@ -30,12 +30,14 @@ from popi.backends.vllm_engine import (
     Engine,
     FlatLogprobs,
     LoRARequest,
+    RequestOutput,
     RequestOutputKind,
     SamplingParams,
     VLLMClientError,
 )
 from popi.engine.admission import admitted
 from popi.engine.chat_tokens import ChatTokens, Rendered
+from popi.engine.decoding import Completion
 from popi.engine.loading import load_tokenizer
 from popi.errors import BackendError, ConfigError, ModelError, did_you_mean
 from popi.models import find, fingerprint
@@ -186,6 +188,31 @@ class VLLMBackend(Backend):
         """
         return await self._run(self._scores(requests))
 
+    async def sample(
+        self, prompts: Sequence[list[int]], *, seeds: Sequence[int], max_tokens: int, temperature: float, top_p: float
+    ) -> list[Completion]:
+        """Samples one completion of each prompt, with the log-probability of each token.
+
+        The log-probabilities are those of the distribution that is sampled from if the engine has the option
+        ``logprobs_mode: processed_logprobs``, else those at temperature 1.
+
+        Args:
+            prompts: Token ids, with room for ``max_tokens`` in the model's context.
+            seeds: The seed of each completion. On a CPU, the engine of popi samples the same with the same seeds.
+            max_tokens: Maximum number of new tokens.
+            temperature: Sampling temperature; must be positive.
+            top_p: Nucleus sampling threshold.
+
+        Returns:
+            The completions, in order.
+
+        Raises:
+            BackendError: If the engine rejects a prompt, or is dead.
+        """
+        logprobs = {"logprobs": 0, "flat_logprobs": True, "output_kind": RequestOutputKind.FINAL_ONLY}
+        sampling = [self._sampling(max_tokens, temperature, top_p, seed, **logprobs) for seed in seeds]
+        return await self._run(self._samples(prompts, sampling))
+
     def count_tokens(self, text: str) -> int:
         """Counts the tokens of a plain text with the model's tokenizer, without special tokens."""
         return len(self._tokens.encode([text])[0])
@@ -232,6 +259,19 @@ class VLLMBackend(Backend):
                 return [await self._score(prompt, response) for prompt, response in work]
             return await together(self._score(prompt, response) for prompt, response in work)
 
+    async def _samples(self, prompts: Sequence[list[int]], sampling: Sequence[SamplingParams]) -> list[Completion]:
+        async with self._engine.working(), self._turn or nullcontext():
+            return await together(self._sample(*each) for each in zip(prompts, sampling, strict=True))
+
+    async def _sample(self, prompt: list[int], sampling: SamplingParams) -> Completion:
+        try:
+            output = (await self._final(prompt, sampling)).outputs[0]
+        except VLLMClientError as error:
+            raise BackendError(f"a prompt of {len(prompt)} tokens was rejected: {error}", failure="request") from error
+        tokens, logprobs = list(output.token_ids), output.logprobs
+        assert isinstance(logprobs, FlatLogprobs)
+        return Completion(tokens, logprobs.logprobs, "stop" if tokens[-1] in self._end_tokens else "length")
+
     async def _chat(self, request: ChatRequest, rendered: Rendered, prefix: list[int], emit: Emit | None) -> ChatResult:
         prompt, tokens, stopped = [*rendered.tokens, *prefix], list[int](), False
         if rendered.error is not None:
@@ -244,7 +284,15 @@ class VLLMBackend(Backend):
             emit=emit,
         )
         try:
-            sampling = self._sampling(request, len(prompt), whole=response.watch is None)
+            context = self.capabilities.context_length
+            room = request.max_tokens if context is None else context - len(prompt)
+            sampling = self._sampling(
+                min(request.max_tokens, room),
+                request.temperature,
+                request.top_p,
+                request.seed,
+                output_kind=RequestOutputKind.DELTA if response.watch else RequestOutputKind.FINAL_ONLY,
+            )
             async with aclosing(self._engine.generate(prompt, sampling, self._adapter)) as outputs:
                 async for output in outputs:
                     if stopped := _stopped(response, tokens, output.outputs[0].token_ids):
@@ -272,8 +320,7 @@ class VLLMBackend(Backend):
         )
         read = [*prompt.tokens, *response[:-1]]
         try:
-            async with aclosing(self._engine.generate(read, sampling, self._adapter)) as outputs:
-                [output] = [output async for output in outputs]
+            output = await self._final(read, sampling)
         except VLLMClientError as error:
             return ScoreResult.failed(str(error), "request", model=self.model, prompt_tokens=length)
         of_prompt, next_ones = output.prompt_logprobs, output.outputs[0].logprobs
@@ -282,17 +329,23 @@ class VLLMBackend(Backend):
         logprob = sum(of_prompt.logprobs[length - 1 :]) + last
         return scored(logprob, len(response), model=self.model, prompt_tokens=length)
 
-    def _sampling(self, request: ChatRequest, prompt: int, *, whole: bool) -> SamplingParams:
-        context = self.capabilities.context_length
-        room = request.max_tokens if context is None else context - prompt
+    async def _final(self, prompt: list[int], sampling: SamplingParams) -> RequestOutput:
+        """The last output of a request whose outputs are not streamed."""
+        async with aclosing(self._engine.generate(prompt, sampling, self._adapter)) as outputs:
+            [output] = [output async for output in outputs]
+        return output
+
+    def _sampling(
+        self, max_tokens: int, temperature: float, top_p: float, seed: int | None, **options: Any
+    ) -> SamplingParams:
         return SamplingParams(
-            max_tokens=min(request.max_tokens, room),
-            temperature=request.temperature,
-            top_p=request.top_p,
-            seed=secrets.randbits(63) if request.seed is None else request.seed % 2**63,
+            max_tokens=max_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            seed=secrets.randbits(63) if seed is None else seed % 2**63,
             stop_token_ids=sorted(self._end_tokens),
             detokenize=False,
-            output_kind=RequestOutputKind.FINAL_ONLY if whole else RequestOutputKind.DELTA,
+            **options,
         )
 
     def _admitted(

@@ -48,7 +48,15 @@ with environment(QUIET):
     from vllm.v1.engine.async_llm import AsyncLLM
     from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
-__all__ = ["Engine", "FlatLogprobs", "LoRARequest", "RequestOutputKind", "SamplingParams", "VLLMClientError"]
+__all__ = [
+    "Engine",
+    "FlatLogprobs",
+    "LoRARequest",
+    "RequestOutput",
+    "RequestOutputKind",
+    "SamplingParams",
+    "VLLMClientError",
+]
 
 Result = TypeVar("Result")
 

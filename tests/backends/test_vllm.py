@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from multiprocessing import active_children
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
@@ -19,12 +20,19 @@ import torch
 from popi.assembly import open_backend
 from popi.backends.base import Backend, ChatRequest, ScoreRequest
 from popi.backends.transformers import TransformersBackend
+from popi.engine.chat_tokens import ChatTokens
+from popi.engine.checks import verify
+from popi.engine.decoding import Draft, decode
+from popi.engine.loading import load
 from popi.errors import BackendError, ConfigError, ModelError
 from popi.models import find
 from popi.prompts import Message
 from popi.provenance import fingerprint_files
 from tests.forks import needs_fork, succeeds_in_child
 from tests.servers import SERVED, needs_vllm
+
+if TYPE_CHECKING:
+    from popi.backends.vllm import VLLMBackend
 
 pytestmark = pytest.mark.slow
 
@@ -294,6 +302,42 @@ async def test_seeded_requests_with_long_prompts_leave_the_engine_alive(with_ada
     together = await with_adapters.chat(requests)
     assert [result.error for result in together] == [None] * 8
     assert [(await with_adapters.chat([request]))[0] for request in requests] == together
+
+
+SAMPLING = {"temperature": 1.0, "top_p": 1.0}
+
+
+async def test_samples_and_their_log_probabilities_are_those_of_the_engine(vllm_backend: VLLMBackend) -> None:
+    model, tokenizer = load(SERVED, None, "float32")
+    tokens = ChatTokens(tokenizer, SERVED)
+    questions = ["How do I cook rice?", "what " * 200 + "is it?", "Why?"]
+    rendered = tokens.render([[Message("user", text)] for text in questions])
+    prompts = [prompt.tokens for prompt in rendered for _ in range(4)]
+    abilities = verify(model, tokens, SERVED)
+    drafts = [Draft(prompt, 24, seed=seed, **SAMPLING) for seed, prompt in enumerate(prompts)]
+    with torch.inference_mode():
+        expected = decode(
+            model,
+            drafts,
+            end_tokens=abilities.end_tokens,
+            batch_tokens=8192,
+            layout=abilities.layout,
+            logprobs=True,
+        )
+    found = await vllm_backend.sample(prompts, seeds=range(12), max_tokens=24, **SAMPLING)
+    assert [each.token_ids for each in found] == [each.token_ids for each in expected]
+    assert [each.finish_reason for each in found] == [each.finish_reason for each in expected]
+    assert {each.finish_reason for each in found} == {"stop", "length"}
+    assert len({tuple(each.token_ids) for each in found}) == 12
+    for mine, theirs in zip(found, expected, strict=True):
+        assert mine.logprobs == pytest.approx(theirs.logprobs, abs=1e-3)
+
+
+async def test_a_prompt_without_room_fails_and_the_engine_goes_on(vllm_backend: VLLMBackend) -> None:
+    with pytest.raises(BackendError, match=r"popi-mini-base: a prompt of 600 tokens was rejected: .*512"):
+        await vllm_backend.sample([[7] * 600], seeds=[0], max_tokens=4, **SAMPLING)
+    [completion] = await vllm_backend.sample([[7] * 500], seeds=[0], max_tokens=4, **SAMPLING)
+    assert 1 <= len(completion.token_ids) == len(completion.logprobs) <= 4
 
 
 async def test_identities_differ_by_adapter(with_adapters: Backend) -> None:
