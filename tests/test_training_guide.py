@@ -16,6 +16,7 @@ from popi.signals import Statement
 
 GUIDE = (Path(__file__).parent.parent / "docs" / "training.md").read_text(encoding="utf-8")
 BLOCKS = dict(re.findall(r"^```(\w+)\n(.*?)^```", GUIDE, re.M | re.S))
+RECIPE, WITH_VLLM = re.findall(r"^```yaml\n(.*?)^```", GUIDE, re.M | re.S)
 SMALL = ["steps=2", "users_per_step=2", "writer.num_generations=3", "writer.max_tokens=48", "evaluate_users=4"]
 
 
@@ -24,12 +25,19 @@ def test_the_user_of_the_guide_is_valid():
     assert len(example.user.signals) == 2 and len(example.tests) == 1
 
 
+def test_the_fields_of_vllm_belong_to_the_writer(tmp_path):
+    recipe = yaml.safe_load(RECIPE)
+    recipe["writer"] |= yaml.safe_load(WITH_VLLM)["writer"]
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump(recipe))
+    assert load(tmp_path / "own.yaml").writer.rollouts == "vllm-colocate"
+
+
 @pytest.mark.slow
 def test_the_generator_of_the_guide_is_trained_and_served(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     Path("notes.py").write_text(BLOCKS["python"])
-    recipe = yaml.safe_load(BLOCKS["yaml"])
+    recipe = yaml.safe_load(RECIPE)
     recipe["writer"]["model"] = recipe["generator"]["model"] = "popi-mini-base"
     recipe["generator"]["generation"] = "notes:NotesGenerator"
     Path("own.yaml").write_text(yaml.safe_dump(recipe))
@@ -45,9 +53,9 @@ def test_the_generator_of_the_guide_is_trained_and_served(tmp_path, monkeypatch)
 @pytest.mark.slow
 def test_the_commands_of_the_guide_run_on_its_recipe(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    recipe = yaml.safe_load(BLOCKS["yaml"])
+    recipe = yaml.safe_load(RECIPE)
     assert recipe["writer"]["model"] not in shipped()
-    text = BLOCKS["yaml"].replace(recipe["writer"]["model"], "popi-mini-base")
+    text = RECIPE.replace(recipe["writer"]["model"], "popi-mini-base")
     Path("own.yaml").write_text(text)
     assert load(Path("own.yaml")).steps == recipe["steps"]
     assert main(["data", "miniworld", "--users", "12", "--out", "users.jsonl"]) == 0

@@ -123,6 +123,11 @@ class VLLMBackend(Backend):
         parts = ["vllm", self._base, self._engine.weights, self._adapter_files, self._engine.dtype, self._settings]
         return json.dumps(parts, sort_keys=True, default=str)
 
+    @property
+    def dtype(self) -> str:
+        """The dtype of the weights, such as ``torch.float32``."""
+        return self._engine.dtype
+
     def adapted(self, name: str) -> Self:
         """Returns a backend of the same engine that uses an adapter. Closing it leaves the engine open.
 

@@ -47,6 +47,9 @@ class Writer(Section):
         num_generations: Number of summaries sampled for each user in a step (the group).
         temperature: Sampling temperature.
         max_tokens: Maximum number of tokens of a summary.
+        rollouts: What samples the summaries. ``engine`` samples in the process of the training. ``vllm-colocate``
+            starts vLLM beside it, on the same device, and copies the weights to it before each step.
+        cache_gib: Memory of vLLM for keys and values, in GiB. ``None`` leaves it to vLLM, which takes most of a GPU.
         beta: Beta of the objective in the reward. ``None`` takes that of the generator. A small beta gives a less noisy
             reward, but a generator learns to rank answers with a larger one (docs/log.md).
         scale_by_std: Divide advantages by the standard deviation of their group.
@@ -64,11 +67,19 @@ class Writer(Section):
     num_generations: int = Field(default=8, ge=2)
     temperature: PositiveFloat = 0.6
     max_tokens: PositiveInt = 2048
+    rollouts: Literal["engine", "vllm-colocate"] = "engine"
+    cache_gib: PositiveFloat | None = None
     beta: PositiveFloat | None = None
     scale_by_std: bool = False
     reduction: Literal["mean", "sum"] = "mean"
     length_penalty: NonNegativeFloat = 0.0
     max_grad_norm: PositiveFloat = 1.0
+
+    @model_validator(mode="after")
+    def _cache_of_vllm(self) -> Writer:
+        if self.cache_gib is not None and self.rollouts == "engine":
+            raise ValueError("cache_gib needs rollouts: vllm-colocate")
+        return self
 
 
 class Generator(Section):

@@ -8,6 +8,7 @@ import json
 import logging
 import shutil
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,7 @@ from popi.training.metrics import MetricsCallback
 from popi.training.models import JointModels, Role
 from popi.training.reference import Reference
 from popi.training.reward import PairReward
-from popi.training.rollouts import EngineRollouts
+from popi.training.rollouts import EngineRollouts, Rollouts
 from popi.training.schedule import Phase, phases_of
 from popi.training.trl import GRPOConfig
 from popi.training.users import UserSplit, epoch_order, generate_users, read_users, summary_prompts
@@ -182,26 +183,33 @@ class _Run:
         checkpoint = last_complete(folder)
         at = int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
         self._folder.forget_after(phase.first + at)
-        make = self._generator_trainer if phase.kind == "generator" else self._writer_trainer
-        trainer, update = make(phase, folder)
+        if phase.kind == "generator":
+            self._fit(self._generator_trainer(phase, folder), None, checkpoint)
+        else:
+            with closing(self._rollouts()) as rollouts:
+                self._fit(*self._writer_trainer(phase, folder, rollouts), checkpoint)
+        # A trainer is part of a reference cycle. Without this, its optimizer and reference model would stay in memory.
+        gc.collect()
+
+    def _fit(
+        self, trainer: SummaryTrainer | GeneratorTrainer, update: GeneratorUpdate | None, checkpoint: Path | None
+    ) -> None:
         if checkpoint is not None and update is not None:
             fix = f"remove {checkpoint} to resume from the checkpoint before it"
             update.restore(load_state(checkpoint / STATE, fix=fix))
         trainer.remove_callback(PrinterCallback)
         trainer.remove_callback(ProgressCallback)
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        # A trainer is part of a reference cycle. Without this, its optimizer and reference model would stay in memory.
-        del trainer, update
-        gc.collect()
 
-    def _writer_trainer(self, phase: Phase, folder: Path) -> tuple[SummaryTrainer, GeneratorUpdate | None]:
+    def _writer_trainer(
+        self, phase: Phase, folder: Path, rollouts: Rollouts
+    ) -> tuple[SummaryTrainer, GeneratorUpdate | None]:
         recipe, models, users = self._recipe, self._models, self._users.train
         update = self._generator_update(phase) if phase.kind == "both" and not recipe.shared else None
         # If each role has phases of its own, half of the steps so far were the writer's.
         before = phase.first // 2 * recipe.users_per_step
         order = epoch_order(len(users), before + phase.steps * recipe.users_per_step, seed=recipe.seed)[before:]
         prompts = summary_prompts(users, models.summary_format)
-        abilities = models.writer_backend.abilities
         trainer: SummaryTrainer = WriterTrainer(
             models.writer,
             models.writer_tokenizer,
@@ -211,8 +219,8 @@ class _Run:
             order=order,
             parse=lambda place, reply, cut: models.summary_format.parse(prompts[place], reply, truncated=cut),
             reward=self._reward(phase, update),
-            rollouts=EngineRollouts(models.writer, abilities=abilities, batch_tokens=recipe.batch_tokens),
-            abilities=abilities,
+            rollouts=rollouts,
+            abilities=models.writer_backend.abilities,
             batch_tokens=recipe.batch_tokens,
             first=phase.first,
             callbacks=[
@@ -221,6 +229,17 @@ class _Run:
             ],
         )
         return trainer, update
+
+    def _rollouts(self) -> Rollouts:
+        models, writer = self._models, self._recipe.writer
+        if writer.rollouts == "engine":
+            abilities = models.writer_backend.abilities
+            return EngineRollouts(models.writer, abilities=abilities, batch_tokens=self._recipe.batch_tokens)
+        try:
+            from popi.training.vllm_rollouts import VLLMRollouts
+        except ImportError as error:
+            raise MissingExtra("vllm", "vllm") from error
+        return VLLMRollouts(models.writer, models.writer_tokenizer, cache_gib=writer.cache_gib)
 
     def _generator_update(self, phase: Phase) -> GeneratorUpdate:
         return GeneratorUpdate(
@@ -262,9 +281,10 @@ class _Run:
             shuffle_dataset=False,
             loss_type="grpo" if writer.reduction == "mean" else "dr_grpo",
             scale_rewards="group" if writer.scale_by_std else "none",
+            vllm_importance_sampling_mode="token_truncate",
         )
 
-    def _generator_trainer(self, phase: Phase, folder: Path) -> tuple[GeneratorTrainer, None]:
+    def _generator_trainer(self, phase: Phase, folder: Path) -> GeneratorTrainer:
         recipe, generator = self._recipe, self._recipe.generator
         # As many pairs as in a joint step, where the generator is trained on one pair under each summary.
         items, spent = self._contexts.training_pairs(
@@ -275,7 +295,7 @@ class _Run:
             phase=phase.name,
             folder=folder,
         )
-        trainer = GeneratorTrainer(
+        return GeneratorTrainer(
             self._models.generator,
             TrainingArguments(
                 **self._arguments(phase, folder),
@@ -291,7 +311,6 @@ class _Run:
             first=phase.first,
             callbacks=[self._metrics_callback(phase, spent), CheckpointCallback(dict)],
         )
-        return trainer, None
 
     def _arguments(self, phase: Phase, folder: Path) -> dict[str, Any]:
         """The arguments that the trainers of both roles share."""

@@ -13,7 +13,18 @@ from popi.training.likelihood import computing
 
 
 class Rollouts(ABC):
-    """Samples from the current weights of the policy: prompts in, completions with their log-probabilities out."""
+    """Samples from the current weights of the policy: prompts in, completions with their log-probabilities out.
+
+    Attributes:
+        tolerance: Maximum mean difference of a token's log-probability between the sampler and the policy, in nats.
+            ``None`` if the sampler computes with the weights of the policy itself.
+    """
+
+    tolerance: float | None = None
+
+    @abstractmethod
+    def close(self) -> None:
+        """Frees what the sampler holds."""
 
     @abstractmethod
     def sample(
@@ -48,6 +59,9 @@ class EngineRollouts(Rollouts):
 
     def __init__(self, model: PreTrainedModel, *, abilities: Abilities, batch_tokens: int) -> None:
         self._model, self._abilities, self._batch_tokens = model, abilities, batch_tokens
+
+    def close(self) -> None:
+        """Does nothing: the policy belongs to the caller."""
 
     def sample(
         self, prompts: Sequence[list[int]], *, seeds: Sequence[int], max_tokens: int, temperature: float, top_p: float

@@ -6,6 +6,7 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 from popi.engine.chat_tokens import ChatTokens
 from popi.engine.checks import Abilities
 from popi.engine.packing import Scored
-from popi.errors import InputError
+from popi.errors import InputError, PopiError
 from popi.prompts import Message
 from popi.reasoning import strip_reasoning
 from popi.seeds import seed_of
@@ -115,6 +116,11 @@ class WriterTrainer(CheckpointedTrainer, GRPOTrainer, Generic[Parsed]):
                 callbacks=list(callbacks),
                 rollout_func=_roll_out,  # type: ignore[arg-type]
             )
+        if rollouts.tolerance is not None:
+            # TRL corrects for the log-probabilities of another sampler only where it believes that it runs vLLM. It
+            # would synchronize the weights, which the rollouts do themselves.
+            self.use_vllm, self._last_loaded_step = True, -1
+            self.vllm_generation: Any = SimpleNamespace(sync_weights=lambda: None)
         # If a GPU has no room for the reference, TRL offloads parts of it, and steps take many times longer.
         if {"cpu", "disk"} & set(map(str, getattr(self.ref_model, "hf_device_map", {}).values())):
             raise torch.OutOfMemoryError("no room for the initial writer beside the trained one")
@@ -149,8 +155,26 @@ class WriterTrainer(CheckpointedTrainer, GRPOTrainer, Generic[Parsed]):
         sampled = [completion.token_ids for completion in completions]
         self._log_metric("seconds/rollout", time.perf_counter() - began)
         self._log_metric("tokens/rollout", float(sum(map(len, sampled))))
-        # TRL corrects for samplers whose log-probabilities differ from its own; those of a live model do not.
-        return {"prompt_ids": rendered, "completion_ids": sampled, "logprobs": None}
+        logprobs = None if self._rollouts.tolerance is None else [completion.logprobs for completion in completions]
+        return {"prompt_ids": rendered, "completion_ids": sampled, "logprobs": logprobs}
+
+    def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
+        """The batch of TRL. Compares the log-probabilities of the sampler with those of the policy.
+
+        Raises:
+            PopiError: If they differ by more than rounding, so that the sampler has other weights.
+        """
+        batch: dict[str, Any] = super()._generate_and_score_completions(inputs)
+        tolerance = self._rollouts.tolerance
+        if tolerance is not None:
+            difference = self._metrics["train"]["sampling/sampling_logp_difference/mean"][-1]
+            if not difference <= tolerance:
+                raise PopiError(
+                    f"the log-probabilities of the sampled tokens differ by {difference:.2g} nats from those of the "
+                    f"writer after {self._steps_done} steps, more than rounding ({tolerance:g}): the sampler has other "
+                    "weights; train with writer.rollouts: engine"
+                )
+        return batch
 
     def _render(self, prompts: Sequence[Sequence[dict[str, str]]]) -> list[list[int]]:
         conversations = [[Message(**turn) for turn in prompt] for prompt in prompts]  # type: ignore[arg-type]

@@ -1,0 +1,112 @@
+"""Training whose summaries vLLM samples."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from popi.config import JointRecipe, load
+from popi.errors import InputError, MissingExtra, PopiError
+from popi.training.joint import run
+from tests.servers import needs_vllm
+
+pytestmark = pytest.mark.slow
+
+
+def recipe(folder: Path, **writer: Any) -> JointRecipe:
+    """Three steps of a shipped model: its sizes are those that vLLM supports."""
+    tree = {
+        "task": "joint",
+        "name": "mini",
+        "data": {"world": "miniworld", "users": 8},
+        "writer": {
+            "model": "popi-mini-base",
+            "learning_rate": 1e-3,
+            "num_generations": 4,
+            "max_tokens": 32,
+            "temperature": 0.8,
+            **writer,
+        },
+        "generator": {"model": "popi-mini-base", "learning_rate": 1e-4, "beta": 0.5},
+        "steps": 3,
+        "users_per_step": 2,
+        "warmup": 0,
+        "evaluate_users": 2,
+    }
+    file = folder / "recipe.yaml"
+    file.write_text(yaml.safe_dump(tree))
+    resolved = load(file)
+    assert isinstance(resolved, JointRecipe)
+    return resolved
+
+
+VLLM: dict[str, Any] = {"rollouts": "vllm-colocate", "cache_gib": 0.25}
+
+
+def trained(folder: Path, **writer: Any) -> tuple[list[dict[str, Any]], torch.Tensor]:
+    """The metrics of each step, and the weights of the writer."""
+    from safetensors.torch import load_file
+
+    folder.mkdir()
+    run(recipe(folder, **writer), folder / "run", source="a test", report=lambda metrics: None)
+    lines = (folder / "run" / "metrics.jsonl").read_text().splitlines()
+    weights = load_file(folder / "run" / "writer" / "model.safetensors")
+    return [json.loads(line) for line in lines], torch.cat([value.flatten() for value in weights.values()])
+
+
+@pytest.fixture(autouse=True)
+def installed() -> None:
+    needs_vllm()
+
+
+def test_a_run_is_that_of_the_engine(tmp_path: Path) -> None:
+    ours, engine = trained(tmp_path / "engine")
+    theirs, vllm = trained(tmp_path / "vllm", **VLLM)
+    for mine, other in zip(ours, theirs, strict=True):
+        # The same tokens, so the same rewards, although the weights change much from step to step.
+        assert mine["tokens/rollout"] == other["tokens/rollout"]
+        assert mine["reward"] == pytest.approx(other["reward"], abs=1e-4)
+        assert 0 < other["sampling/sampling_logp_difference/mean"] < 1e-4
+        assert other["sampling/importance_sampling_ratio/mean"] == pytest.approx(1, abs=1e-3)
+        assert "sampling/sampling_logp_difference/mean" not in mine
+    assert (vllm - engine).norm() < 1e-2 * (engine - initial()).norm()
+    assert not list(Path("/dev/shm").glob("popi-*"))
+
+
+def initial() -> torch.Tensor:
+    from popi.engine.loading import load as load_model
+
+    model, _ = load_model("popi-mini-base", None, "float32")
+    return torch.cat([value.flatten() for value in model.state_dict().values()])
+
+
+def test_weights_that_vllm_did_not_take_end_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from popi.backends.vllm import VLLMBackend
+
+    async def forgotten(self: VLLMBackend, folder: Path) -> None:
+        pass
+
+    monkeypatch.setattr(VLLMBackend, "update_weights", forgotten)
+    says = r"log-probabilities of the sampled tokens differ by [\d.]+ nats from those of the writer after 1 steps, .*"
+    with pytest.raises(PopiError, match=says):
+        trained(tmp_path / "stale", **VLLM)
+    assert len((tmp_path / "stale" / "run" / "metrics.jsonl").read_text().splitlines()) == 1
+
+
+def test_vllm_that_is_missing_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in sys.modules if name.startswith(("popi.backends.vllm", "popi.training.vllm"))]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    with pytest.raises(MissingExtra, match=r"vllm is not installed; install it with: pip install 'popi\[vllm\]'"):
+        trained(tmp_path / "missing", **VLLM)
+
+
+def test_memory_of_vllm_without_vllm_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"recipe.yaml, field writer: .*cache_gib needs rollouts: vllm-colocate"):
+        recipe(tmp_path, cache_gib=1)
