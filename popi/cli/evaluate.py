@@ -180,7 +180,9 @@ def _samples(
     else:
         assert world is not None
         split = split or "unseen-combinations"
-        made = samples.from_world(world, split=split, users=users or WORLD_USERS, seeds=seeds)
+        users = users or WORLD_USERS
+        with progress("users", users * len(seeds), transient=True) as shown:
+            made = samples.from_world(world, split=split, users=users, seeds=seeds, advance=shown.advance)
         source = {"world": world, "split": split}
     return made, {**source, "users_of_a_sample": len(made[0].examples)}
 

@@ -125,16 +125,18 @@ class Progress(Protocol):
 
 
 @contextmanager
-def progress(label: str, total: int, unit: str = "") -> Iterator[Progress]:
+def progress(label: str, total: int, unit: str = "", *, transient: bool = False) -> Iterator[Progress]:
     """Shows progress: a bar if standard error is a terminal, else lines of text.
 
     Args:
         label: Name of the work, for example ``summaries``.
         total: Number of items.
         unit: Name of the items, for example ``users``. If it is given, the number of items per minute is shown.
+        transient: Remove the bar at the end, or print no last line: for the preparation of other work.
     """
     speed = _Speed(total, unit)
-    shown = _bar(label, total, speed) if sys.stderr.isatty() else _lines(label, total, speed)
+    make = _bar if sys.stderr.isatty() else _lines
+    shown = make(label, total, speed, transient)
     with shown as display:
         yield display
 
@@ -165,7 +167,7 @@ def _duration(seconds: float) -> str:
 
 
 @contextmanager
-def _lines(label: str, total: int, speed: _Speed) -> Iterator[Progress]:
+def _lines(label: str, total: int, speed: _Speed, transient: bool) -> Iterator[Progress]:
     lines = _Lines(label, total, speed)
     # Print lines even if no item is finished.
     thread = threading.Thread(target=lines.repeat, name="popi-progress", daemon=True)
@@ -175,7 +177,8 @@ def _lines(label: str, total: int, speed: _Speed) -> Iterator[Progress]:
     finally:
         lines.ended.set()
         thread.join()
-    lines.print()
+    if not transient:
+        lines.print()
 
 
 class _Lines:
@@ -208,7 +211,7 @@ class _Lines:
 
 
 @contextmanager
-def _bar(label: str, total: int, speed: _Speed) -> Iterator[Progress]:
+def _bar(label: str, total: int, speed: _Speed, transient: bool) -> Iterator[Progress]:
     from rich.console import Console
     from rich.progress import (
         BarColumn,
@@ -227,7 +230,7 @@ def _bar(label: str, total: int, speed: _Speed) -> Iterator[Progress]:
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    with RichProgress(*columns, console=Console(stderr=True)) as display:
+    with RichProgress(*columns, console=Console(stderr=True), transient=transient) as display:
         yield _Bar(display, display.add_task(label, total=total, figures=""), speed)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,8 +31,22 @@ class Sample:
     examples: Sequence[PersonalizationExample]
 
 
-def from_world(world: str, *, split: str, users: int, seeds: Sequence[int]) -> list[Sample]:
+def from_world(
+    world: str,
+    *,
+    split: str,
+    users: int,
+    seeds: Sequence[int],
+    advance: Callable[[], object] = lambda: None,
+) -> list[Sample]:
     """Makes ``users`` users of a world for each seed.
+
+    Args:
+        world: The world.
+        split: Its split.
+        users: Number of users of each sample.
+        seeds: The seed of each sample.
+        advance: Called after each user.
 
     Raises:
         ConfigError: If the world is unknown, or ``users`` is not positive.
@@ -43,7 +57,13 @@ def from_world(world: str, *, split: str, users: int, seeds: Sequence[int]) -> l
     if users < 1:
         raise ConfigError(f"must be positive, not {users}", field="users")
     generate = registry.load(GENERATORS[world])
-    return [Sample(seed, list(generate(split=split, users=users, seed=seed))) for seed in seeds]
+
+    def made(seed: int) -> Iterator[PersonalizationExample]:
+        for example in generate(split=split, users=users, seed=seed):
+            yield example
+            advance()
+
+    return [Sample(seed, list(made(seed))) for seed in seeds]
 
 
 def from_file(path: Path, *, users: int | None, seeds: Sequence[int], bad_rows: BadRows | None = None) -> list[Sample]:

@@ -134,6 +134,18 @@ def test_a_line_is_printed_while_nothing_is_finished(
     assert lines.splitlines()[0] == "popi: summaries: 0 of 3, 0 s"
 
 
+def test_short_preparations_print_nothing(capsys: pytest.CaptureFixture[str], clock: Callable[[float], None]) -> None:
+    with output.progress("users", 2, transient=True) as shown:
+        shown.advance(2)
+    assert capsys.readouterr().err == ""
+    with output.progress("users", 20, transient=True) as shown:
+        clock(6)
+        shown.advance()
+        clock(7)
+        shown.advance(19)
+    assert capsys.readouterr().err == "popi: users: 1 of 20, 6 s, 2 min left\n"
+
+
 def test_an_error_ends_the_lines(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(KeyError), output.progress("summaries", 3):
         raise KeyError
