@@ -119,6 +119,8 @@ def layouts(kind: str) -> list[Layout]:
     return ["shared", "padded", "single"] if kind in SHARED else ["padded", "single"]
 
 
+# A family in the layout of its check is in test_families, which is not slow.
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "layout"), [(kind, layout) for kind in CONFIGS for layout in layouts(kind)])
 def test_as_exact_as_a_plain_loop(kind: str, layout: Layout) -> None:
     model = model_of(kind)
