@@ -27,7 +27,7 @@ def recipe(folder: Path, **writer: Any) -> JointRecipe:
         "data": {"world": "miniworld", "users": 8},
         "writer": {
             "model": "popi-mini-base",
-            "learning_rate": 1e-3,
+            "learning_rate": 1e-4,
             "num_generations": 4,
             "max_tokens": 32,
             "temperature": 0.8,
@@ -69,9 +69,9 @@ def test_a_run_is_that_of_the_engine(tmp_path: Path) -> None:
     ours, engine = trained(tmp_path / "engine")
     theirs, vllm = trained(tmp_path / "vllm", **VLLM)
     for mine, other in zip(ours, theirs, strict=True):
-        # The same tokens, so the same rewards, although the weights change much from step to step.
+        # The same tokens, so the same rewards.
         assert mine["tokens/rollout"] == other["tokens/rollout"]
-        assert mine["reward"] == pytest.approx(other["reward"], abs=1e-4)
+        assert mine["reward"] == pytest.approx(other["reward"], abs=1e-3)
         assert 0 < other["sampling/sampling_logp_difference/mean"] < 1e-4
         assert other["sampling/importance_sampling_ratio/mean"] == pytest.approx(1, abs=1e-3)
         assert "sampling/sampling_logp_difference/mean" not in mine
@@ -95,7 +95,7 @@ def test_weights_that_vllm_did_not_take_end_the_run(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(VLLMBackend, "update_weights", forgotten)
     says = r"log-probabilities of the sampled tokens differ by [\d.]+ nats from those of the writer after 1 steps, .*"
     with pytest.raises(PopiError, match=says):
-        trained(tmp_path / "stale", **VLLM)
+        trained(tmp_path / "stale", learning_rate=1e-3, **VLLM)
     assert len((tmp_path / "stale" / "run" / "metrics.jsonl").read_text().splitlines()) == 1
 
 
