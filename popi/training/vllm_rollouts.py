@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import shutil
 from collections.abc import Sequence
 from itertools import chain
 from pathlib import Path
@@ -22,10 +23,19 @@ SHARED_MEMORY = Path("/dev/shm")
 TOLERANCE, TOLERANCE_OF_HALF = 1e-3, 5e-2
 
 
+def shared_memory(size: int) -> Path | None:
+    """The folder of shared memory, or ``None`` if it has no room for two copies of ``size`` bytes.
+
+    A container often has 64 MiB of it. While weights are replaced, the earlier ones may still be there.
+    """
+    return SHARED_MEMORY if SHARED_MEMORY.is_dir() and shutil.disk_usage(SHARED_MEMORY).free >= 2 * size else None
+
+
 class VLLMRollouts(Rollouts):
     """Samples with vLLM, which gets the current weights of the policy before each call.
 
-    The weights are written to shared memory, and vLLM reads them from there. On a CPU, the samples are those of
+    The weights are written to shared memory, or to the temporary folder if they do not fit there. vLLM reads them from
+    there. On a CPU, the samples are those of
     :class:`popi.training.rollouts.EngineRollouts`, except where rounding decides.
 
     Args:
@@ -41,7 +51,8 @@ class VLLMRollouts(Rollouts):
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, cache_gib: float | None = None
     ) -> None:
         self._model = model
-        self._folder = TemporaryDirectory(prefix="popi-", dir=SHARED_MEMORY if SHARED_MEMORY.is_dir() else None)
+        size = sum(weights.numel() * weights.element_size() for weights in model.state_dict().values())
+        self._folder = TemporaryDirectory(prefix="popi-", dir=shared_memory(size))
         try:
             tokenizer.save_pretrained(self._folder.name)
             model.save_pretrained(self._folder.name)
