@@ -191,7 +191,7 @@ def assert_calibrated(users):
 
 
 def test_the_posterior_is_calibrated():
-    assert_calibrated(500)
+    assert_calibrated(1000)
 
 
 @pytest.mark.slow
