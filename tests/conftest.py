@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -28,6 +29,9 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 # Session fixtures that are slow to make. The tests of a group run in one worker.
 GROUPS = {"servers": {"vllm_url", "vllm_backend"}, "wheel": {"wheel", "clean_python"}}
+
+# A shell ignores Ctrl-C in what it starts in the background, and so do the programs that a test would interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # A busy machine is not a failing test. In continuous integration the examples are the same every time: a new find there
 # would blame a change that has nothing to do with it, and people who run the tests find it too.
