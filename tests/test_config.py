@@ -178,8 +178,19 @@ def test_overrides_replace_values_deep_inside():
 
 @pytest.mark.parametrize("name", ["phases.9.steps", "phases.x.steps", "nothing.here", "seed.deeper"])
 def test_an_override_of_an_unknown_field_is_refused(name):
-    with pytest.raises(ConfigError, match="cannot be overridden: unknown field"):
+    with pytest.raises(InputError, match=r"cannot be overridden: unknown field|field nothing: extra inputs are not"):
         load(RECIPES / "mini_base", {name: 1})
+
+
+def test_a_section_that_the_file_leaves_out_can_be_overridden():
+    engine = load(RECIPES / "popi_mini", {"engine.kind": "zero3", "engine.offload": "optimizer"}).engine
+    assert (engine.kind, engine.offload) == ("zero3", "optimizer")
+
+
+@pytest.mark.parametrize(("kind", "offload"), [("single", "optimizer"), ("ddp", "parameters"), ("zero2", "parameters")])
+def test_an_engine_offloads_only_what_it_divides(kind, offload):
+    with pytest.raises(InputError, match="offload"):
+        load(RECIPES / "popi_mini", {"engine.kind": kind, "engine.offload": offload})
 
 
 def test_override_words_are_yaml():

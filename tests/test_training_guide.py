@@ -1,7 +1,11 @@
 """The examples of the training guide: its user, its recipe, its module and its commands."""
 
+import json
+import os
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -16,7 +20,8 @@ from popi.signals import Statement
 
 GUIDE = (Path(__file__).parent.parent / "docs" / "training.md").read_text(encoding="utf-8")
 BLOCKS = dict(re.findall(r"^```(\w+)\n(.*?)^```", GUIDE, re.M | re.S))
-RECIPE, WITH_VLLM = re.findall(r"^```yaml\n(.*?)^```", GUIDE, re.M | re.S)
+RECIPE, WITH_ENGINE, WITH_VLLM = re.findall(r"^```yaml\n(.*?)^```", GUIDE, re.M | re.S)
+COMMANDS, SEVERAL = re.findall(r"^```sh\n(.*?)^```", GUIDE, re.M | re.S)
 SMALL = ["steps=2", "users_per_step=2", "writer.num_generations=3", "writer.max_tokens=48", "evaluate_users=4"]
 
 
@@ -59,9 +64,37 @@ def test_the_commands_of_the_guide_run_on_its_recipe(tmp_path, monkeypatch):
     Path("own.yaml").write_text(text)
     assert load(Path("own.yaml")).steps == recipe["steps"]
     assert main(["data", "miniworld", "--users", "12", "--out", "users.jsonl"]) == 0
-    lines = [shlex.split(line)[1:] for line in BLOCKS["sh"].splitlines()]
+    lines = [shlex.split(line)[1:] for line in COMMANDS.splitlines()]
     assert [words[0] for words in lines] == ["train", "train", "eval"]
     for words in lines:
         small = [word for value in SMALL for word in ("--set", value)] if words[0] == "train" else []
         assert main([*words, *small]) == 0
     assert {"results.md", "results.json"} <= {path.name for path in Path("evaluation").iterdir()}
+
+
+@pytest.mark.slow
+def test_the_command_for_several_processes_runs_on_its_recipe(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    recipe = yaml.safe_load(RECIPE) | yaml.safe_load(WITH_ENGINE)
+    recipe["writer"]["model"] = recipe["generator"]["model"] = "popi-mini-base"
+    Path("own.yaml").write_text(yaml.safe_dump(recipe))
+    assert main(["data", "miniworld", "--users", "12", "--out", "users.jsonl"]) == 0
+    small = [word for value in SMALL for word in ("--set", value)]
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    environment = {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1"}
+    command = [*shlex.split(SEVERAL), *small]
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
+    assert ended.returncode == 0, ended.stderr[:5000]
+    assert json.loads(ended.stdout)["models"] == "runs/several/writer, runs/several/generator"
+    assert json.loads(Path("runs/several/config.json").read_text())["ranks"] == 2
+
+
+def test_the_engine_of_the_guide_is_shown(tmp_path, capsys):
+    recipe = yaml.safe_load(RECIPE) | yaml.safe_load(WITH_ENGINE)
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump(recipe))
+    assert main(["train", str(tmp_path / "own.yaml"), "--show-engine"]) == 0
+    shown = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [each["role"] for each in shown] == ["writer", "generator"]
+    assert all(each["deepspeed"]["zero_optimization"]["stage"] == 2 for each in shown)
+    assert main(["train", str(tmp_path / "own.yaml"), "--show-engine", "--set", "engine.kind=ddp"]) == 2
+    assert "field engine.kind: is ddp, without DeepSpeed; set it to zero1, zero2 or zero3" in capsys.readouterr().err

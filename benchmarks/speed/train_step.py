@@ -42,6 +42,7 @@ from popi.training.reward import PairReward
 from popi.training.rollouts import EngineRollouts
 from popi.training.scoring import NO_REFERENCE, ConditionedPair, PairLogps, PairScorer
 from popi.training.trl import GRPOConfig, GRPOTrainer
+from popi.training.updates import SharedUpdate
 from popi.training.writer import WriterTrainer
 from popi_generators.prompted import QuotedSummary
 
@@ -159,7 +160,7 @@ class Step:
             length_penalty=0.0,
             count_tokens=self.count_tokens,
             seed=0,
-            keep_gradient=True,
+            update=SharedUpdate(self.generators[1], lambda: self.generators[1]),
         )
         summaries = [summary_of(text) for text in self.texts(completions)]
         users = [place // self.samples for place in range(len(completions))]

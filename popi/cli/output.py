@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
 import sys
 import threading
@@ -85,8 +86,13 @@ def note(text: str) -> None:
 
 
 def _note(text: str) -> str:
-    """Formats a note. The library's argument ``max_tokens`` becomes the name of the option."""
-    return f"popi: {one_line(text).replace('raise max_tokens', 'raise --max-tokens')}"
+    """Formats a note. The library's argument ``max_tokens`` becomes the name of the option.
+
+    Under torchrun, the notes of all ranks but the first name their rank.
+    """
+    rank = os.environ.get("RANK", "0")
+    source = "popi" if rank == "0" else f"popi: rank {rank}"
+    return f"{source}: {one_line(text).replace('raise max_tokens', 'raise --max-tokens')}"
 
 
 class _Notes(logging.Handler):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from popi.cli.output import JsonFlag, note, print_json, print_records, progress, telling_log
+from popi.errors import ConfigError
 
 FIGURES = {
     "reward": "reward",
@@ -28,19 +30,32 @@ def train(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the recipe with all defaults, and the size of the run.")
     ] = False,
+    show_engine: Annotated[
+        bool, typer.Option("--show-engine", help="Print the configuration of DeepSpeed for each role.")
+    ] = False,
     json: JsonFlag = False,
 ) -> None:
-    """Train the models of a recipe. The same command resumes an interrupted run from its last checkpoint."""
+    """Train the models of a recipe. The same command resumes an interrupted run from its last checkpoint.
+
+    Under torchrun or accelerate launch, the processes share the training as the recipe's engine says.
+    """
     from popi.config import load, parse_overrides
     from popi.registry import load as load_part
 
     resolved = load(recipe, parse_overrides(set_ or []))
     cost = resolved.cost()
+    if show_engine:
+        _show_engine(resolved)
+        return
     if dry_run:
         print_json({"recipe": resolved.model_dump(mode="json"), **cost})
         return
     run = load_part(resolved.RUN)
     folder = out or Path("runs") / resolved.name
+    if os.environ.get("RANK", "0") != "0":
+        # The first rank reports. The others print warnings and their own errors.
+        run(resolved, folder, source=str(recipe), report=lambda metrics: None)
+        return
     with telling_log(), progress(resolved.name, cost["steps"]) as shown:
         done = 0
 
@@ -58,6 +73,16 @@ def train(
             raise
     models = ", ".join(str(folder / name) for name in resolved.results())
     print_records([{"models": models, **cost}], json_flag=json)
+
+
+def _show_engine(recipe: Any) -> None:
+    kind = recipe.engine.kind if recipe.task == "joint" else "single"
+    if not kind.startswith("zero"):
+        raise ConfigError(f"is {kind}, without DeepSpeed", field="engine.kind", fix="set it to zero1, zero2 or zero3")
+    from popi.training.trainers import deepspeed_configs
+
+    for role, config in deepspeed_configs(recipe, int(os.environ.get("WORLD_SIZE", "1"))).items():
+        print_json({"role": role, "deepspeed": config})
 
 
 def _figures(metrics: dict[str, Any]) -> str:

@@ -87,12 +87,13 @@ def _replace(tree: Any, name: str, value: Any, file: Path) -> None:
     *path, last = name.split(".")
     try:
         for part in path:
-            tree = tree[int(part)] if isinstance(tree, list) else tree[part]
+            # A section that the file leaves out has its defaults.
+            tree = tree[int(part)] if isinstance(tree, list) else tree.setdefault(part, {})
         if isinstance(tree, list):
             tree[int(last)] = value
         else:
             tree[last] = value
-    except (KeyError, IndexError, ValueError, TypeError) as error:
+    except (AttributeError, IndexError, ValueError, TypeError) as error:
         raise ConfigError("cannot be overridden: unknown field", file=file, field=name) from error
 
 

@@ -108,6 +108,28 @@ class Generator(Section):
     max_grad_norm: PositiveFloat = 10.0
 
 
+class Engine(Section):
+    """How the processes of a run, its ranks, share the training. Each rank has its own part of the users of a step.
+
+    Attributes:
+        kind: ``single`` is one process. With ``ddp`` each rank has all weights and its own optimizer. DeepSpeed
+            distributes the optimizer over the ranks (``zero1``), also the gradients (``zero2``), or also the weights
+            (``zero3``).
+        offload: What is kept in the memory of the host: nothing, the state of the optimizer, or also the weights.
+    """
+
+    kind: Literal["single", "ddp", "zero1", "zero2", "zero3"] = "single"
+    offload: Literal["none", "optimizer", "parameters"] = "none"
+
+    @model_validator(mode="after")
+    def _can_offload(self) -> Engine:
+        if self.offload != "none" and not self.kind.startswith("zero"):
+            raise ValueError("offload needs kind: zero1, zero2 or zero3")
+        if self.offload == "parameters" and self.kind != "zero3":
+            raise ValueError("offload: parameters needs kind: zero3")
+        return self
+
+
 class JointRecipe(Section):
     """Trains a writer and a generator under one preference objective.
 
@@ -148,6 +170,7 @@ class JointRecipe(Section):
         evaluate_every: Number of steps between evaluations on held-out users.
         evaluate_users: Number of held-out users.
         checkpoint_every: Number of steps between checkpoints.
+        engine: How the processes of the run share the training.
     """
 
     RUN: ClassVar = "popi.training.joint:run"
@@ -170,6 +193,7 @@ class JointRecipe(Section):
     evaluate_every: PositiveInt = 50
     evaluate_users: PositiveInt = 64
     checkpoint_every: PositiveInt = 50
+    engine: Engine = Field(default_factory=Engine)
 
     @model_validator(mode="after")
     def _fits_together(self) -> JointRecipe:

@@ -64,7 +64,7 @@ class ResponseLogits:
 def response_logits(model: PreTrainedModel, items: Sequence[Scored], rows: Sequence[Row]) -> ResponseLogits:
     """Computes the predictions of one pass of :func:`popi.engine.packing.pack`.
 
-    Gradients flow through it, and through shared prefixes, if they are enabled.
+    Gradients flow through it, and through shared prefixes, if they are enabled. A pass without items predicts nothing.
     """
     scored: list[tuple[int, int, int, int, int]] = []
     for place, row in enumerate(rows):
@@ -73,7 +73,8 @@ def response_logits(model: PreTrainedModel, items: Sequence[Scored], rows: Seque
             # The logits of a token predict the next one.
             columns = path[len(prompt) - len(row.prefix) - 1 :]
             scored += [(place, columns[n], token, index, n) for n, token in enumerate(response)]
-    rows_N, columns_N, targets_N, items_N, offsets_N = torch.tensor(scored, device=model.device).unbind(dim=1)
+    fields_5_N = torch.tensor(scored, dtype=torch.long, device=model.device).view(-1, 5).T
+    rows_N, columns_N, targets_N, items_N, offsets_N = fields_5_N
     with head_at(model, rows_N, columns_N):
         logits_N_V = _run(model, rows)[0]
     return ResponseLogits(logits_N_V, targets_N, items_N, offsets_N)

@@ -12,11 +12,12 @@ from typing import Any
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from popi.io import write_text
-from popi.run_folder import save_state, writing
+from popi.run_folder import writing
+from popi.training.ranks import ONE_RANK, Ranks
 
 log = logging.getLogger(__name__)
 
-STATE, COMPLETE = "state.pt", "complete"
+COMPLETE = "complete"
 
 
 class CheckpointedTrainer(Trainer):
@@ -34,17 +35,20 @@ class CheckpointCallback(TrainerCallback):
     """Adds state that the trainer does not know to each of its checkpoints, and then marks it as complete.
 
     Args:
-        state: Returns the state.
+        ranks: The ranks of the run.
+        save: Writes the state into the folder of a checkpoint. Every rank calls it.
     """
 
-    def __init__(self, state: Callable[[], dict[str, Any]]) -> None:
-        self._state = state
+    def __init__(self, ranks: Ranks = ONE_RANK, save: Callable[[Path], None] | None = None) -> None:
+        self._ranks, self._save = ranks, save
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Called by the trainer after it wrote its own files."""
         folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
-        save_state(folder / STATE, self._state())
-        write_text(folder / COMPLETE, json.dumps(_sizes(folder)) + "\n")
+        if self._save is not None:
+            self._save(folder)
+        self._ranks.barrier()
+        self._ranks.on_first(lambda: write_text(folder / COMPLETE, json.dumps(_sizes(folder)) + "\n"))
 
 
 def last_complete(folder: Path) -> Path | None:

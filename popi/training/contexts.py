@@ -8,6 +8,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,6 +25,7 @@ from popi.seeds import seed_of
 from popi.summary import Author, PreferenceSummary, Provenance
 from popi.training.formats import summarizer
 from popi.training.models import JointModels
+from popi.training.ranks import ONE_RANK, Ranks
 from popi.training.reference import Reference
 from popi.training.scoring import ConditionedPair
 from popi.training.users import epoch_order
@@ -44,10 +46,11 @@ class Contexts:
         models: The writer of the summaries, and the generator.
         max_tokens: Maximum number of tokens of a summary.
         seed: Seed of the run.
+        ranks: The ranks of the run.
     """
 
-    def __init__(self, kind: Kind, models: JointModels, *, max_tokens: int, seed: int) -> None:
-        self._kind, self._models = kind, models
+    def __init__(self, kind: Kind, models: JointModels, *, max_tokens: int, seed: int, ranks: Ranks = ONE_RANK) -> None:
+        self._kind, self._models, self._ranks = kind, models, ranks
         self._max_tokens, self._seed = max_tokens, seed
 
     def check(self, users: Sequence[PersonalizationExample]) -> None:
@@ -112,10 +115,11 @@ class Contexts:
         spent: Counter[str] = Counter()
         for start in range(0, len(users), CHUNK):
             file = folder / f"{SUMMARIES}-{start:06d}.json"
-            if not file.exists():
-                chunk = self._sample(users[start : start + CHUNK], temperature=temperature, phase=phase)
-                write_text(file, json.dumps(chunk, ensure_ascii=False) + "\n")
-            chunk = read_json(file)
+            if not self._ranks.from_first(file.exists):
+                sampled = self._sample(users[start : start + CHUNK], temperature=temperature, phase=phase)
+                text = json.dumps(sampled, ensure_ascii=False) + "\n"
+                self._ranks.on_first(partial(write_text, file, text))
+            chunk = self._ranks.from_first(partial(read_json, file))
             summaries += map(PreferenceSummary.model_validate, chunk["summaries"])
             spent.update(chunk["spent"])
             log.info("sampled summaries for the generator: %d of %d users", len(summaries), len(users))
@@ -124,9 +128,10 @@ class Contexts:
     def _sample(self, users: Sequence[PersonalizationExample], *, temperature: float, phase: str) -> dict[str, Any]:
         ledger, began = Ledger(), time.perf_counter()
         writer = Cost(self._models.writer_backend, price=FREE, ledger=ledger)
-        summaries = _infer(users, self._inference(writer, temperature=temperature, purpose=phase))
+        own = _infer(self._ranks.share(users), self._inference(writer, temperature=temperature, purpose=phase))
+        summaries = self._ranks.gather(own)
         spent = {
-            "tokens/rollout": float(ledger.total.completion_tokens),
+            "tokens/rollout": self._ranks.total(ledger.total.completion_tokens),
             "seconds/rollout": time.perf_counter() - began,
         }
         return {"summaries": [each.model_dump(mode="json") for each in summaries if each], "spent": spent}

@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import TrainingArguments, get_cosine_schedule_with_warmup
+from transformers import TrainingArguments
 
 from popi.errors import PopiError
 from popi.training.checkpoints import CheckpointedTrainer
+from popi.training.engines import through
 from popi.training.objective import LOSSES, LogRatios, Loss, accuracy
+from popi.training.ranks import ONE_RANK, Ranks
 from popi.training.scoring import ConditionedPair, PairScorer
 
 if TYPE_CHECKING:
@@ -34,6 +36,7 @@ class GeneratorTrainer(CheckpointedTrainer):
         loss: The objective.
         beta: Beta of the objective.
         first: Number of steps of the run before this trainer's.
+        ranks: The ranks of the run.
         callbacks: Callbacks of transformers.
     """
 
@@ -47,9 +50,10 @@ class GeneratorTrainer(CheckpointedTrainer):
         loss: Loss,
         beta: float,
         first: int = 0,
+        ranks: Ranks = ONE_RANK,
         callbacks: Sequence[Any] = (),
     ) -> None:
-        self._first = first
+        self._first, self._ranks = first, ranks
         self._scorer, self._objective, self._beta = scorer, LOSSES[loss], beta
         self._pending: dict[str, list[float]] = {}
         super().__init__(
@@ -72,11 +76,18 @@ class GeneratorTrainer(CheckpointedTrainer):
         """The mean loss of a batch of pairs."""
         items: list[ConditionedPair] = inputs["items"]
         read = self._scorer.tokens_read
-        ratios = self._scorer.ratios_for_gradient(items)
+        inner = self.accelerator.unwrap_model(model)
+
+        def compute() -> tuple[Tensor, Tensor]:
+            ratios = self._scorer.ratios_for_gradient(items)
+            return ratios.chosen_N, ratios.rejected_N
+
+        ratios = LogRatios(*through(model, inner, compute))
         loss = self._objective(ratios.margins_N, self._beta).mean()
-        check_finite("the loss", loss.item(), self._first + self.state.global_step)
-        tokens = float(self._scorer.tokens_read - read)
-        for name, value in {**pair_metrics(ratios, self._beta, loss.item()), "tokens/update": tokens}.items():
+        metrics = self._ranks.mean(pair_metrics(ratios, self._beta, loss.item()))
+        metrics["tokens/update"] = self._ranks.total(self._scorer.tokens_read - read)
+        check_finite("the loss", metrics["generator/loss"], self._first + self.state.global_step)
+        for name, value in metrics.items():
             self._pending.setdefault(name, []).append(value)
         return loss
 
@@ -95,57 +106,6 @@ class GeneratorTrainer(CheckpointedTrainer):
         }
         super().log({**logs, **pending}, start_time)
         self._pending.clear()
-
-
-class GeneratorUpdate:
-    """Updates the generator in the steps of the writer: AdamW with the learning rate schedule of a trainer.
-
-    Args:
-        model: The generator.
-        learning_rate: Peak learning rate.
-        steps: Number of updates.
-        warmup: Number of updates until the learning rate reaches its peak.
-        max_grad_norm: Maximum norm of the gradient.
-    """
-
-    def __init__(
-        self, model: PreTrainedModel, *, learning_rate: float, steps: int, warmup: int, max_grad_norm: float
-    ) -> None:
-        self._model = model
-        self._parameters = [value for value in model.parameters() if value.requires_grad]
-        self._optimizer = torch.optim.AdamW(self._parameters, lr=learning_rate, weight_decay=0.0)
-        self._schedule = get_cosine_schedule_with_warmup(self._optimizer, warmup, steps)
-        self._max_grad_norm = max_grad_norm
-
-    def __call__(self, step: int) -> float:
-        """Applies the accumulated gradient, and returns its norm.
-
-        Args:
-            step: Number of steps of the run so far.
-
-        Raises:
-            PopiError: If the norm is not finite. The weights are not changed.
-        """
-        norm = float(torch.nn.utils.clip_grad_norm_(self._parameters, self._max_grad_norm))
-        check_finite("the gradient norm of the generator", norm, step)
-        self._optimizer.step()
-        self._schedule.step()
-        self._optimizer.zero_grad(set_to_none=True)
-        return norm
-
-    def state(self) -> dict[str, Any]:
-        """Everything that the next update depends on."""
-        return {
-            "weights": self._model.state_dict(),
-            "optimizer": self._optimizer.state_dict(),
-            "schedule": self._schedule.state_dict(),
-        }
-
-    def restore(self, state: dict[str, Any]) -> None:
-        """Restores what :meth:`state` returned."""
-        self._model.load_state_dict(state["weights"])
-        self._optimizer.load_state_dict(state["optimizer"])
-        self._schedule.load_state_dict(state["schedule"])
 
 
 def pair_metrics(ratios: LogRatios, beta: float, loss: float) -> dict[str, float]:

@@ -7,11 +7,15 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from popi.data.example import PersonalizationExample
 from popi.roles import Failure, PreferenceInference, infer_or_nothing
 from popi.summary import PreferenceSummary
 from popi.training.generator import check_finite, diverged
 from popi.training.objective import accuracy
+from popi.training.ranks import ONE_RANK, Ranks
 from popi.training.reference import Reference
 from popi.training.scoring import ConditionedPair, PairScorer
 
@@ -49,8 +53,9 @@ async def evaluate_held_out(
     *,
     step: int,
     samples: int = 4,
+    ranks: Ranks = ONE_RANK,
 ) -> HeldOutEval:
-    """Infers summaries of held-out users, and scores their pairs under them.
+    """Infers summaries of held-out users, and scores their pairs under them. The ranks share the users.
 
     Args:
         inference: Infers what the generator reads about a user; ``None`` evaluates plain prompts.
@@ -59,25 +64,20 @@ async def evaluate_held_out(
         reference: The reference of their pairs.
         step: Number of steps of the run so far.
         samples: Number of users whose summaries are returned.
+        ranks: The ranks of the run. Each must have all weights of both models.
 
     Raises:
         PopiError: If a logit of the writer or a margin is not finite.
     """
-    summaries: Sequence[PreferenceSummary | None] = [None] * len(users)
-    failures: Sequence[Failure] = []
-    if inference is not None:
-        summaries, failures = await infer_or_nothing(inference, [example.user for example in users])
+    with ranks.alone():
+        own, own_failures = await _measure(inference, scorer, ranks.share(users), reference)
+    measured, failures = ranks.gather(own), ranks.gather(own_failures)
     if any(failure.failure == "malformed" for failure in failures):
         # A model in this process has no other malformed response than logits that are not finite.
         raise diverged("a logit of the writer", math.nan, step)
-    items = [
-        ConditionedPair(summary, pair, reference[pair])
-        for example, summary in zip(users, summaries, strict=True)
-        for pair in example.tests
-    ]
-    margins = scorer.ratios(items).margins_N
+    margins = torch.cat([margins for _, margins in measured])
     check_finite("the mean margin of held-out users", float(margins.mean()), step)
-    inferred = [summary for summary in summaries if summary is not None]
+    inferred = [summary for summary, _ in measured if summary is not None]
     return HeldOutEval(
         accuracy=accuracy(margins),
         margin=float(margins.mean()),
@@ -86,3 +86,25 @@ async def evaluate_held_out(
         failed=len(failures) / len(users),
         samples=[{"user_id": summary.user_id, "text": summary.text} for summary in inferred[:samples]],
     )
+
+
+async def _measure(
+    inference: PreferenceInference | None,
+    scorer: PairScorer,
+    users: Sequence[PersonalizationExample],
+    reference: Reference,
+) -> tuple[list[tuple[PreferenceSummary | None, Tensor]], list[Failure]]:
+    """The summary of each user and the margins of their pairs, and the failed summaries."""
+    if not users:
+        return [], []
+    summaries: Sequence[PreferenceSummary | None] = [None] * len(users)
+    failures: Sequence[Failure] = []
+    if inference is not None:
+        summaries, failures = await infer_or_nothing(inference, [example.user for example in users])
+    items = [
+        ConditionedPair(summary, pair, reference[pair])
+        for example, summary in zip(users, summaries, strict=True)
+        for pair in example.tests
+    ]
+    margins = scorer.ratios(items).margins_N.split([len(example.tests) for example in users])
+    return list(zip(summaries, margins, strict=True)), list(failures)

@@ -24,6 +24,7 @@ from popi.engine.cache import Layout
 from popi.engine.packing import Row, Scored, pack, tokens_of
 from popi.engine.scoring import ResponseLogits, response_logits
 from popi.training.objective import Reduction
+from popi.training.ranks import ONE_RANK, Ranks
 
 Found = TypeVar("Found")
 
@@ -56,7 +57,9 @@ def computing(model: PreTrainedModel) -> Iterator[None]:
         model.train(training)
 
 
-def in_memory_for(batch_tokens: int, compute: Callable[[list[Row]], Found], passes: Sequence[list[Row]]) -> list[Found]:
+def in_memory_for(
+    batch_tokens: int, compute: Callable[[list[Row]], Found], passes: Sequence[list[Row]], ranks: Ranks = ONE_RANK
+) -> list[Found]:
     """Computes passes whose gradient is taken together, within a limit of memory.
 
     The backward pass starts with the last passes. Their activations are kept, those of earlier passes are recomputed.
@@ -64,10 +67,11 @@ def in_memory_for(batch_tokens: int, compute: Callable[[list[Row]], Found], pass
     Args:
         batch_tokens: Maximum number of tokens whose activations are kept. The last pass is always kept.
         compute: Computes a pass. Its result must depend on the pass only.
-        passes: The passes.
+        passes: The passes; as many on every rank.
+        ranks: The ranks of the run. In lockstep, all of them recompute the same passes.
     """
     read = accumulate(tokens_of(rows) for rows in reversed(passes))
-    kept = max(1, sum(tokens <= batch_tokens for tokens in read))
+    kept = ranks.smallest(max(1, sum(tokens <= batch_tokens for tokens in read)))
     again = partial(checkpoint, compute, use_reentrant=False, preserve_rng_state=False)
     return [*map(again, passes[:-kept]), *map(compute, passes[-kept:])]
 
@@ -79,6 +83,7 @@ def token_likelihood(
     batch_tokens: int,
     layout: Layout,
     temperature: float = 1.0,
+    ranks: Ranks = ONE_RANK,
 ) -> TokenLikelihood:
     """Computes the log-probability of each token of each response.
 
@@ -88,16 +93,17 @@ def token_likelihood(
         batch_tokens: Maximum number of tokens of a forward pass, and of those whose activations are kept.
         layout: Layout of the batch.
         temperature: Temperature at which the responses were sampled. It divides the logits.
+        ranks: The ranks of the run.
     """
     width = max(len(item.response) for item in items)
-    passes = list(pack(model, items, batch_tokens=batch_tokens, layout=layout))
+    passes = ranks.same_passes(list(pack(model, items, batch_tokens=batch_tokens, layout=layout)))
 
     def of_pass(rows: list[Row]) -> tuple[Tensor, Tensor, Tensor]:
         with computing(model):
             predicted = response_logits(model, items, rows)
         return (predicted.items_N * width + predicted.offsets_N, *_of_logits(predicted, temperature))
 
-    found = in_memory_for(batch_tokens, of_pass, passes)
+    found = in_memory_for(batch_tokens, of_pass, passes, ranks)
     places_N, logps_N, entropies_N = map(torch.cat, zip(*found, strict=True))
     blank = logps_N.new_zeros(len(items) * width)
     return TokenLikelihood(

@@ -18,6 +18,7 @@ from popi.trained import TrainingRecord
 from popi.training.formats import answer_format, summary_format
 from popi.training.likelihood import computing
 from popi.training.objective import Reduction
+from popi.training.ranks import ONE_RANK, Ranks
 from popi.training.scoring import PairScorer
 
 if TYPE_CHECKING:
@@ -50,6 +51,7 @@ class JointModels:
         max_tokens: Maximum number of tokens of a summary.
         batch_tokens: Maximum number of tokens of a forward pass.
         reduction: How the log-probabilities of a response's tokens are reduced.
+        ranks: The ranks of the run.
 
     Attributes:
         writer: The writer's model.
@@ -67,7 +69,15 @@ class JointModels:
     """
 
     def __init__(
-        self, writer: Role, generator: Role, *, shared: bool, max_tokens: int, batch_tokens: int, reduction: Reduction
+        self,
+        writer: Role,
+        generator: Role,
+        *,
+        shared: bool,
+        max_tokens: int,
+        batch_tokens: int,
+        reduction: Reduction,
+        ranks: Ranks = ONE_RANK,
     ) -> None:
         self._names = {WRITER: writer.model, GENERATOR: generator.model}
         self._shared = shared
@@ -95,6 +105,7 @@ class JointModels:
             abilities=self.generator_backend.abilities,
             batch_tokens=batch_tokens,
             reduction=reduction,
+            ranks=ranks,
         )
 
     def template_hashes(self) -> dict[str, str]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from popi.data.example import HeldOutPair
 from popi.errors import InputError
 from popi.io import read_json, write_text
+from popi.training.ranks import ONE_RANK, Ranks
 from popi.training.scoring import NO_REFERENCE, ConditionedPair, PairLogps, PairScorer
 
 log = logging.getLogger(__name__)
@@ -39,16 +40,24 @@ class Reference:
 
     @classmethod
     def of(
-        cls, pairs: Sequence[HeldOutPair], scorer: PairScorer, *, fingerprint: str, file: Path, batch: int = 512
+        cls,
+        pairs: Sequence[HeldOutPair],
+        scorer: PairScorer,
+        *,
+        fingerprint: str,
+        file: Path,
+        batch: int = 512,
+        ranks: Ranks = ONE_RANK,
     ) -> Reference:
-        """Reads the file, or scores every pair and writes it.
+        """Reads the file, or scores every pair and writes it. The ranks share the work.
 
         Args:
             pairs: All pairs of the run.
             scorer: Scores with the reference model.
             fingerprint: Fingerprint of the model's weights.
             file: The file.
-            batch: Number of pairs in a batch.
+            batch: Number of pairs of a rank in a batch.
+            ranks: The ranks of the run.
 
         Raises:
             InputError: If the file is of another model, other templates or other pairs, or a pair cannot be scored.
@@ -60,17 +69,19 @@ class Reference:
             "reduction": scorer.reduction,
             "pairs": hashlib.sha256("".join(sorted(wanted)).encode()).hexdigest()[:16],
         }
-        if file.exists():
+        if ranks.from_first(file.exists):
             return cls(_read(file, made_of))
         logps: dict[str, PairLogps] = {}
         names = list(wanted)
-        for start in range(0, len(names), batch):
-            part = names[start : start + batch]
-            ratios = scorer.ratios([ConditionedPair(None, wanted[name], NO_REFERENCE) for name in part])
-            values = map(PairLogps, ratios.chosen_N.tolist(), ratios.rejected_N.tolist())
-            logps |= zip(part, values, strict=True)
+        for start in range(0, len(names), batch * ranks.count):
+            part = names[start : start + batch * ranks.count]
+            with ranks.alone():
+                own = [ConditionedPair(None, wanted[name], NO_REFERENCE) for name in ranks.share(part)]
+                ratios = scorer.ratios(own)
+            values = list(map(PairLogps, ratios.chosen_N.tolist(), ratios.rejected_N.tolist()))
+            logps |= zip(part, ranks.gather(values), strict=True)
             log.info("reference: scored %d of %d pairs", start + len(part), len(names))
-        write_text(file, json.dumps({"made_of": made_of, "logps": logps}) + "\n")
+        ranks.on_first(lambda: write_text(file, json.dumps({"made_of": made_of, "logps": logps}) + "\n"))
         return cls(logps)
 
 

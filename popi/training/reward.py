@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -12,10 +12,12 @@ from popi.data.example import HeldOutPair
 from popi.roles import Failure
 from popi.seeds import seed_of
 from popi.summary import Author, PreferenceSummary, Provenance, summarize_claims
-from popi.training.generator import GeneratorUpdate, check_finite, pair_metrics
+from popi.training.generator import check_finite, pair_metrics
 from popi.training.objective import LOSSES, LogRatios, Loss, rewards
+from popi.training.ranks import ONE_RANK, Ranks
 from popi.training.reference import Reference
 from popi.training.scoring import ConditionedPair, PairScorer
+from popi.training.updates import GeneratorUpdate
 
 
 class PairReward:
@@ -38,8 +40,8 @@ class PairReward:
             them.
         count_tokens: Counts the tokens of a text with the writer's tokenizer.
         seed: Seed of the run.
-        update: Updates the generator with the gradient of its loss.
-        keep_gradient: Leave this gradient to a later update. Used if both roles share their weights.
+        update: Updates the generator with the gradient of its loss; ``None`` leaves it as it is.
+        ranks: The ranks of the run. Each rewards summaries of other users.
     """
 
     def __init__(
@@ -56,18 +58,18 @@ class PairReward:
         count_tokens: Callable[[str], int],
         seed: int,
         update: GeneratorUpdate | None = None,
-        keep_gradient: bool = False,
+        ranks: Ranks = ONE_RANK,
     ) -> None:
         self._scorer, self._pairs, self._reference = scorer, pairs, reference
         self._loss, self._beta, self._reward_beta = LOSSES[loss], beta, reward_beta
         self._count, self._length_penalty, self._seed = pairs_per_summary, length_penalty, seed
         self._count_tokens = count_tokens
-        self._update, self._keep_gradient = update, keep_gradient
+        self._update, self._ranks = update, ranks
 
     def __call__(
         self, users: Sequence[int], replies: Sequence[PreferenceSummary | Failure], step: int
     ) -> tuple[list[float], dict[str, float]]:
-        """Rewards each summary; see :class:`popi.training.writer.RewardFn`.
+        """Rewards each summary; see :class:`popi.training.writer.RewardFn`. The metrics are those of all ranks.
 
         Raises:
             PopiError: If a loss or the norm of a gradient is not finite.
@@ -75,19 +77,21 @@ class PairReward:
         summaries = [_no_evidence(reply) if isinstance(reply, Failure) else reply for reply in replies]
         chosen = [self._choose(user, step) for user in users]
         read = self._scorer.tokens_read
-        trains = self._update is not None or self._keep_gradient
         items = [
             ConditionedPair(summary, pair, self._reference[pair])
             for summary, pairs in zip(summaries, chosen, strict=True)
             for pair in pairs
         ]
-        ratios = self._score(items, _trained(users, chosen) if trains else [])
+        ratios = self._score(items, _trained(users, chosen))
         loss = self._loss(ratios.margins_N, self._beta).mean().item()
-        check_finite("the loss", loss, step)
-        metrics = {**pair_metrics(ratios, self._beta, loss), **_summary_metrics(replies, summaries)}
-        metrics["tokens/scoring"] = float(self._scorer.tokens_read - read)
-        if self._update is not None:
-            metrics["generator/grad_norm"] = self._update(step)
+        metrics = {
+            **self._ranks.mean(pair_metrics(ratios, self._beta, loss), weight=len(items)),
+            **self._ranks.mean(_summary_metrics(replies, summaries)),
+            "tokens/scoring": self._ranks.total(self._scorer.tokens_read - read),
+        }
+        check_finite("the loss", metrics["generator/loss"], step)
+        if self._update is not None and (norm := self._update.step(step)) is not None:
+            metrics["generator/grad_norm"] = norm
         losses = self._loss(ratios.margins_N, self._reward_beta).split([len(pairs) for pairs in chosen])
         return [self._reward(part, summary) for part, summary in zip(losses, summaries, strict=True)], metrics
 
@@ -104,14 +108,24 @@ class PairReward:
     def _score(self, items: Sequence[ConditionedPair], trained: Sequence[int]) -> LogRatios:
         """Scores the items, and accumulates the gradient of the mean loss of those that the generator is trained on."""
         ratios_2_N = torch.zeros(2, len(items), dtype=torch.float64)
-        for places, found in self._scorer.passes([items[place] for place in trained]):
-            (self._loss(found.margins_N, self._beta).sum() / len(trained)).backward()
+        trained = trained if self._update is not None else []
+        for places, found in self._train([items[place] for place in trained]):
             at = [trained[place] for place in places]
             ratios_2_N[:, at] = torch.stack([found.chosen_N, found.rejected_N]).detach().cpu()
         others = sorted(set(range(len(items))) - set(trained))
         found = self._scorer.ratios([items[place] for place in others])
         ratios_2_N[:, others] = torch.stack([found.chosen_N, found.rejected_N])
         return LogRatios(*ratios_2_N)
+
+    def _train(self, items: Sequence[ConditionedPair]) -> Iterator[tuple[list[int], LogRatios]]:
+        if self._update is None:
+            return
+        passes = self._scorer.passes(items)
+        for number, compute in enumerate(passes, start=1):
+            places, found = self._update.forward(compute)
+            loss = self._loss(found.margins_N, self._beta).sum() / len(items)
+            self._update.backward(loss, last=number == len(passes))
+            yield places, found
 
 
 def _no_evidence(failure: Failure) -> PreferenceSummary:

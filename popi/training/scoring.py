@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
@@ -20,6 +20,7 @@ from popi.roles import AnswerFormat
 from popi.summary import PreferenceSummary, cap_tokens
 from popi.training.likelihood import in_memory_for, response_logps
 from popi.training.objective import LogRatios, Reduction
+from popi.training.ranks import ONE_RANK, Ranks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -63,6 +64,7 @@ class PairScorer:
         abilities: The layout of a batch.
         batch_tokens: Maximum number of tokens of a forward pass, including prefixes.
         reduction: How the log-probabilities of a response's tokens are reduced.
+        ranks: The ranks of the run. In lockstep, all of them make the same passes.
 
     Attributes:
         format: Renders the prompts.
@@ -79,8 +81,9 @@ class PairScorer:
         abilities: Abilities,
         batch_tokens: int = 8192,
         reduction: Reduction = "sum",
+        ranks: Ranks = ONE_RANK,
     ) -> None:
-        self._model, self._tokens = model, tokens
+        self._model, self._tokens, self._ranks = model, tokens, ranks
         self._batch_tokens, self._layout = batch_tokens, abilities.layout
         self._context: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         self.format, self.reduction, self.tokens_read = format, reduction, 0
@@ -114,21 +117,20 @@ class PairScorer:
                         fix=f"remove the pair, {shorter}or use a model with a longer context",
                     )
 
-    def passes(self, items: Sequence[ConditionedPair]) -> Iterator[tuple[list[int], LogRatios]]:
-        """Scores pass by pass, so that the gradient of a pass can be taken before the next one is computed.
+    def passes(self, items: Sequence[ConditionedPair]) -> list[Callable[[], tuple[list[int], LogRatios]]]:
+        """The passes that score the items, so that the gradient of each can be taken before the next one is computed.
 
         Args:
             items: The pairs.
 
-        Yields:
-            The places of the items of a pass, and their ratios.
+        Returns:
+            Functions that each compute a pass. They return the places of its items, and their ratios.
 
         Raises:
             InputError: If a conversation cannot be rendered, or does not fit the model's context.
         """
         sequences, passes = self._pack(items)
-        for rows in passes:
-            yield self._of_pass(items, sequences, rows)
+        return [partial(self._of_pass, items, sequences, rows) for rows in passes]
 
     def ratios_for_gradient(self, items: Sequence[ConditionedPair]) -> LogRatios:
         """Scores all items for one gradient, in any order, within the memory for ``batch_tokens``.
@@ -137,7 +139,7 @@ class PairScorer:
             InputError: As :meth:`passes`.
         """
         sequences, passes = self._pack(items)
-        found = in_memory_for(self._batch_tokens, partial(self._of_pass, items, sequences), passes)
+        found = in_memory_for(self._batch_tokens, partial(self._of_pass, items, sequences), passes, self._ranks)
         ratios = [ratios for _, ratios in found]
         return LogRatios(torch.cat([each.chosen_N for each in ratios]), torch.cat([each.rejected_N for each in ratios]))
 
@@ -149,7 +151,8 @@ class PairScorer:
             InputError: As :meth:`passes`.
         """
         chosen, rejected = (torch.zeros(len(items), dtype=torch.float64) for _ in range(2))
-        for places, ratios in self.passes(items):
+        for compute in self.passes(items):
+            places, ratios = compute()
             chosen[places], rejected[places] = ratios.chosen_N.cpu(), ratios.rejected_N.cpu()
         return LogRatios(chosen, rejected)
 
@@ -157,14 +160,16 @@ class PairScorer:
         sequences = self._encode(items)
         passes = list(pack(self._model, sequences, batch_tokens=self._batch_tokens, layout=self._layout, together=2))
         self.tokens_read += sum(map(tokens_of, passes))
-        return sequences, passes
+        return sequences, self._ranks.same_passes(passes)
 
     def _of_pass(
         self, items: Sequence[ConditionedPair], sequences: list[Scored], rows: list[Row]
     ) -> tuple[list[int], LogRatios]:
         logps = response_logps(self._model, sequences, rows, reduction=self.reduction)
         places = sorted({place // 2 for row in rows for place in row.items})
-        ratios_N_2 = logps.view(-1, 2)[places] - logps.new_tensor([items[place].reference for place in places])
+        ratios_N_2 = logps.view(-1, 2)[places] - logps.new_tensor([items[place].reference for place in places]).view(
+            -1, 2
+        )
         return places, LogRatios(*ratios_N_2.unbind(dim=1))
 
     def _encode(self, items: Sequence[ConditionedPair]) -> list[Scored]:

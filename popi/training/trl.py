@@ -13,10 +13,12 @@ _hide = "vllm" not in _modules
 if _hide:
     _modules["vllm"] = None
 try:
+    from trl.models.utils import _ForwardRedirection as ForwardRedirection
+    from trl.models.utils import add_hooks, remove_hooks
     from trl.trainer.grpo_config import GRPOConfig
     from trl.trainer.grpo_trainer import GRPOTrainer
 finally:
     if _hide:
         del _modules["vllm"]
 
-__all__ = ["GRPOConfig", "GRPOTrainer"]
+__all__ = ["ForwardRedirection", "GRPOConfig", "GRPOTrainer", "add_hooks", "remove_hooks"]

@@ -20,8 +20,10 @@ from popi.prompts import Message
 from popi.reasoning import strip_reasoning
 from popi.seeds import seed_of
 from popi.training.checkpoints import CheckpointedTrainer
+from popi.training.engines import through, whole
 from popi.training.generator import diverged
 from popi.training.likelihood import token_likelihood
+from popi.training.ranks import ONE_RANK, Ranks
 from popi.training.rollouts import Rollouts
 from popi.training.trl import GRPOConfig, GRPOTrainer
 
@@ -73,6 +75,7 @@ class WriterTrainer(CheckpointedTrainer, GRPOTrainer, Generic[Parsed]):
         abilities: The layout of a batch and the end tokens.
         batch_tokens: Maximum number of tokens of a forward pass of the update.
         first: Number of steps of the run before this trainer's. Random numbers depend on the step of the run.
+        ranks: The ranks of the run.
         callbacks: Callbacks of transformers.
 
     Raises:
@@ -94,11 +97,12 @@ class WriterTrainer(CheckpointedTrainer, GRPOTrainer, Generic[Parsed]):
         abilities: Abilities,
         batch_tokens: int,
         first: int = 0,
+        ranks: Ranks = ONE_RANK,
         callbacks: Sequence[Any] = (),
     ) -> None:
         from datasets import Dataset
 
-        self._first, self._batch_tokens = first, batch_tokens
+        self._first, self._batch_tokens, self._ranks = first, batch_tokens, ranks
         self._chat, self._abilities = ChatTokens(tokenizer, str(model.config.name_or_path)), abilities
         self._parse, self._reward_fn, self._rollouts = parse, reward, rollouts
         self._prompts = [[{"role": turn.role, "content": turn.content} for turn in turns] for turns in conversations]
@@ -143,18 +147,19 @@ class WriterTrainer(CheckpointedTrainer, GRPOTrainer, Generic[Parsed]):
         first = self.accelerator.process_index * len(rendered)
         places = range(first, first + len(rendered))
         try:
-            completions = self._rollouts.sample(
-                rendered,
-                seeds=[seed_of(self.args.seed, "rollout", self._steps_done, place) for place in places],
-                max_tokens=self.args.max_completion_length,
-                temperature=self.temperature,
-                top_p=self.top_p,
-            )
+            with whole(self.model_wrapped), self._ranks.alone():
+                completions = self._rollouts.sample(
+                    rendered,
+                    seeds=[seed_of(self.args.seed, "rollout", self._steps_done, place) for place in places],
+                    max_tokens=self.args.max_completion_length,
+                    temperature=self.temperature,
+                    top_p=self.top_p,
+                )
         except ArithmeticError as error:
             raise diverged("a logit of the writer", math.nan, self._steps_done) from error
         sampled = [completion.token_ids for completion in completions]
         self._log_metric("seconds/rollout", time.perf_counter() - began)
-        self._log_metric("tokens/rollout", float(sum(map(len, sampled))))
+        self._log_metric("tokens/rollout", self._ranks.total(sum(map(len, sampled))))
         logprobs = None if self._rollouts.tolerance is None else [completion.logprobs for completion in completions]
         return {"prompt_ids": rendered, "completion_ids": sampled, "logprobs": logprobs}
 
@@ -233,17 +238,23 @@ class WriterTrainer(CheckpointedTrainer, GRPOTrainer, Generic[Parsed]):
             Scored(ids[:split][mask[:split].bool()].tolist(), ids[split:][mask[split:].bool()].tolist())
             for ids, mask in zip(input_ids, attention_mask, strict=True)
         ]
-        found = token_likelihood(
-            self.accelerator.unwrap_model(model),
-            items,
-            batch_tokens=self._batch_tokens,
-            layout=self._abilities.layout,
-            temperature=self.temperature,
-        )
+        inner = self.accelerator.unwrap_model(model)
+
+        def compute() -> tuple[Tensor, Tensor, int]:
+            found = token_likelihood(
+                inner,
+                items,
+                batch_tokens=self._batch_tokens,
+                layout=self._abilities.layout,
+                temperature=self.temperature,
+                ranks=self._ranks,
+            )
+            return found.logps_R_T, found.entropies_R_T, found.tokens
+
+        *found_R_T, tokens = through(model, inner, compute)
         if torch.is_grad_enabled():
-            self._metrics["train"]["tokens/update"].append(float(found.tokens))
-        room = logits_to_keep - found.logps_R_T.shape[1]
-        logps, entropies = (torch.nn.functional.pad(part, (0, room)) for part in (found.logps_R_T, found.entropies_R_T))
+            self._metrics["train"]["tokens/update"].append(self._ranks.total(tokens))
+        logps, entropies = (torch.nn.functional.pad(part, (0, logits_to_keep - part.shape[1])) for part in found_R_T)
         return logps, entropies if compute_entropy else None, None
 
 

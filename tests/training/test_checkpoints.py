@@ -4,7 +4,9 @@ import pytest
 import torch
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
+from popi.run_folder import save_state
 from popi.training.checkpoints import CheckpointCallback, last_complete
+from popi.training.updates import STATE
 
 FILES = [
     "optimizer.pt",
@@ -27,7 +29,9 @@ def phase(tmp_path):
             (folder / name).write_bytes(b"0123456789")
         state = TrainerState(global_step=step)
         args = TrainingArguments(str(tmp_path), use_cpu=True)
-        CheckpointCallback(lambda: {"weights": torch.zeros(3)}).on_save(args, state, TrainerControl())
+        CheckpointCallback(save=lambda to: save_state(to / STATE, {"weights": torch.zeros(3)})).on_save(
+            args, state, TrainerControl()
+        )
     return tmp_path
 
 

@@ -7,9 +7,10 @@ from transformers import TrainingArguments
 from popi.data.example import HeldOutPair
 from popi.errors import PopiError
 from popi.testing import tiny_model
-from popi.training.generator import GeneratorTrainer, GeneratorUpdate, pair_metrics
+from popi.training.generator import GeneratorTrainer, pair_metrics
 from popi.training.objective import LogRatios
 from popi.training.scoring import ConditionedPair, PairLogps
+from popi.training.updates import AdamWUpdate, Schedule
 from tests.training.helpers import scorer_of, summary
 
 ITEMS = [
@@ -72,11 +73,11 @@ def test_a_step_is_the_same_in_one_batch_and_in_several(tmp_path, batch, accumul
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_gradient_that_is_not_finite_is_not_applied(value):
     model, _ = tiny_model()
-    update = GeneratorUpdate(model, learning_rate=0.1, steps=2, warmup=0, max_grad_norm=1.0)
+    update = AdamWUpdate(model, Schedule(0.1, steps=2, warmup=0), max_grad_norm=1.0)
     for parameter in model.parameters():
         parameter.grad = torch.full_like(parameter, value)
     with pytest.raises(PopiError, match=r"the gradient norm of the generator became (nan|inf) after 4 steps; lower"):
-        update(4)
+        update.step(4)
     untouched = tiny_model()[0].state_dict()
     assert all(torch.equal(weight, untouched[name]) for name, weight in model.state_dict().items())
 

@@ -11,7 +11,6 @@ import sys
 import time
 import weakref
 from functools import partial
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -24,7 +23,9 @@ from popi.io import read_jsonl, write_jsonl
 from popi.run_folder import RunFolder, load_state
 from popi.signals import PreferencePair, Statement, UserSignals
 from popi.training import joint
+from popi.training import trainers as trainers_module
 from popi.training.contexts import Contexts
+from popi.training.curves import draw_curves
 from popi.training.generator import GeneratorTrainer
 from popi.training.objective import LogRatios
 from popi.training.scoring import PairScorer
@@ -34,6 +35,12 @@ from tests.brief import brief_model
 from tests.hub import in_hub_cache
 
 pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(autouse=True)
+def no_curves(monkeypatch):
+    """A picture takes longer than the steps of these runs."""
+    monkeypatch.setattr(joint, "draw_curves", lambda metrics, picture: None)
 
 
 @pytest.fixture(scope="module")
@@ -260,13 +267,13 @@ def test_a_run_that_was_killed_resumes(recipe, tmp_path):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(recipe, models, tmp_path, monkeypatch):
-    passes = PairScorer.passes
+    of_pass = PairScorer._of_pass
 
-    def broken(self, items):
-        nan = float("nan")
-        return ((at, LogRatios(nan * found.chosen_N, found.rejected_N)) for at, found in passes(self, items))
+    def broken(*args):
+        places, found = of_pass(*args)
+        return places, LogRatios(float("nan") * found.chosen_N, found.rejected_N)
 
-    monkeypatch.setattr(PairScorer, "passes", broken)
+    monkeypatch.setattr(PairScorer, "_of_pass", broken)
     with pytest.raises(PopiError, match=r"the loss became nan after 0 steps; lower the learning rate"):
         train(recipe(), tmp_path / "run")
 
@@ -420,7 +427,7 @@ def test_a_writer_is_measured_against_the_initial_one_in_every_round_and_leaves_
         return make
 
     for kind in (WriterTrainer, GeneratorTrainer):
-        monkeypatch.setattr(joint, kind.__name__, watched(kind))
+        monkeypatch.setattr(trainers_module, kind.__name__, watched(kind))
     gc.disable()
     try:
         train(recipe(schedule="alternating", steps=4), tmp_path / "run")
@@ -512,24 +519,28 @@ def test_out_of_memory_is_one_line(recipe, tmp_path, monkeypatch, where):
 
 def test_one_gpu_at_a_time(recipe, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    with pytest.raises(ConfigError, match="2 GPUs are visible, but a run uses one; make one visible: CUDA_"):
+    with pytest.raises(ConfigError, match=r"2 GPUs are visible, but the engine is single; make one visible \(CUDA_"):
         train(recipe(), tmp_path / "run")
 
 
 def test_one_process_at_a_time(recipe, tmp_path, monkeypatch):
-    monkeypatch.setattr("popi.training.joint.PartialState", lambda: SimpleNamespace(num_processes=2))
-    with pytest.raises(ConfigError, match="2 processes were started, but a run uses one; start it without torchrun or"):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match="2 processes were started, but the engine"):
         train(recipe(), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
 def test_without_matplotlib_the_run_logs_once_that_there_are_no_curves(recipe, tmp_path, caplog, monkeypatch):
     caplog.set_level("INFO", logger="popi.training.joint")
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    train(recipe(evaluate_every=1), tmp_path / "run")
+    monkeypatch.setattr(joint, "draw_curves", draw_curves)
+    with monkeypatch.context() as patched:
+        patched.setitem(sys.modules, "matplotlib.figure", None)
+        train(recipe(evaluate_every=1), tmp_path / "run")
     said = [message for message in caplog.messages if "curves.png" in message]
     assert said == ["curves.png is not drawn: matplotlib is not installed; install it with: pip install 'popi[bench]'"]
     assert not (tmp_path / "run" / "curves.png").exists()
+    train(recipe(steps=1), tmp_path / "another")
+    assert (tmp_path / "another" / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_warmup_as_long_as_a_phase_is_logged(recipe, tmp_path, caplog):

@@ -6,6 +6,7 @@ import torch
 from popi.engine.packing import Scored, pack
 from popi.testing import tiny_model
 from popi.training.likelihood import response_logps, token_likelihood
+from popi.training.ranks import Ranks
 
 
 def items(groups=3, samples=4):
@@ -113,3 +114,39 @@ def test_responses_keep_their_order_whatever_they_share(layout, reduction):
     (rows,) = pack(model, given, batch_tokens=100_000, layout=layout)
     found = response_logps(model, given, rows, reduction=reduction).float()
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-5)
+
+
+class Busier(Ranks):
+    """A rank beside another one that has three passes with prefixes and two without."""
+
+    count = 2
+
+    def _reduce(self, values, operation, dtype):
+        return [max(pair) for pair in zip(values, [3, 2], strict=True)] if len(values) == 2 else [1]
+
+
+def test_empty_passes_of_a_rank_change_nothing_and_call_every_module():
+    model, _ = tiny_model("llama")
+    given = items(groups=1)
+    before = token_likelihood(model, given, batch_tokens=100_000, layout="shared")
+    expected = gradients(model, before.logps_R_T.sum())
+    calls = []
+    hooks = [module.register_forward_hook(lambda *_: calls.append(1)) for module in (model.base_model, model.lm_head)]
+    found = token_likelihood(model, given, batch_tokens=100_000, layout="shared", ranks=Busier(lockstep=True))
+    # Three passes read a prefix first: three calls of the body before five of body and head.
+    assert len(calls) == 3 + 2 * 5
+    assert torch.equal(found.logps_R_T, before.logps_R_T)
+    again = gradients(model, found.logps_R_T.sum())
+    for name, value in expected.items():
+        torch.testing.assert_close(again[name], value, atol=1e-5, rtol=1e-5)
+    [hook.remove() for hook in hooks]
+
+
+def test_a_rank_that_works_alone_makes_its_own_passes():
+    model, _ = tiny_model("llama")
+    ranks = Busier(lockstep=True)
+    passes = list(pack(model, items(), batch_tokens=150, layout="shared"))
+    assert len(ranks.same_passes(passes[:1])) == 5
+    with ranks.alone():
+        assert ranks.same_passes(passes) == passes
+    assert Busier().same_passes(passes) == passes

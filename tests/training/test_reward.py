@@ -12,6 +12,7 @@ from popi.training.objective import dpo_loss
 from popi.training.reference import Reference, reference_key
 from popi.training.reward import PairReward
 from popi.training.scoring import ConditionedPair, PairLogps
+from popi.training.updates import SharedUpdate
 from popi_inference.format import PromptedSummary
 from tests.training.helpers import scorer_of, summary
 
@@ -55,6 +56,11 @@ def reward_of(model, **options):
     return scorer, PairReward(scorer, PAIRS, REFERENCE, **settings)
 
 
+def left(model):
+    """An update that leaves the gradient in the model."""
+    return SharedUpdate(model, lambda: model)
+
+
 def items_of(reward, step):
     """The items of each summary, in order."""
     return [
@@ -66,7 +72,9 @@ def items_of(reward, step):
 @pytest.mark.parametrize("count", [1, 2, 3])
 @pytest.mark.parametrize("learns", [False, True])
 def test_a_reward_is_minus_the_mean_loss_and_the_length_penalty(model, count, learns):
-    scorer, reward = reward_of(model, pairs_per_summary=count, length_penalty=0.5, keep_gradient=learns)
+    scorer, reward = reward_of(
+        model, pairs_per_summary=count, length_penalty=0.5, update=left(model) if learns else None
+    )
     earned, metrics = reward(USERS, SUMMARIES, 4)
     expected = [
         -dpo_loss(scorer.ratios(items).margins_N, 0.3).mean().item() - 0.5 * len(summary.text.split())
@@ -77,13 +85,14 @@ def test_a_reward_is_minus_the_mean_loss_and_the_length_penalty(model, count, le
 
 
 def test_the_generator_is_trained_on_one_pair_of_each_summary_in_turn(model):
-    scorer, reward = reward_of(model, keep_gradient=True)
+    scorer, reward = reward_of(model, update=left(model))
     reward(USERS, SUMMARIES, 4)
     found = torch.cat([value.grad.flatten() for value in model.parameters()])
     model.zero_grad()
     one, two, three, four = items_of(reward, 4)
     trained = [one[0], two[1], three[0], four[1]]
-    for _, ratios in scorer.passes(trained):
+    for compute in scorer.passes(trained):
+        _, ratios = compute()
         (dpo_loss(ratios.margins_N, 0.1).sum() / len(trained)).backward()
     expected = torch.cat([value.grad.flatten() for value in model.parameters()])
     assert (found - expected).abs().max() <= 1e-4 * expected.abs().max()

@@ -70,7 +70,7 @@ def test_gradients_pass_by_pass_add_up_to_those_of_all_at_once(tiny):
         model.zero_grad()
         scorer = scorer_of(model, tokenizer, batch_tokens=batch_tokens)
         before = scorer.tokens_read
-        passes = (found for _, found in scorer.passes(ITEMS)) if apart else [scorer.ratios_for_gradient(ITEMS)]
+        passes = (compute()[1] for compute in scorer.passes(ITEMS)) if apart else [scorer.ratios_for_gradient(ITEMS)]
         for ratios in passes:
             ratios.margins_N.sigmoid().sum().backward()
         return torch.cat([value.grad.flatten() for value in model.parameters()]), scorer.tokens_read - before

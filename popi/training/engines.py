@@ -1,0 +1,217 @@
+"""The engines of a run: one process, DDP, or ZeRO of DeepSpeed, and forward passes through their wrappers."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import socket
+import sys
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, redirect_stdout
+from typing import Any, Literal, TypeVar
+
+import torch
+import torch.distributed as dist
+from accelerate import PartialState
+from accelerate.state import AcceleratorState
+from torch import nn
+
+from popi.errors import ConfigError, MissingExtra
+from popi.training.ranks import Ranks
+
+T = TypeVar("T")
+
+Kind = Literal["single", "ddp", "zero1", "zero2", "zero3"]
+Offload = Literal["none", "optimizer", "parameters"]
+
+SEVERAL_GPUS = "make one visible (CUDA_VISIBLE_DEVICES=0 popi train ...), or set engine.kind and use torchrun"
+SEVERAL_PROCESSES = "set engine.kind to ddp, zero1, zero2 or zero3, or start popi train without torchrun"
+
+
+LAUNCHER_CHECK = 0.5
+"""Seconds between two looks at whether the launcher is alive."""
+
+
+def stage_of(kind: Kind) -> int:
+    """The stage of ZeRO, 0 for an engine without it."""
+    return int(kind[-1]) if kind.startswith("zero") else 0
+
+
+def start(kind: Kind) -> Ranks:
+    """Joins the processes of a run, before the first model is loaded.
+
+    Args:
+        kind: The engine.
+
+    Raises:
+        ConfigError: If the engine is for one process and there are several, or several GPUs.
+        MissingExtra: If DeepSpeed is not installed.
+    """
+    on_gpu = torch.cuda.is_available()
+    if not on_gpu:
+        # accelerate imports DeepSpeed wherever it is installed, which warns that it found no other device.
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    if kind == "single":
+        if (gpus := torch.cuda.device_count()) > 1:
+            raise ConfigError(f"{gpus} GPUs are visible, but the engine is single", fix=SEVERAL_GPUS)
+        # On a CPU, accelerate takes each of several processes for the only one.
+        if (processes := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
+            raise ConfigError(f"{processes} processes were started, but the engine is single", fix=SEVERAL_PROCESSES)
+        return Ranks()
+    # The threads of a process group must end before the libraries that they use.
+    atexit.register(_leave)
+    if "LOCAL_RANK" in os.environ:
+        threading.Thread(target=_end_with, args=(os.getppid(),), name="popi-launcher", daemon=True).start()
+    if stage_of(kind):
+        _start_deepspeed(on_gpu=on_gpu)
+    elif on_gpu:
+        PartialState()
+    else:
+        # accelerate calls the device cpu:0, which torch.load refuses as the place of an optimizer's state.
+        PartialState(cpu=True).device = torch.device("cpu")
+    return Ranks(lockstep=stage_of(kind) > 0)
+
+
+def _start_deepspeed(*, on_gpu: bool) -> None:
+    try:
+        import deepspeed  # noqa: F401
+    except ImportError as error:
+        raise MissingExtra("DeepSpeed", "train") from error
+    # Without a launcher, there is one rank.
+    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+    for name, value in alone.items():
+        os.environ.setdefault(name, value)
+    if "MASTER_PORT" not in os.environ:
+        os.environ["MASTER_PORT"] = str(_free_port())
+    # DeepSpeed calls functions of torch by their former names.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.c10d_logger")
+    # accelerate ignores DeepSpeed on a CPU, without a message, unless it is told so before its state exists.
+    os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
+    os.environ.pop("ACCELERATE_USE_CPU", None)
+    if on_gpu:
+        PartialState()
+    else:
+        # DeepSpeed prints that it has compiled its operators, among the results of the command.
+        with redirect_stdout(sys.stderr):
+            PartialState(backend="gloo")
+
+
+def _end_with(launcher: int) -> None:
+    """Ends this process after its launcher. It would keep the run locked, and wait half an hour for the other ranks."""
+    while os.getppid() == launcher:
+        time.sleep(LAUNCHER_CHECK)
+    os._exit(1)
+
+
+def _leave() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+def deepspeed_config(
+    kind: Kind, offload: Offload, *, max_grad_norm: float, batch: int, accumulate: int, ranks: int
+) -> dict[str, Any]:
+    """DeepSpeed's configuration of a model that is trained in float32.
+
+    Args:
+        kind: The engine.
+        offload: What is kept in the memory of the host.
+        max_grad_norm: Maximum norm of the gradient.
+        batch: Number of sequences in a batch of a rank.
+        accumulate: Number of batches of a step.
+        ranks: Number of ranks.
+    """
+    zero: dict[str, Any] = {"stage": stage_of(kind), "overlap_comm": False}
+    if offload != "none":
+        zero["offload_optimizer"] = {"device": "cpu"}
+    if offload == "parameters":
+        zero["offload_param"] = {"device": "cpu"}
+    if stage_of(kind) == 3:
+        zero["stage3_gather_16bit_weights_on_model_save"] = True
+    return {
+        "zero_optimization": zero,
+        "train_micro_batch_size_per_gpu": batch,
+        "gradient_accumulation_steps": accumulate,
+        "train_batch_size": batch * accumulate * ranks,
+        "gradient_clipping": max_grad_norm,
+        # The optimizers are those of torch, so that every engine computes the same update.
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 10**9,
+    }
+
+
+def trainer_arguments(kind: Kind, deepspeed: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The arguments of a trainer of transformers that depend on the engine.
+
+    Args:
+        kind: The engine.
+        deepspeed: DeepSpeed's configuration, with ZeRO.
+    """
+    if kind == "single":
+        return {}
+    shared = {"accelerator_config": {"use_configured_state": True}, "ddp_find_unused_parameters": False}
+    return shared if deepspeed is None else {**shared, "deepspeed": dict(deepspeed)}
+
+
+def forget_trainer() -> None:
+    """Makes room for the next trainer under DeepSpeed. accelerate accepts one configuration in a process."""
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+    unset_hf_deepspeed_config()
+    AcceleratorState._reset_state()
+
+
+def through(wrapper: nn.Module, model: nn.Module, compute: Callable[[], T]) -> T:
+    """Computes within the forward pass of a model's wrapper, where DDP and DeepSpeed prepare the backward pass.
+
+    Args:
+        wrapper: The wrapper, or the model itself.
+        model: The model that it wraps.
+        compute: Calls the model any number of times. The wrapper finds tensors in a tuple, and not in other classes.
+    """
+    from popi.training.trl import ForwardRedirection
+
+    if wrapper is model or not torch.is_grad_enabled():
+        return compute()
+    found: T = ForwardRedirection()(wrapper, model, lambda: compute())
+    return found
+
+
+@contextmanager
+def whole(*engines: nn.Module) -> Iterator[None]:
+    """Within this block every rank has all weights of these engines, and can compute alone. Collective under ZeRO-3.
+
+    Args:
+        engines: Engines of DeepSpeed. Any other wrapper has all weights anyway.
+    """
+    sharded = [engine for engine in engines if _is_sharded(engine)]
+    if not sharded:
+        yield
+        return
+    import deepspeed
+
+    from popi.training.trl import add_hooks, remove_hooks
+
+    with deepspeed.zero.GatheredParameters([value for engine in sharded for value in engine.parameters()]):
+        # A hook would gather the weights of a layer for its forward pass, and release them after it.
+        for engine in sharded:
+            remove_hooks(engine)
+        try:
+            yield
+        finally:
+            for engine in sharded:
+                add_hooks(engine)
+
+
+def _is_sharded(engine: nn.Module) -> bool:
+    return any(hasattr(value, "ds_id") for value in engine.parameters())

@@ -1,0 +1,137 @@
+"""Training in several processes: the same rewards, losses and weights as in one, whichever engine divides the work."""
+
+import json
+import os
+import subprocess
+import time
+
+import pytest
+
+from tests.training.rank_runs import (
+    command,
+    distance,
+    environment,
+    make_inputs,
+    metrics,
+    run_all,
+    same_weights,
+    write_recipe,
+)
+
+pytestmark = pytest.mark.slow
+
+KINDS = ["ddp", "zero1", "zero2", "zero3"]
+
+VARIANTS = {
+    "interleaved": {},
+    # Several passes, not as many on each rank, some of which are computed again for the gradient.
+    "sequential": {"schedule": "sequential", "batch_tokens": 256},
+    "shared": {"shared": True},
+    "alternating-shared": {"shared": True, "schedule": "alternating"},
+}
+
+COMPARED = ("reward", "loss", "grad_norm", "kl", "generator/loss", "generator/grad_norm", "rewards/margins")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("ranks")
+
+
+@pytest.fixture(scope="module")
+def tree(folder):
+    return make_inputs(folder)
+
+
+@pytest.fixture(scope="module")
+def variant(folder, tree):
+    """Writes the recipe of a variant under an engine."""
+
+    def make(name, kind, **changes):
+        file = folder / f"{name}-{kind}.yaml"
+        return write_recipe(file, {**tree, **VARIANTS[name], **changes, "engine": {"kind": kind}})
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def alone(folder, variant):
+    """The run folders of one process."""
+    runs = {name: (variant(name, "single"), folder / f"{name}-single") for name in VARIANTS}
+    assert run_all(list(runs.values()), 1).returncode == 0
+    return {name: out for name, (_, out) in runs.items()}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_ranks_train_the_same_models_as_one(folder, alone, variant, kind):
+    runs = {name: (variant(name, kind), folder / f"{name}-{kind}") for name in VARIANTS}
+    ended = run_all(list(runs.values()), 2)
+    assert ended.returncode == 0, ended.stderr[:5000]
+    for name, (_, out) in runs.items():
+        apart = distance(alone[name], out)
+        assert apart < 1e-4, f"{name}: the weights differ by {apart} of the distance moved"
+        for found, wanted in zip(metrics(out), metrics(alone[name]), strict=True):
+            for each in set(COMPARED) & set(wanted):
+                assert found[each] == pytest.approx(wanted[each], rel=1e-3, abs=2e-5), (
+                    f"{name}, {wanted['step']}: {each}"
+                )
+            assert found.get("held_out", {}) == pytest.approx(wanted.get("held_out", {}), rel=1e-4)
+        assert json.loads((out / "config.json").read_text())["ranks"] == 2
+
+
+def start(recipe, out, ranks=2):
+    """Starts popi train under torchrun, in a process group of its own."""
+    words = command(ranks, "popi", "train", str(recipe), "--out", str(out))
+    return subprocess.Popen(
+        words, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+
+
+def ended(process, seconds=120):
+    """The output of a run, after all of its processes have ended."""
+    said, _ = process.communicate(timeout=seconds)
+    with pytest.raises(ProcessLookupError):
+        os.killpg(process.pid, 0)
+    return said
+
+
+@pytest.mark.parametrize(("name", "kind"), [("sequential", "zero2"), ("interleaved", "zero3")])
+def test_a_killed_run_resumes_with_the_same_weights(folder, variant, tmp_path, name, kind):
+    recipe = variant(name, kind, steps=6)
+    whole = tmp_path / "whole"
+    assert run_all([(recipe, whole)], 2).returncode == 0
+    out = tmp_path / "killed"
+    process = start(recipe, out)
+    file = out / "metrics.jsonl"
+    wanted = 2 if name == "interleaved" else 8
+    while process.poll() is None and (not file.exists() or len(file.read_text().splitlines()) < wanted):
+        time.sleep(0.01)
+    process.kill()
+    process.communicate()
+    assert not (out / "writer").exists()
+    resumed = run_all([(recipe, out)], 2)
+    assert resumed.returncode == 0, resumed.stderr[:5000]
+    assert same_weights(out, whole)
+    assert [line["step"] for line in metrics(out)] == [line["step"] for line in metrics(whole)]
+
+
+def test_another_number_of_ranks_is_refused_where_the_optimizer_is_divided(folder, variant, tmp_path):
+    recipe, out = variant("interleaved", "zero1"), tmp_path / "run"
+    assert run_all([(recipe, out)], 2).returncode == 0
+    (out / "writer" / "model.safetensors").unlink()
+    process = start(recipe, out, ranks=1)
+    said = ended(process)
+    assert f"popi: {out}: was started with 2 ranks, among which zero1 divides the optimizer; start 2 ranks" in said
+
+
+def test_users_that_the_ranks_cannot_share_are_refused_once(folder, variant, tmp_path):
+    recipe = variant("interleaved", "ddp", users_per_step=3)
+    said = ended(start(recipe, tmp_path / "run"))
+    assert said.count("3 users cannot be divided among 2 ranks; use a multiple of the number of ranks") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_several_processes_of_an_engine_for_one_are_refused(folder, variant, tmp_path):
+    said = ended(start(variant("interleaved", "single"), tmp_path / "run"))
+    assert "2 processes were started, but the engine is single; set engine.kind to ddp, zero1" in said
+    assert not (tmp_path / "run").exists()
