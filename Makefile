@@ -24,7 +24,7 @@ lint: .venv/installed-dev
 	.venv/bin/lint-imports --no-logo
 
 # One worker for each core, four at most, because each has its own models in memory.
-PYTEST = .venv/bin/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadgroup
+PYTEST = .venv/bin/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadscope
 
 test-fast: .venv/installed-dev
 	$(PYTEST) -m "not slow" --junitxml=.reports/fast.xml

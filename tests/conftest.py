@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import signal
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import settings
+from xdist.remote import Producer
+from xdist.scheduler import LoadScopeScheduling
 
 from tests.clean import build_wheel, install
 from tests.servers import CONTEXT, KEY, SERVED, mini_server, needs_vllm
@@ -27,8 +31,8 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     # Each worker has one core. More threads would wait for each other.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-# Session fixtures that are slow to make. The tests of a group run in one worker.
-GROUPS = {"servers": {"vllm_url", "vllm_backend"}, "wheel": {"wheel", "clean_python"}}
+# Session fixtures that are slow to make. The files that use one of a group run in one worker, any other file in any.
+GROUPS = {"servers": ("vllm_url", "vllm_backend"), "wheel": ("wheel", "clean_python")}
 
 # A shell ignores Ctrl-C in what it starts in the background, and so do the programs that a test would interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -39,14 +43,26 @@ settings.register_profile("popi", deadline=None, derandomize="CI" in os.environ)
 settings.load_profile("popi")
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tells pytest-xdist which tests share expensive fixtures: those of a group, and else those of a file."""
-    for item in items:
-        if item.get_closest_marker("xdist_group") is None:
-            needed = set(getattr(item, "fixturenames", ()))
-            name = next((name for name, fixtures in GROUPS.items() if fixtures & needed), str(item.path))
-            item.add_marker(pytest.mark.xdist_group(name))
+class ByFile(LoadScopeScheduling):
+    """Sends the tests of a file to one worker, and those of all files that use the same slow fixtures.
+
+    The groups of pytest-xdist have no effect: they rely on a private name of earlier versions of pytest.
+    """
+
+    def _split_scope(self, nodeid: str) -> str:
+        return _group_of(ROOT / nodeid.split("::", 1)[0])
+
+
+@cache
+def _group_of(file: Path) -> str:
+    beside = file.with_name("conftest.py")
+    files = [file, beside] if beside.exists() and beside != Path(__file__) else [file]
+    names = {name for each in files for name in re.findall(r"\w+", each.read_text(encoding="utf-8"))}
+    return next((group for group, fixtures in GROUPS.items() if names & set(fixtures)), str(file))
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> ByFile:
+    return ByFile(config, log)
 
 
 @pytest.fixture(scope="session")

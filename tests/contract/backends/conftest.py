@@ -140,10 +140,9 @@ CASES = {
 }
 
 
-SERVERS = (pytest.mark.slow, pytest.mark.xdist_group("servers"))
-
-
-@pytest.fixture(params=[pytest.param(name, marks=SERVERS) if case.shared else name for name, case in CASES.items()])
+@pytest.fixture(
+    params=[pytest.param(name, marks=pytest.mark.slow) if case.shared else name for name, case in CASES.items()]
+)
 def case(request: pytest.FixtureRequest) -> Case:
     case = CASES[request.param]
     if case.shared is None:
