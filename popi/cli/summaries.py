@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 from popi.backends.together import closing
 from popi.cli.batches import check_settings, keep_settings, reporting_cost, within_budget
@@ -44,6 +44,9 @@ def read_summaries(path: Path) -> Iterator[tuple[int, PreferenceSummary]]:
         yield number, summary
 
 
+MOST_REASONS, OTHER_REASONS = 100, "other reasons"
+
+
 class Done(NamedTuple):
     """An existing summary: its line, the signals that it was made from, its writer, and whether it was edited."""
 
@@ -72,11 +75,16 @@ class Job:
         edits_kept: Number of edited summaries whose signals have changed.
         written: Number of summaries that were written.
         failed: Number of users without a summary.
+        tokens: Number of tokens of the summaries that were written, by the tokenizer of the model.
+        reasons: Number of users without a summary, by reason. After :data:`MOST_REASONS` reasons, the rest is counted
+            together.
     """
 
     def __init__(self, lines: GrowingFile, signals: Path, *, skip_bad_rows: bool) -> None:
         self._lines, self._signals, self._skip_bad_rows = lines, signals, skip_bad_rows
         self.users = self.pending = self.edits_kept = self.written = self.failed = self._not_enough_evidence = 0
+        self.tokens = 0
+        self.reasons: Counter[str] = Counter()
         self._done = _read_done(lines.path)
         self._stale: dict[str, int] = {}
         bad_rows = BadRows(skip=skip_bad_rows)
@@ -127,11 +135,14 @@ class Job:
         else:
             self._lines.append([as_line(summary)])
         self.written += 1
+        self.tokens += summary.provenance.tokens
         self._not_enough_evidence += summary.status == "not_enough_evidence"
 
     def fail(self, user_id: str, failure: Failure, shown: Progress) -> None:
         """Counts and prints a failure. The end of the budget is printed once, at the end."""
         self.failed += 1
+        known = failure.error in self.reasons or len(self.reasons) < MOST_REASONS
+        self.reasons[failure.error if known else OTHER_REASONS] += 1
         if failure.failure != "budget":
             shown.note(f"no summary of user {user_id!r}: {failure.error}")
 
@@ -159,30 +170,73 @@ def _read_done(out: Path) -> dict[str, Done]:
     }
 
 
-def write_summaries(job: Job, settings: Mapping[str, Any], options: Mapping[str, Any], max_concurrency: int) -> None:
-    """Loads the model and writes the summaries.
+class SummaryWriter:
+    """Writes summaries with one model. It is an asynchronous context manager, which closes the model.
+
+    Args:
+        personalizer: Infers the summaries.
+        settings: The settings that the summaries depend on.
+        max_concurrency: Maximum number of users at the same time.
 
     Raises:
-        InputError: If the model or its options cannot be used, or the existing summaries have other settings.
-        PopiError: If the backend is not available, or the budget is spent.
+        ConfigError: If the inference does not infer summaries.
     """
-    personalizer = Personalizer.load(
-        settings["model"], inference=settings["inference"], generation=None, inference_options=options
-    )
-    asyncio.run(_write(job, personalizer, settings, max_concurrency))
 
-
-async def _write(job: Job, personalizer: Personalizer, settings: Mapping[str, Any], max_concurrency: int) -> None:
-    inference, [ledger] = personalizer.inference, personalizer.ledgers
-    assert inference is not None
-    async with personalizer:
+    def __init__(self, personalizer: Personalizer, settings: Mapping[str, Any], max_concurrency: int) -> None:
+        inference = personalizer.inference
+        assert inference is not None
         if inference.kind != "summary":
             raise ConfigError(f"the inference {settings['inference']!r} does not infer summaries")
-        template_hash = None if inference.format is None else inference.format.template_hash
-        job.check({**settings, "template_hash": template_hash}, inference.name)
-        users = within_budget(job.pending_users(), ledger)
-        with reporting_cost(ledger), progress("summaries", job.pending, "users") as shown:
-            async with closing(personalizer.summarize(users, max_concurrency=max_concurrency)) as outcomes:
+        self._personalizer, self._max_concurrency = personalizer, max_concurrency
+        self._name = inference.name
+        self.template_hash = None if inference.format is None else inference.format.template_hash
+        self._settings = {**settings, "template_hash": self.template_hash}
+        [self._ledger] = personalizer.ledgers
+
+    @classmethod
+    def load(cls, settings: Mapping[str, Any], options: Mapping[str, Any], max_concurrency: int) -> Self:
+        """Loads the model.
+
+        Raises:
+            InputError: If the model or its options cannot be used.
+        """
+        personalizer = Personalizer.load(
+            settings["model"], inference=settings["inference"], generation=None, inference_options=options
+        )
+        return cls(personalizer, settings, max_concurrency)
+
+    async def __aenter__(self) -> Self:
+        await self._personalizer.__aenter__()
+        return self
+
+    async def __aexit__(self, *error: Any) -> None:
+        await self._personalizer.__aexit__(*error)
+
+    def spent(self) -> dict[str, int]:
+        """Requests so far, and the tokens that the servers counted. All are zero for a model in this process."""
+        total = self._ledger.total
+        return {
+            "requests": total.requests,
+            "prompt_tokens": total.prompt_tokens,
+            "completion_tokens": total.completion_tokens,
+        }
+
+    async def write(self, job: Job, label: str = "summaries") -> None:
+        """Writes the summaries of a job.
+
+        Args:
+            job: The job.
+            label: Its name in the progress.
+
+        Raises:
+            InputError: If the existing summaries have other settings.
+            PopiError: If the backend is not available, or the budget is spent.
+        """
+        job.check(self._settings, self._name)
+        users = within_budget(job.pending_users(), self._ledger)
+        with reporting_cost(self._ledger), progress(label, job.pending, "users") as shown:
+            summaries = self._personalizer.summarize(users, max_concurrency=self._max_concurrency)
+            async with closing(summaries) as outcomes:
                 async for user, outcome in outcomes:
                     if isinstance(outcome, PreferenceSummary):
                         job.keep(user.user_id, outcome)

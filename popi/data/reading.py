@@ -1,4 +1,4 @@
-"""Reading users and their held-out pairs from JSON lines, or from a ``datasets.Dataset`` on disk."""
+"""Reading users and their held-out pairs from JSON lines, from parquet, or from a ``datasets.Dataset`` on disk."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from popi.errors import InputError, MissingExtra
 from popi.io import BadRows, parse_lines, parse_rows, validate
 from popi.signals import UserSignals
 
+PARQUET = ".parquet"
 TABLES = (".csv", ".tsv")
 """Endings of files that must be converted first."""
 
@@ -71,12 +72,29 @@ def _read(path: Path, bad_rows: BadRows, *, held_out: bool) -> Iterator[Personal
             return check(number, from_row(row, file=path, line=number))
 
         rows = parse_rows(enumerate(load_rows(path), start=1), read_row, bad_rows=bad_rows)
+    elif path.is_file() and path.suffix.lower() == PARQUET:
+        rows = parse_rows(enumerate(_read_parquet(path), start=1), read_line, bad_rows=bad_rows)
     elif path.is_file() and path.suffix.lower() in TABLES:
         raise InputError("is a table", file=path, fix=f"convert it first: popi data convert csv {path.name}")
     else:
         rows = parse_lines(path, read_line, bad_rows=bad_rows)
     for _, example in rows:
         yield example
+
+
+def _read_parquet(path: Path) -> Iterator[dict[str, Any]]:
+    """The rows of a parquet file, in constant memory. A column of signals has a null for each field of other kinds."""
+    try:
+        import pyarrow
+        from pyarrow.parquet import ParquetFile
+    except ModuleNotFoundError as error:
+        raise MissingExtra("pyarrow", "parquet") from error
+    try:
+        with ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=256):
+                yield from batch.to_pylist()
+    except (pyarrow.ArrowException, OSError) as error:
+        raise InputError(f"cannot be read ({error})", file=path, fix="write the file again") from error
 
 
 def _example(record: Any, path: Path, number: int) -> PersonalizationExample:
