@@ -20,6 +20,7 @@ from popi.io import UNFINISHED, lock, read_json, replacing, write_text
 from popi.provenance import LIBRARIES, check_unchanged, machine, now, versions
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 CONFIG, METRICS, CHECKPOINT, LOCK = "config.json", "metrics.jsonl", "checkpoint.pt", ".lock"
@@ -254,7 +255,13 @@ def load_state(path: Path, *, fix: str = "remove it to start again") -> dict[str
 
 
 def save_model(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, card: str, folder: str, *, half: bool = False
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    card: str,
+    folder: str,
+    *,
+    weights: dict[str, Tensor] | None = None,
+    half: bool = False,
 ) -> None:
     """Writes a model, its tokenizer and its card into a folder. Tied weights are written once.
 
@@ -263,6 +270,7 @@ def save_model(
         tokenizer: Its tokenizer.
         card: Text of ``README.md``.
         folder: An existing folder.
+        weights: Weights to write in place of the model's own.
         half: Whether to round the weights to bfloat16, for a model that ships with the package.
     """
     import torch
@@ -270,10 +278,12 @@ def save_model(
     from popi.engine.loading import quiet
 
     with quiet():
-        if half:
+        if half or weights is not None:
             tied = set(getattr(model, "all_tied_weights_keys", {}))
-            weights = {name: value.to(torch.bfloat16) for name, value in model.state_dict().items() if name not in tied}
-            model.save_pretrained(folder, state_dict=weights)
+            written = model.state_dict() if weights is None else weights
+            kept = {name: value for name, value in written.items() if name not in tied}
+            state = {name: value.to(torch.bfloat16) if half else value for name, value in kept.items()}
+            model.save_pretrained(folder, state_dict=state)
         else:
             model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

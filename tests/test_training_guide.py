@@ -20,7 +20,7 @@ from popi.signals import Statement
 
 GUIDE = (Path(__file__).parent.parent / "docs" / "training.md").read_text(encoding="utf-8")
 BLOCKS = dict(re.findall(r"^```(\w+)\n(.*?)^```", GUIDE, re.M | re.S))
-RECIPE, WITH_ENGINE, WITH_VLLM = re.findall(r"^```yaml\n(.*?)^```", GUIDE, re.M | re.S)
+RECIPE, WITH_ADAPTERS, WITH_ENGINE, WITH_VLLM = re.findall(r"^```yaml\n(.*?)^```", GUIDE, re.M | re.S)
 COMMANDS, SEVERAL = re.findall(r"^```sh\n(.*?)^```", GUIDE, re.M | re.S)
 SMALL = ["steps=2", "users_per_step=2", "writer.num_generations=3", "writer.max_tokens=48", "evaluate_users=4"]
 
@@ -35,6 +35,19 @@ def test_the_fields_of_vllm_belong_to_the_writer(tmp_path):
     recipe["writer"] |= yaml.safe_load(WITH_VLLM)["writer"]
     (tmp_path / "own.yaml").write_text(yaml.safe_dump(recipe))
     assert load(tmp_path / "own.yaml").writer.rollouts == "vllm-colocate"
+
+
+@pytest.mark.slow
+def test_adapters_of_the_guide_are_trained_and_written(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    recipe = yaml.safe_load(RECIPE)
+    for role, fields in yaml.safe_load(WITH_ADAPTERS).items():
+        recipe[role] |= {**fields, "model": "popi-mini-base"}
+    Path("own.yaml").write_text(yaml.safe_dump(recipe))
+    assert main(["data", "miniworld", "--users", "12", "--out", "users.jsonl"]) == 0
+    assert main(["train", "own.yaml", *[word for value in SMALL for word in ("--set", value)]]) == 0
+    assert json.loads(Path("runs/own/writer/adapter/adapter_config.json").read_text())["r"] == 16
+    assert main(["generate", "--model", "runs/own/generator", "--prompt", "How are you?"]) == 0
 
 
 @pytest.mark.slow

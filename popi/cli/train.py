@@ -50,6 +50,7 @@ def train(
     if dry_run:
         print_json({"recipe": resolved.model_dump(mode="json"), **cost})
         return
+    _keep_output_clean()
     run = load_part(resolved.RUN)
     folder = out or Path("runs") / resolved.name
     if os.environ.get("RANK", "0") != "0":
@@ -73,6 +74,17 @@ def train(
             raise
     models = ", ".join(str(folder / name) for name in resolved.results())
     print_records([{"models": models, **cost}], json_flag=json)
+
+
+def _keep_output_clean() -> None:
+    """Names the device to DeepSpeed, which trainers import where it is installed.
+
+    If it finds none but the CPU, it says so on standard output, among the results.
+    """
+    import torch
+
+    if not torch.accelerator.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 
 def _show_engine(recipe: Any) -> None:

@@ -34,6 +34,20 @@ class Users(Section):
         return self
 
 
+class Lora(Section):
+    """Trains an adapter of low rank instead of all weights of a role (LoRA).
+
+    Attributes:
+        rank: Rank of the matrices.
+        alpha: The product of the matrices is multiplied by ``alpha / rank``.
+        targets: Names of the linear layers that get matrices. ``all-linear`` takes all of them but the head.
+    """
+
+    rank: PositiveInt = 16
+    alpha: PositiveInt = 32
+    targets: Literal["all-linear"] | list[str] = "all-linear"
+
+
 class Writer(Section):
     """The preference-inference model and its reinforcement learning. The defaults are those of POPI as released.
 
@@ -57,6 +71,7 @@ class Writer(Section):
             mean, each token of a long bad summary counts less than one of a short bad summary.
         length_penalty: Cost of a token of the summary that the generator reads, in nats of reward.
         max_grad_norm: Maximum norm of the gradient.
+        lora: Train an adapter instead of all weights.
     """
 
     model: str
@@ -74,6 +89,7 @@ class Writer(Section):
     reduction: Literal["mean", "sum"] = "mean"
     length_penalty: NonNegativeFloat = 0.0
     max_grad_norm: PositiveFloat = 1.0
+    lora: Lora | None = None
 
     @model_validator(mode="after")
     def _cache_of_vllm(self) -> Writer:
@@ -95,6 +111,8 @@ class Generator(Section):
         reduction: How the log-probabilities of a response's tokens are reduced: ``sum`` or ``mean``.
         context: The context of a generator that is trained without the writer: a summary, the raw signals, or nothing.
         max_grad_norm: Maximum norm of the gradient.
+        lora: Train an adapter instead of all weights. If both roles train adapters of the same model, they share its
+            weights, unless DeepSpeed divides them.
     """
 
     model: str
@@ -106,6 +124,7 @@ class Generator(Section):
     reduction: Literal["sum", "mean"] = "sum"
     context: Literal["summary", "raw-signals", "none"] = "summary"
     max_grad_norm: PositiveFloat = 10.0
+    lora: Lora | None = None
 
 
 class Engine(Section):
@@ -199,6 +218,8 @@ class JointRecipe(Section):
     def _fits_together(self) -> JointRecipe:
         if self.shared and (self.writer.model != self.generator.model or self.train != "both"):
             raise ValueError("shared weights need train: both, and the same model in both roles")
+        if self.shared and self.writer.lora != self.generator.lora:
+            raise ValueError("shared weights need the same lora in both roles")
         if self.generator.context != "summary" and self.train != "generator":
             raise ValueError("generator.context must be summary unless train is generator")
         if self.schedule == "alternating" and self.steps < self.rounds:

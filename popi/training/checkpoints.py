@@ -9,19 +9,29 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from popi.io import write_text
-from popi.run_folder import writing
+from popi.run_folder import load_state, save_state, writing
+from popi.training.adapters import copy_into
 from popi.training.ranks import ONE_RANK, Ranks
 
 log = logging.getLogger(__name__)
 
-COMPLETE = "complete"
+COMPLETE, ADAPTER = "complete", "adapter.pt"
 
 
 class CheckpointedTrainer(Trainer):
-    """A trainer that reports a failed write of a checkpoint as one error, and writes no model cards."""
+    """A trainer that reports a failed write of a checkpoint as one error, and writes no model cards.
+
+    Attributes:
+        adapter: The weights that are trained, by name, if they are not those of the model. Checkpoints contain only
+            them.
+    """
+
+    adapter: dict[str, nn.Parameter] | None = None
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Writes nothing. A finished model gets a card of popi."""
@@ -29,6 +39,28 @@ class CheckpointedTrainer(Trainer):
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         with writing(Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"):
             super()._save_checkpoint(*args, **kwargs)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """The optimizer of transformers."""
+        if self.adapter is not None and self.optimizer is None:
+            kind, options = self.get_optimizer_cls_and_kwargs(self.args)
+            self.optimizer = kind(list(self.adapter.values()), **options)
+        optimizer: torch.optim.Optimizer = super().create_optimizer(model)
+        return optimizer
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        if self.adapter is None:
+            super()._save(output_dir, state_dict)
+        elif not self.is_deepspeed_enabled:
+            # DeepSpeed writes all that it needs into files of its own.
+            weights = {name: value.detach() for name, value in self.adapter.items()}
+            save_state(Path(str(output_dir)) / ADAPTER, weights)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if self.adapter is None:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        else:
+            copy_into(self.adapter, load_state(Path(resume_from_checkpoint) / ADAPTER))
 
 
 class CheckpointCallback(TrainerCallback):

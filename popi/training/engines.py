@@ -51,9 +51,6 @@ def start(kind: Kind) -> Ranks:
         MissingExtra: If DeepSpeed is not installed.
     """
     on_gpu = torch.cuda.is_available()
-    if not on_gpu:
-        # accelerate imports DeepSpeed wherever it is installed, which warns that it found no other device.
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     if kind == "single":
         if (gpus := torch.cuda.device_count()) > 1:
             raise ConfigError(f"{gpus} GPUs are visible, but the engine is single", fix=SEVERAL_GPUS)

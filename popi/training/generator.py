@@ -8,10 +8,11 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import TrainingArguments
 
 from popi.errors import PopiError
+from popi.training.adapters import leave_to_others
 from popi.training.checkpoints import CheckpointedTrainer
 from popi.training.engines import through
 from popi.training.objective import LOSSES, LogRatios, Loss, accuracy
@@ -37,6 +38,7 @@ class GeneratorTrainer(CheckpointedTrainer):
         beta: Beta of the objective.
         first: Number of steps of the run before this trainer's.
         ranks: The ranks of the run.
+        adapter: The weights that are trained, by name, if they are not those of the model.
         callbacks: Callbacks of transformers.
     """
 
@@ -51,9 +53,12 @@ class GeneratorTrainer(CheckpointedTrainer):
         beta: float,
         first: int = 0,
         ranks: Ranks = ONE_RANK,
+        adapter: dict[str, nn.Parameter] | None = None,
         callbacks: Sequence[Any] = (),
     ) -> None:
-        self._first, self._ranks = first, ranks
+        self._first, self._ranks, self.adapter = first, ranks, adapter
+        if adapter is not None:
+            leave_to_others(model, adapter)
         self._scorer, self._objective, self._beta = scorer, LOSSES[loss], beta
         self._pending: dict[str, list[float]] = {}
         super().__init__(

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from popi.config import JointRecipe
+from popi.config.joint import Lora
 from popi.engine.loading import quiet
 from popi.errors import BackendError, ConfigError, InputError, MissingExtra, PopiError
 from popi.io import write_text
@@ -30,7 +31,7 @@ from popi.training.contexts import SUMMARIES, Contexts
 from popi.training.curves import draw_curves
 from popi.training.held_out import HeldOutEval, evaluate_held_out
 from popi.training.metrics import MetricsCallback
-from popi.training.models import JointModels, Role
+from popi.training.models import GENERATOR, WRITER, JointModels, LoraOptions, Role
 from popi.training.ranks import Ranks
 from popi.training.reference import Reference
 from popi.training.rollouts import EngineRollouts, Rollouts
@@ -101,6 +102,8 @@ def _check_ranks(recipe: JointRecipe, ranks: Ranks) -> None:
             field="users_per_step",
             fix="use a multiple of the number of ranks",
         )
+    if recipe.writer.lora and recipe.writer.rollouts != "engine":
+        raise ConfigError("an adapter needs rollouts: engine", field="writer.rollouts", fix="use engine")
     if ranks.count > 1 and recipe.writer.rollouts != "engine":
         raise ConfigError(f"{recipe.writer.rollouts} needs one rank", field="writer.rollouts", fix="use engine")
 
@@ -121,6 +124,10 @@ def _users(recipe: JointRecipe) -> UserSplit:
         message = "%d of %d users have fewer than %d pairs; all of their pairs score their summaries"
         log.info(message, few, len(users.train), wanted)
     return users
+
+
+def _lora(lora: Lora | None) -> LoraOptions | None:
+    return None if lora is None else LoraOptions(lora.rank, lora.alpha, lora.targets)
 
 
 class _Run:
@@ -145,12 +152,14 @@ class _Run:
     def _load(self) -> None:
         recipe, writer, generator = self._recipe, self._recipe.writer, self._recipe.generator
         self._models = JointModels(
-            Role(writer.model, writer.inference, writer.options),
-            Role(generator.model, generator.generation, generator.options),
+            Role(writer.model, writer.inference, writer.options, _lora(writer.lora)),
+            Role(generator.model, generator.generation, generator.options, _lora(generator.lora)),
             shared=recipe.shared,
             max_tokens=writer.max_tokens,
             batch_tokens=recipe.batch_tokens,
             reduction=generator.reduction,
+            seed=recipe.seed,
+            one_base=self._stage == 0,
             ranks=self._ranks,
         )
         self._scorer = self._models.scorer
@@ -272,7 +281,12 @@ class _Run:
         models, writer = self._models, self._recipe.writer
         if writer.rollouts == "engine":
             abilities = models.writer_backend.abilities
-            return EngineRollouts(models.writer, abilities=abilities, batch_tokens=self._recipe.batch_tokens)
+            return EngineRollouts(
+                models.writer,
+                abilities=abilities,
+                batch_tokens=self._recipe.batch_tokens,
+                within=models.computing(WRITER),
+            )
         try:
             from popi.training.vllm_rollouts import VLLMRollouts
         except ImportError as error:
@@ -287,9 +301,17 @@ class _Run:
         inference = self._contexts.inference()
         held_out = self._users.held_out
         with engines.whole(*self._wrappers()):
+            self._compare_ranks(step)
             return asyncio.run(
                 evaluate_held_out(inference, self._scorer, held_out, self._reference, step=step, ranks=self._ranks)
             )
+
+    def _compare_ranks(self, step: int) -> None:
+        """Ranks whose weights differ report losses that look right, so their weights are compared."""
+        roles = (WRITER, GENERATOR)
+        own = [float(value.detach().sum()) for role in roles for value in self._models.trained(role).values()]
+        if len(set(map(tuple, self._ranks.gather([own])))) > 1:
+            raise PopiError(f"the ranks have different weights after {step} steps; resume from the last checkpoint")
 
     def _log(self, metrics: dict[str, Any], found: HeldOutEval | None) -> None:
         if self._folder is None:

@@ -8,7 +8,7 @@ G (T + S). Logits are computed only for the tokens of responses.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
@@ -27,6 +27,9 @@ from popi.training.objective import Reduction
 from popi.training.ranks import ONE_RANK, Ranks
 
 Found = TypeVar("Found")
+
+Within = Callable[[], AbstractContextManager[None]]
+"""Makes the context that a model computes in."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +87,7 @@ def token_likelihood(
     layout: Layout,
     temperature: float = 1.0,
     ranks: Ranks = ONE_RANK,
+    within: Within | None = None,
 ) -> TokenLikelihood:
     """Computes the log-probability of each token of each response.
 
@@ -94,12 +98,13 @@ def token_likelihood(
         layout: Layout of the batch.
         temperature: Temperature at which the responses were sampled. It divides the logits.
         ranks: The ranks of the run.
+        within: Makes the context that the model computes in, by default :func:`computing`.
     """
     width = max(len(item.response) for item in items)
     passes = ranks.same_passes(list(pack(model, items, batch_tokens=batch_tokens, layout=layout)))
 
     def of_pass(rows: list[Row]) -> tuple[Tensor, Tensor, Tensor]:
-        with computing(model):
+        with within() if within else computing(model):
             predicted = response_logits(model, items, rows)
         return (predicted.items_N * width + predicted.offsets_N, *_of_logits(predicted, temperature))
 
@@ -114,7 +119,12 @@ def token_likelihood(
 
 
 def response_logps(
-    model: PreTrainedModel, items: Sequence[Scored], rows: Sequence[Row], *, reduction: Reduction = "sum"
+    model: PreTrainedModel,
+    items: Sequence[Scored],
+    rows: Sequence[Row],
+    *,
+    reduction: Reduction = "sum",
+    within: Within | None = None,
 ) -> Tensor:
     """Computes the log-probability of each response in one forward pass.
 
@@ -123,11 +133,12 @@ def response_logps(
         items: Prompts and responses.
         rows: The rows of the pass.
         reduction: How the tokens of a response are reduced.
+        within: Makes the context that the model computes in, by default :func:`computing`.
 
     Returns:
         Log-probabilities ``[items]``, in nats; 0 for an item that is in no row.
     """
-    with computing(model):
+    with within() if within else computing(model):
         found = response_logits(model, items, rows)
     # Margins are small differences of large sums: sum in double precision.
     logps_N = -cross_entropy(found.logits_N_V.float(), found.targets_N, reduction="none").double()

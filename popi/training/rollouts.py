@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from functools import partial
 
 from transformers import PreTrainedModel
 
 from popi.engine.checks import Abilities
 from popi.engine.decoding import Completion, Draft, decode
-from popi.training.likelihood import computing
+from popi.training.likelihood import Within, computing
 
 
 class Rollouts(ABC):
@@ -55,10 +56,14 @@ class EngineRollouts(Rollouts):
         abilities: The layout of a batch and the end tokens.
         batch_tokens: Maximum number of tokens of a batch. The completions of one prompt are sampled in one batch even
             if they need more.
+        within: Makes the context that the model computes in, by default :func:`computing`.
     """
 
-    def __init__(self, model: PreTrainedModel, *, abilities: Abilities, batch_tokens: int) -> None:
+    def __init__(
+        self, model: PreTrainedModel, *, abilities: Abilities, batch_tokens: int, within: Within | None = None
+    ) -> None:
         self._model, self._abilities, self._batch_tokens = model, abilities, batch_tokens
+        self._within = within or partial(computing, model)
 
     def close(self) -> None:
         """Does nothing: the policy belongs to the caller."""
@@ -71,7 +76,7 @@ class EngineRollouts(Rollouts):
             Draft(prompt, limit=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
             for prompt, seed in zip(prompts, seeds, strict=True)
         ]
-        with computing(self._model):
+        with self._within():
             return decode(
                 self._model,
                 drafts,

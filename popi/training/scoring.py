@@ -18,7 +18,7 @@ from popi.errors import InputError
 from popi.interface import Interface
 from popi.roles import AnswerFormat
 from popi.summary import PreferenceSummary, cap_tokens
-from popi.training.likelihood import in_memory_for, response_logps
+from popi.training.likelihood import Within, in_memory_for, response_logps
 from popi.training.objective import LogRatios, Reduction
 from popi.training.ranks import ONE_RANK, Ranks
 
@@ -65,6 +65,7 @@ class PairScorer:
         batch_tokens: Maximum number of tokens of a forward pass, including prefixes.
         reduction: How the log-probabilities of a response's tokens are reduced.
         ranks: The ranks of the run. In lockstep, all of them make the same passes.
+        within: Makes the context that the model computes in, by default :func:`popi.training.likelihood.computing`.
 
     Attributes:
         format: Renders the prompts.
@@ -82,8 +83,9 @@ class PairScorer:
         batch_tokens: int = 8192,
         reduction: Reduction = "sum",
         ranks: Ranks = ONE_RANK,
+        within: Within | None = None,
     ) -> None:
-        self._model, self._tokens, self._ranks = model, tokens, ranks
+        self._model, self._tokens, self._ranks, self._within = model, tokens, ranks, within
         self._batch_tokens, self._layout = batch_tokens, abilities.layout
         self._context: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         self.format, self.reduction, self.tokens_read = format, reduction, 0
@@ -165,7 +167,7 @@ class PairScorer:
     def _of_pass(
         self, items: Sequence[ConditionedPair], sequences: list[Scored], rows: list[Row]
     ) -> tuple[list[int], LogRatios]:
-        logps = response_logps(self._model, sequences, rows, reduction=self.reduction)
+        logps = response_logps(self._model, sequences, rows, reduction=self.reduction, within=self._within)
         places = sorted({place // 2 for row in rows for place in row.items})
         ratios_N_2 = logps.view(-1, 2)[places] - logps.new_tensor([items[place].reference for place in places]).view(
             -1, 2

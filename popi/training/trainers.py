@@ -149,6 +149,9 @@ class Trainers:
             batch_tokens=recipe.batch_tokens,
             first=phase.first,
             ranks=self._ranks,
+            adapter=models.trained(WRITER) if recipe.writer.lora else None,
+            within=models.computing(WRITER),
+            initial=models.initial(),
             callbacks=[metrics({}), CheckpointCallback(self._ranks, None if update is None else update.save)],
         )
         return PhaseTraining(trainer, update)
@@ -180,6 +183,7 @@ class Trainers:
             beta=generator.beta,
             first=phase.first,
             ranks=self._ranks,
+            adapter=self._models.trained(GENERATOR) if generator.lora else None,
             callbacks=[metrics(spent), CheckpointCallback(self._ranks)],
         )
         return PhaseTraining(trainer, None)
@@ -191,7 +195,8 @@ class Trainers:
         schedule = Schedule(generator.learning_rate, steps=phase.steps, warmup=recipe.warmup)
         if self._uses_deepspeed:
             return ZeroUpdate(model, schedule, config=self._deepspeed(GENERATOR), ranks=self._ranks)
-        return AdamWUpdate(model, schedule, max_grad_norm=generator.max_grad_norm, ranks=self._ranks)
+        trained = self._models.trained(GENERATOR)
+        return AdamWUpdate(trained, schedule, max_grad_norm=generator.max_grad_norm, ranks=self._ranks)
 
     def _reward(self, update: GeneratorUpdate | None) -> PairReward:
         recipe, generator = self._recipe, self._recipe.generator

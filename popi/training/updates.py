@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import AdamW
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_cosine_schedule_with_warmup
 
 from popi.run_folder import load_state, save_state
+from popi.training.adapters import copy_into, trainable
 from popi.training.engines import through
 from popi.training.generator import check_finite
 from popi.training.objective import LogRatios
@@ -42,10 +45,9 @@ class Schedule:
     steps: int
     warmup: int
 
-    def optimizer(self, model: PreTrainedModel) -> tuple[torch.optim.AdamW, torch.optim.lr_scheduler.LambdaLR]:
-        """Makes an optimizer of the weights that are trained, and its schedule."""
-        weights = [value for value in model.parameters() if value.requires_grad]
-        optimizer = torch.optim.AdamW(weights, lr=self.learning_rate, weight_decay=0.0)
+    def optimizer(self, weights: Iterable[nn.Parameter]) -> tuple[AdamW, LambdaLR]:
+        """Makes an optimizer of these weights, and its schedule."""
+        optimizer = AdamW(weights, lr=self.learning_rate, weight_decay=0.0)
         return optimizer, get_cosine_schedule_with_warmup(optimizer, self.warmup, self.steps)
 
 
@@ -96,18 +98,18 @@ class AdamWUpdate(GeneratorUpdate):
     """Updates with AdamW and the learning rate schedule of a trainer. Gradients are averaged over the ranks.
 
     Args:
-        model: The generator.
+        parameters: The weights of the generator that are trained, by name.
         schedule: The learning rates.
         max_grad_norm: Maximum norm of the gradient.
         ranks: The ranks of the run.
     """
 
     def __init__(
-        self, model: PreTrainedModel, schedule: Schedule, *, max_grad_norm: float, ranks: Ranks = ONE_RANK
+        self, parameters: dict[str, nn.Parameter], schedule: Schedule, *, max_grad_norm: float, ranks: Ranks = ONE_RANK
     ) -> None:
-        self._model, self._ranks, self._max_grad_norm = model, ranks, max_grad_norm
-        self._parameters = [value for value in model.parameters() if value.requires_grad]
-        self._optimizer, self._schedule = schedule.optimizer(model)
+        self._named, self._ranks, self._max_grad_norm = parameters, ranks, max_grad_norm
+        self._parameters = list(parameters.values())
+        self._optimizer, self._schedule = schedule.optimizer(self._parameters)
 
     def step(self, step: int) -> float:
         """See :meth:`GeneratorUpdate.step`. If it fails, the weights are not changed."""
@@ -122,13 +124,14 @@ class AdamWUpdate(GeneratorUpdate):
     def save(self, folder: Path) -> None:
         """See :meth:`GeneratorUpdate.save`."""
         if self._ranks.is_first:
-            state = {"weights": self._model.state_dict(), "optimizer": self._optimizer.state_dict()}
+            weights = {name: value.detach() for name, value in self._named.items()}
+            state = {"weights": weights, "optimizer": self._optimizer.state_dict()}
             save_state(folder / STATE, {**state, "schedule": self._schedule.state_dict()})
 
     def restore(self, folder: Path) -> None:
         """See :meth:`GeneratorUpdate.restore`."""
         state = _load(folder)
-        self._model.load_state_dict(state["weights"])
+        copy_into(self._named, state["weights"])
         self._optimizer.load_state_dict(state["optimizer"])
         self._schedule.load_state_dict(state["schedule"])
 
@@ -150,7 +153,7 @@ class ZeroUpdate(GeneratorUpdate):
         import deepspeed
 
         self._model, self._ranks = model, ranks
-        optimizer, self._schedule = schedule.optimizer(model)
+        optimizer, self._schedule = schedule.optimizer(trainable(model).values())
         self.engine: Any = deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
 
     def forward(self, compute: Compute) -> tuple[list[int], LogRatios]:

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from popi.engine.chat_tokens import ChatTokens
 from popi.engine.checks import Abilities
@@ -19,10 +19,11 @@ from popi.errors import InputError, PopiError
 from popi.prompts import Message
 from popi.reasoning import strip_reasoning
 from popi.seeds import seed_of
+from popi.training.adapters import leave_to_others
 from popi.training.checkpoints import CheckpointedTrainer
 from popi.training.engines import through, whole
 from popi.training.generator import diverged
-from popi.training.likelihood import token_likelihood
+from popi.training.likelihood import Within, token_likelihood
 from popi.training.ranks import ONE_RANK, Ranks
 from popi.training.rollouts import Rollouts
 from popi.training.trl import GRPOConfig, GRPOTrainer
@@ -76,6 +77,11 @@ class WriterTrainer(CheckpointedTrainer, GRPOTrainer, Generic[Parsed]):
         batch_tokens: Maximum number of tokens of a forward pass of the update.
         first: Number of steps of the run before this trainer's. Random numbers depend on the step of the run.
         ranks: The ranks of the run.
+        adapter: The weights that are trained, by name, if they are not those of the model.
+        within: Makes the context that the writer computes in, by default
+            :func:`popi.training.likelihood.computing`.
+        initial: Makes the context in which the model computes as the initial writer. Without it, the reference of the
+            KL divergence is a copy of the initial model.
         callbacks: Callbacks of transformers.
 
     Raises:
@@ -98,6 +104,9 @@ class WriterTrainer(CheckpointedTrainer, GRPOTrainer, Generic[Parsed]):
         batch_tokens: int,
         first: int = 0,
         ranks: Ranks = ONE_RANK,
+        adapter: dict[str, nn.Parameter] | None = None,
+        within: Within | None = None,
+        initial: Within | None = None,
         callbacks: Sequence[Any] = (),
     ) -> None:
         from datasets import Dataset
@@ -107,7 +116,14 @@ class WriterTrainer(CheckpointedTrainer, GRPOTrainer, Generic[Parsed]):
         self._parse, self._reward_fn, self._rollouts = parse, reward, rollouts
         self._prompts = [[{"role": turn.role, "content": turn.content} for turn in turns] for turns in conversations]
         self._names = names
+        self.adapter, self._within, self._initial = adapter, within, initial
+        if adapter is not None:
+            leave_to_others(model, adapter)
         rows = [{"prompt": self._prompts[place], "user": place} for place in order]
+        kl_coef = args.beta
+        if initial is not None:
+            # TRL would load a second model.
+            args.beta = 0.0
         with warnings.catch_warnings():
             # TRL warns that its rollout hook is experimental. Its version is pinned, and tests cover the hook.
             warnings.simplefilter("ignore")
@@ -120,6 +136,8 @@ class WriterTrainer(CheckpointedTrainer, GRPOTrainer, Generic[Parsed]):
                 callbacks=list(callbacks),
                 rollout_func=_roll_out,  # type: ignore[arg-type]
             )
+        if initial is not None and kl_coef:
+            self.beta, self.ref_model = kl_coef, _INITIAL
         if rollouts.tolerance is not None:
             # TRL corrects for the log-probabilities of another sampler only where it believes that it runs vLLM. It
             # would synchronize the weights, which the rollouts do themselves.
@@ -238,7 +256,9 @@ class WriterTrainer(CheckpointedTrainer, GRPOTrainer, Generic[Parsed]):
             Scored(ids[:split][mask[:split].bool()].tolist(), ids[split:][mask[split:].bool()].tolist())
             for ids, mask in zip(input_ids, attention_mask, strict=True)
         ]
-        inner = self.accelerator.unwrap_model(model)
+        wrapper: Any = self.model if model is _INITIAL else model
+        within = self._initial if model is _INITIAL else self._within
+        inner = self.accelerator.unwrap_model(wrapper)
 
         def compute() -> tuple[Tensor, Tensor, int]:
             found = token_likelihood(
@@ -248,14 +268,19 @@ class WriterTrainer(CheckpointedTrainer, GRPOTrainer, Generic[Parsed]):
                 layout=self._abilities.layout,
                 temperature=self.temperature,
                 ranks=self._ranks,
+                within=within,
             )
             return found.logps_R_T, found.entropies_R_T, found.tokens
 
-        *found_R_T, tokens = through(model, inner, compute)
+        *found_R_T, tokens = through(wrapper, inner, compute)
         if torch.is_grad_enabled():
             self._metrics["train"]["tokens/update"].append(self._ranks.total(tokens))
         logps, entropies = (torch.nn.functional.pad(part, (0, logits_to_keep - part.shape[1])) for part in found_R_T)
         return logps, entropies if compute_entropy else None, None
+
+
+_INITIAL: Any = object()
+"""Stands for the reference model, if the writer's model computes as the initial writer, too."""
 
 
 def _roll_out(prompts: Sequence[Sequence[dict[str, str]]], trainer: WriterTrainer[Any]) -> dict[str, Any]:

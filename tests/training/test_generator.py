@@ -7,6 +7,7 @@ from transformers import TrainingArguments
 from popi.data.example import HeldOutPair
 from popi.errors import PopiError
 from popi.testing import tiny_model
+from popi.training.adapters import trainable
 from popi.training.generator import GeneratorTrainer, pair_metrics
 from popi.training.objective import LogRatios
 from popi.training.scoring import ConditionedPair, PairLogps
@@ -73,7 +74,7 @@ def test_a_step_is_the_same_in_one_batch_and_in_several(tmp_path, batch, accumul
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_gradient_that_is_not_finite_is_not_applied(value):
     model, _ = tiny_model()
-    update = AdamWUpdate(model, Schedule(0.1, steps=2, warmup=0), max_grad_norm=1.0)
+    update = AdamWUpdate(trainable(model), Schedule(0.1, steps=2, warmup=0), max_grad_norm=1.0)
     for parameter in model.parameters():
         parameter.grad = torch.full_like(parameter, value)
     with pytest.raises(PopiError, match=r"the gradient norm of the generator became (nan|inf) after 4 steps; lower"):

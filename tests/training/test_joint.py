@@ -28,6 +28,7 @@ from popi.training.contexts import Contexts
 from popi.training.curves import draw_curves
 from popi.training.generator import GeneratorTrainer
 from popi.training.objective import LogRatios
+from popi.training.ranks import Ranks
 from popi.training.scoring import PairScorer
 from popi.training.users import read_users
 from popi.training.writer import WriterTrainer
@@ -210,7 +211,10 @@ def stop_at(step):
     return report
 
 
-@pytest.mark.parametrize("changes", SCHEDULES, ids=str)
+LORA = {"writer.lora": {"rank": 2}, "generator.lora": {"rank": 2}}
+
+
+@pytest.mark.parametrize("changes", [*SCHEDULES, LORA, {**LORA, "schedule": "sequential"}], ids=str)
 def test_a_resumed_run_ends_with_the_weights_of_a_straight_one(recipe, models, tmp_path, changes):
     resolved = same_model(recipe, models, changes)
     straight = train(resolved, tmp_path / "straight")
@@ -275,6 +279,15 @@ def test_a_loss_that_is_not_finite_stops_the_run(recipe, models, tmp_path, monke
 
     monkeypatch.setattr(PairScorer, "_of_pass", broken)
     with pytest.raises(PopiError, match=r"the loss became nan after 0 steps; lower the learning rate"):
+        train(recipe(), tmp_path / "run")
+
+
+def test_ranks_with_different_weights_stop_the_run(recipe, tmp_path, monkeypatch):
+    def apart(self, found):
+        return [*found, [0.0]] if isinstance(found[0], list) else list(found)
+
+    monkeypatch.setattr(Ranks, "gather", apart)
+    with pytest.raises(PopiError, match="the ranks have different weights after 2 steps; resume from the last"):
         train(recipe(), tmp_path / "run")
 
 

@@ -7,6 +7,7 @@ import time
 
 import pytest
 
+from popi.config import load
 from tests.training.rank_runs import (
     command,
     distance,
@@ -28,6 +29,7 @@ VARIANTS = {
     "sequential": {"schedule": "sequential", "batch_tokens": 256},
     "shared": {"shared": True},
     "alternating-shared": {"shared": True, "schedule": "alternating"},
+    "adapters": {"writer.lora": {"rank": 4}, "generator.lora": {"rank": 4}},
 }
 
 COMPARED = ("reward", "loss", "grad_norm", "kl", "generator/loss", "generator/grad_norm", "rewards/margins")
@@ -49,7 +51,9 @@ def variant(folder, tree):
 
     def make(name, kind, **changes):
         file = folder / f"{name}-{kind}.yaml"
-        return write_recipe(file, {**tree, **VARIANTS[name], **changes, "engine": {"kind": kind}})
+        changes = {**VARIANTS[name], **changes, "engine.kind": kind}
+        recipe = load(write_recipe(file, tree), changes)
+        return write_recipe(file, recipe.model_dump(mode="json"))
 
     return make
 
