@@ -50,8 +50,8 @@ def train(
     if dry_run:
         print_json({"recipe": resolved.model_dump(mode="json"), **cost})
         return
-    _keep_output_clean()
     run = load_part(resolved.RUN)
+    _keep_output_clean()
     folder = out or Path("runs") / resolved.name
     if os.environ.get("RANK", "0") != "0":
         # The first rank reports. The others print warnings and their own errors.
