@@ -21,8 +21,6 @@ from tests.training.rank_runs import (
 
 pytestmark = pytest.mark.slow
 
-KINDS = ["ddp", "zero1", "zero2", "zero3"]
-
 VARIANTS = {
     "interleaved": {},
     # Several passes, not as many on each rank, some of which are computed again for the gradient.
@@ -31,6 +29,14 @@ VARIANTS = {
     "alternating-shared": {"shared": True, "schedule": "alternating"},
     "adapters": {"writer.lora": {"rank": 4}, "generator.lora": {"rank": 4}},
 }
+
+CASES = {
+    "ddp": ["interleaved", "shared", "adapters"],
+    "zero1": ["interleaved"],
+    "zero2": ["sequential", "adapters"],
+    "zero3": list(VARIANTS),
+}
+"""The variants under each engine. ZeRO-3 divides all that the others divide."""
 
 COMPARED = ("reward", "loss", "grad_norm", "kl", "generator/loss", "generator/grad_norm", "rewards/margins")
 
@@ -66,9 +72,9 @@ def alone(folder, variant):
     return {name: out for name, (_, out) in runs.items()}
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", CASES)
 def test_two_ranks_train_the_same_models_as_one(folder, alone, variant, kind):
-    runs = {name: (variant(name, kind), folder / f"{name}-{kind}") for name in VARIANTS}
+    runs = {name: (variant(name, kind), folder / f"{name}-{kind}") for name in CASES[kind]}
     ended = run_all(list(runs.values()), 2)
     assert ended.returncode == 0, ended.stderr[:5000]
     for name, (_, out) in runs.items():
@@ -99,33 +105,24 @@ def ended(process, seconds=120):
     return said
 
 
-@pytest.mark.parametrize(("name", "kind"), [("sequential", "zero2"), ("interleaved", "zero3")])
-def test_a_killed_run_resumes_with_the_same_weights(folder, variant, tmp_path, name, kind):
-    recipe = variant(name, kind, steps=6)
-    whole = tmp_path / "whole"
+def test_a_killed_run_resumes_with_the_same_weights_on_as_many_ranks(variant, tmp_path):
+    recipe = variant("interleaved", "zero3", steps=4)
+    whole, out = tmp_path / "whole", tmp_path / "killed"
     assert run_all([(recipe, whole)], 2).returncode == 0
-    out = tmp_path / "killed"
     process = start(recipe, out)
     file = out / "metrics.jsonl"
-    wanted = 2 if name == "interleaved" else 8
-    while process.poll() is None and (not file.exists() or len(file.read_text().splitlines()) < wanted):
+    while process.poll() is None and (not file.exists() or len(file.read_text().splitlines()) < 2):
         time.sleep(0.01)
+    # Without its launcher, no rank is left that would hold the run folder.
     process.kill()
     process.communicate()
     assert not (out / "writer").exists()
+    said = ended(start(recipe, out, ranks=1))
+    assert f"popi: {out}: was started with 2 ranks, among which zero3 divides the optimizer; start 2 ranks" in said
     resumed = run_all([(recipe, out)], 2)
     assert resumed.returncode == 0, resumed.stderr[:5000]
     assert same_weights(out, whole)
     assert [line["step"] for line in metrics(out)] == [line["step"] for line in metrics(whole)]
-
-
-def test_another_number_of_ranks_is_refused_where_the_optimizer_is_divided(folder, variant, tmp_path):
-    recipe, out = variant("interleaved", "zero1"), tmp_path / "run"
-    assert run_all([(recipe, out)], 2).returncode == 0
-    (out / "writer" / "model.safetensors").unlink()
-    process = start(recipe, out, ranks=1)
-    said = ended(process)
-    assert f"popi: {out}: was started with 2 ranks, among which zero1 divides the optimizer; start 2 ranks" in said
 
 
 def test_users_that_the_ranks_cannot_share_are_refused_once(folder, variant, tmp_path):
