@@ -76,8 +76,11 @@ def find_shards(signals: Path, out: Path, part: tuple[int, int] = (1, 1)) -> lis
         part: Which of how many processes this is. Each shard belongs to one of them.
 
     Raises:
-        InputError: If the folder has no shards, or two that would have the same file of summaries.
+        InputError: If the folder has no shards, or two that would have the same file of summaries, or if the summaries
+            would be written into it.
     """
+    if out.resolve().is_relative_to(signals.resolve()):
+        raise InputError(f"is in the folder of the signals, {signals}", file=out, fix="name a folder outside of it")
     files = sorted(
         file
         for file in signals.rglob("*")
@@ -89,7 +92,7 @@ def find_shards(signals: Path, out: Path, part: tuple[int, int] = (1, 1)) -> lis
     times = Counter(names)
     for name, file in zip(names, files, strict=True):
         if times[name] > 1:
-            raise InputError("is there with two endings", file=file, fix="remove one of the files")
+            raise InputError("exists with two endings", file=file, fix="remove one of the files")
     found = [
         Shard(file, out / name, (out / name).with_suffix(".manifest.json"))
         for name, file in zip(names, files, strict=True)
@@ -129,6 +132,8 @@ async def write_shards(
         with ExitStack() as stack:
             lines = stack.enter_context(GrowingFile(shard.out))
             job = Job(lines, shard.signals, skip_bad_rows=skip_bad_rows)
+            if job.edits_kept:
+                note(f"{job.edits_kept} edited summaries are kept, although their signals have changed")
             await writer.write(job, label=f"shard {place} of {len(shards)}")
         report = job.report()
         totals.add(report)

@@ -92,9 +92,11 @@ class Writer(Section):
     lora: Lora | None = None
 
     @model_validator(mode="after")
-    def _cache_of_vllm(self) -> Writer:
+    def _fits_rollouts(self) -> Writer:
         if self.cache_gib is not None and self.rollouts == "engine":
             raise ValueError("cache_gib needs rollouts: vllm-colocate")
+        if self.lora is not None and self.rollouts != "engine":
+            raise ValueError("lora needs rollouts: engine")
         return self
 
 

@@ -16,8 +16,6 @@ from popi.errors import ConfigError, MissingExtra
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-ALL_LINEAR = "all-linear"
-
 
 class Adapter:
     """An adapter in a model. The weights of the model itself are frozen.

@@ -85,7 +85,7 @@ def _start_deepspeed(*, on_gpu: bool) -> None:
         os.environ["MASTER_PORT"] = str(_free_port())
     # DeepSpeed calls functions of torch by their former names.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.c10d_logger")
-    # accelerate ignores DeepSpeed on a CPU, without a message, unless it is told so before its state exists.
+    # On a CPU, accelerate reads these variables when it creates its state. Without them, it silently uses DDP.
     os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
     os.environ.pop("ACCELERATE_USE_CPU", None)
     if on_gpu:

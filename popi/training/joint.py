@@ -102,8 +102,6 @@ def _check_ranks(recipe: JointRecipe, ranks: Ranks) -> None:
             field="users_per_step",
             fix="use a multiple of the number of ranks",
         )
-    if recipe.writer.lora and recipe.writer.rollouts != "engine":
-        raise ConfigError("an adapter needs rollouts: engine", field="writer.rollouts", fix="use engine")
     if ranks.count > 1 and recipe.writer.rollouts != "engine":
         raise ConfigError(f"{recipe.writer.rollouts} needs one rank", field="writer.rollouts", fix="use engine")
 

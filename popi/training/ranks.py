@@ -68,10 +68,10 @@ class Ranks:
         """
         if self.count == 1:
             return run()
-        outcome: list[Any] = [0, None]
+        outcome: list[Any] = [1, None]
         try:
             if self.is_first:
-                outcome[1] = run()
+                outcome = [0, run()]
         except PopiError as error:
             outcome[0] = error.exit_code
             raise

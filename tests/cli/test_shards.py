@@ -117,6 +117,15 @@ def test_processes_divide_the_shards(run: Run, models: Models, tmp_path: Path) -
     assert len(models.chats) == 10
 
 
+@pytest.mark.parametrize("where", ["in", "in/out", "in/../in/out"])
+def test_summaries_are_not_written_among_the_signals(popi: Run, models: Models, tmp_path: Path, where: str) -> None:
+    write_shards(tmp_path / "in", 1, 2)
+    before = (tmp_path / "in" / "part-00.jsonl").read_bytes()
+    ran = popi("summarize", "--signals", tmp_path / "in", "--model", "m", "--out", tmp_path / where)
+    assert ran.code == 2 and "is in the folder of the signals" in ran.err
+    assert (tmp_path / "in" / "part-00.jsonl").read_bytes() == before and not models.chats
+
+
 @pytest.mark.parametrize("part", ["0/3", "4/3", "3", "1/0", "one/two"])
 def test_a_part_that_is_none_is_refused(run: Run, tmp_path: Path, part: str) -> None:
     write_shards(tmp_path / "in", 1, 1)
@@ -153,7 +162,7 @@ def test_parquet_is_read_as_json_lines_are(run: Run, models: Models, tmp_path: P
     assert run().code == 0
     assert summaries(tmp_path / "out") == ["user-0", "user-1"]
     (tmp_path / "in" / "a.jsonl").write_text(json.dumps(user(1)) + "\n")
-    assert "is there with two endings; remove one of the files" in run().err
+    assert "exists with two endings; remove one of the files" in run().err
     (tmp_path / "in" / "a.jsonl").unlink()
     (tmp_path / "in" / "b.parquet").write_bytes(b"PAR1 no parquet")
     ran = run()
