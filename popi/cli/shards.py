@@ -63,7 +63,7 @@ def parse_part(text: str) -> tuple[int, int]:
     found = re.fullmatch(r"(\d+)/(\d+)", text)
     part = (int(found[1]), int(found[2])) if found else (0, 0)
     if not 1 <= part[0] <= part[1]:
-        raise ConfigError(f"{text!r} is not a part", field="--shard", fix="write 1/64 to 64/64 for 64 processes")
+        raise ConfigError(f"invalid shard {text!r}", field="--shard", fix="write I/N with I from 1 to N, as in 3/64")
     return part
 
 

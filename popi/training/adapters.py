@@ -139,7 +139,7 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: value for name, value in model.named_parameters() if value.requires_grad}
 
 
-def leave_to_others(model: nn.Module, adapter: dict[str, nn.Parameter]) -> None:
+def exclude_other_adapters(model: nn.Module, adapter: dict[str, nn.Parameter]) -> None:
     """Excludes the other adapters of a model from DDP, which would wait for their gradients before it averages any."""
     others = [name for name, value in model.named_parameters() if value.requires_grad and name not in adapter]
     model._ddp_params_and_buffers_to_ignore = others  # type: ignore[assignment]

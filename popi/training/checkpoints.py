@@ -60,7 +60,8 @@ class CheckpointedTrainer(Trainer):
         if self.adapter is None:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         else:
-            copy_into(self.adapter, load_state(Path(resume_from_checkpoint) / ADAPTER))
+            fix = f"remove {resume_from_checkpoint} to resume from the checkpoint before it"
+            copy_into(self.adapter, load_state(Path(resume_from_checkpoint) / ADAPTER, fix=fix))
 
 
 class CheckpointCallback(TrainerCallback):

@@ -32,7 +32,7 @@ SEVERAL_PROCESSES = "set engine.kind to ddp, zero1, zero2 or zero3, or start pop
 
 
 LAUNCHER_CHECK = 0.5
-"""Seconds between two looks at whether the launcher is alive."""
+"""Seconds between two checks that the launcher is alive."""
 
 
 def stage_of(kind: Kind) -> int:
@@ -161,7 +161,7 @@ def trainer_arguments(kind: Kind, deepspeed: Mapping[str, Any] | None) -> dict[s
 
 
 def forget_trainer() -> None:
-    """Makes room for the next trainer under DeepSpeed. accelerate accepts one configuration in a process."""
+    """Resets the state of accelerate and transformers, which accept one configuration of DeepSpeed in a process."""
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
     unset_hf_deepspeed_config()

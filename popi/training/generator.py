@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import TrainingArguments
 
 from popi.errors import PopiError
-from popi.training.adapters import leave_to_others
+from popi.training.adapters import exclude_other_adapters
 from popi.training.checkpoints import CheckpointedTrainer
 from popi.training.engines import through
 from popi.training.objective import LOSSES, LogRatios, Loss, accuracy
@@ -58,7 +58,7 @@ class GeneratorTrainer(CheckpointedTrainer):
     ) -> None:
         self._first, self._ranks, self.adapter = first, ranks, adapter
         if adapter is not None:
-            leave_to_others(model, adapter)
+            exclude_other_adapters(model, adapter)
         self._scorer, self._objective, self._beta = scorer, LOSSES[loss], beta
         self._pending: dict[str, list[float]] = {}
         super().__init__(

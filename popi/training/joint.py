@@ -181,9 +181,9 @@ class _Run:
             return count
         if self._stage:
             raise InputError(
-                f"was started with {started} ranks, among which {self._recipe.engine.kind} divides the optimizer",
+                f"was started with {started} ranks, and {self._recipe.engine.kind} cannot resume it with {count}",
                 file=folder.path,
-                fix=f"start {started} ranks instead of {count}, or choose another folder",
+                fix=f"start {started} ranks, or choose another folder",
             )
         log.info("resuming a run of %d ranks with %d", started, count)
         return started

@@ -19,7 +19,7 @@ from popi.errors import InputError, PopiError
 from popi.prompts import Message
 from popi.reasoning import strip_reasoning
 from popi.seeds import seed_of
-from popi.training.adapters import leave_to_others
+from popi.training.adapters import exclude_other_adapters
 from popi.training.checkpoints import CheckpointedTrainer
 from popi.training.engines import through, whole
 from popi.training.generator import diverged
@@ -118,7 +118,7 @@ class WriterTrainer(CheckpointedTrainer, GRPOTrainer, Generic[Parsed]):
         self._names = names
         self.adapter, self._within, self._initial = adapter, within, initial
         if adapter is not None:
-            leave_to_others(model, adapter)
+            exclude_other_adapters(model, adapter)
         rows = [{"prompt": self._prompts[place], "user": place} for place in order]
         kl_coef = args.beta
         if initial is not None:

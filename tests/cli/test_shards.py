@@ -130,7 +130,7 @@ def test_summaries_are_not_written_among_the_signals(popi: Run, models: Models, 
 def test_a_part_that_is_none_is_refused(run: Run, tmp_path: Path, part: str) -> None:
     write_shards(tmp_path / "in", 1, 1)
     ran = run("--shard", part)
-    assert ran.code == 2 and f"field --shard: '{part}' is not a part; write 1/64 to 64/64" in ran.err
+    assert ran.code == 2 and f"field --shard: invalid shard '{part}'; write I/N with I from 1 to N" in ran.err
 
 
 def test_folders_without_shards_and_parts_of_a_file_are_refused(popi: Run, run: Run, tmp_path: Path) -> None:
