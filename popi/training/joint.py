@@ -47,7 +47,7 @@ OUT_OF_MEMORY = (
     "out of memory; lower batch_tokens, writer.num_generations or writer.max_tokens (the summaries of a user are "
     "sampled together), or use a smaller model"
 )
-LIBRARIES = ("torch", "transformers", "tokenizers", "numpy", "trl", "accelerate")
+LIBRARIES = ("torch", "transformers", "tokenizers", "numpy", "trl", "accelerate", "peft", "deepspeed")
 
 
 def run(recipe: JointRecipe, out: Path, *, source: str, report: Report) -> None:
