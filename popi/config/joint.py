@@ -191,6 +191,11 @@ class JointRecipe(Section):
         evaluate_every: Number of steps between evaluations on held-out users.
         evaluate_users: Number of held-out users.
         checkpoint_every: Number of steps between checkpoints.
+        precision: ``float32``; ``mixed``, which computes in bfloat16 and updates weights in float32; or ``bfloat16``,
+            which also updates in bfloat16, with half of the memory, and loses updates smaller than 1/256 of a weight.
+            ``auto`` is ``mixed`` on a GPU or a CPU that computes in bfloat16 natively, else ``float32``.
+        gradient_checkpointing: Keep only the inputs of a model's layers for the backward pass, which recomputes the
+            rest: less memory for long signals, and a third more time for an update.
         engine: How the processes of the run share the training.
     """
 
@@ -214,6 +219,8 @@ class JointRecipe(Section):
     evaluate_every: PositiveInt = 50
     evaluate_users: PositiveInt = 64
     checkpoint_every: PositiveInt = 50
+    precision: Literal["auto", "float32", "mixed", "bfloat16"] = "auto"
+    gradient_checkpointing: bool = False
     engine: Engine = Field(default_factory=Engine)
 
     @model_validator(mode="after")
@@ -222,6 +229,8 @@ class JointRecipe(Section):
             raise ValueError("shared weights need train: both, and the same model in both roles")
         if self.shared and self.writer.lora != self.generator.lora:
             raise ValueError("shared weights need the same lora in both roles")
+        if self.precision == "bfloat16" and self.engine.kind.startswith("zero"):
+            raise ValueError("precision: bfloat16 needs engine.kind: single or ddp; ZeRO trains in mixed precision")
         if self.generator.context != "summary" and self.train != "generator":
             raise ValueError("generator.context must be summary unless train is generator")
         if self.schedule == "alternating" and self.steps < self.rounds:

@@ -141,7 +141,7 @@ class Prefixes:
         seen_R_T_W = self._within_R_W[:, None].expand(rows, new, -1)
         hidden_R_T_A = ~torch.cat((seen_R_T_W, seen_R_T_T), dim=2)
         mask_R_T_A = torch.zeros_like(hidden_R_T_A, dtype=self._model.dtype)
-        mask_R_T_A.masked_fill_(hidden_R_T_A, torch.finfo(self._model.dtype).min)
+        mask_R_T_A.masked_fill_(hidden_R_T_A, lowest(self._model.dtype))
         logits: Tensor = self._model(
             input_ids=tokens_R_T,
             attention_mask=mask_R_T_A[:, None],
@@ -150,6 +150,11 @@ class Prefixes:
             use_cache=True,
         ).logits
         return logits
+
+
+def lowest(dtype: torch.dtype) -> float:
+    """The value of a mask where a token is hidden. Autocast would round the lowest float32 to minus infinity."""
+    return max(torch.finfo(dtype).min, torch.finfo(torch.bfloat16).min)
 
 
 @contextmanager

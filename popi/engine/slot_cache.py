@@ -40,7 +40,7 @@ class SlotLayer(DynamicLayer):
         at = self._cursor
         keys, values = self._allocated(key_states, value_states)
         for buffer, states in ((keys, key_states), (values, value_states)):
-            buffer[at.rows_N, :, at.writes_N] = states[at.rows_N, :, at.columns_N]
+            buffer[at.rows_N, :, at.writes_N] = states[at.rows_N, :, at.columns_N].to(buffer.dtype)
         return keys[: at.rows, :, : at.width], values[: at.rows, :, : at.width]
 
     def fill(self, first: int, keys_P_H_W_D: Tensor, values_P_H_W_D: Tensor) -> None:
@@ -70,14 +70,17 @@ class SlotLayer(DynamicLayer):
         return self._cursor.width
 
     def _allocated(self, *like_R_H_T_D: Tensor) -> list[Tensor]:
-        """The buffers of keys and values. They are created with the shape and dtype of the first states."""
+        """The buffers of keys and values. They are created with the shape of the first states."""
         self._buffers_S_H_L_D = self._buffers_S_H_L_D or [self._blank(states) for states in like_R_H_T_D]
         return self._buffers_S_H_L_D
 
     def _blank(self, like_R_H_T_D: Tensor) -> Tensor:
         # Zeros: what is masked is multiplied with a weight of zero, and must be finite.
         rows, columns = self._cursor.capacity
-        return like_R_H_T_D.new_zeros((rows, like_R_H_T_D.shape[1], columns, like_R_H_T_D.shape[3]))
+        kind = like_R_H_T_D.device.type
+        # Under autocast, attention would convert the whole buffer in each step.
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else like_R_H_T_D.dtype
+        return like_R_H_T_D.new_zeros((rows, like_R_H_T_D.shape[1], columns, like_R_H_T_D.shape[3]), dtype=dtype)
 
     def _resized(self, old_S_H_L_D: Tensor) -> Tensor:
         new_S_H_L_D = self._blank(old_S_H_L_D)

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 
-from popi.engine.cache import head_at, pad
+from popi.engine.cache import head_at, lowest, pad
 from popi.engine.slot_cache import Cursor, SlotLayer
 from popi.engine.trees import common_prefix
 
@@ -289,7 +289,7 @@ class SharedSlots:
     def _show(self, own_N: Tensor, old_rows_N: Tensor, old_columns_N: Tensor) -> None:
         """Rebuilds the mask: running drafts keep the columns that they see, and new ones see their prompts."""
         at, old_S_C_L = self._cursor, self._mask_S_C_L
-        hidden = torch.finfo(self._model.dtype).min
+        hidden = lowest(self._model.dtype)
         seen_N_L = torch.arange(at.capacity[1], device=self._device) < own_N[:, None]
         mask_N_L = torch.zeros_like(seen_N_L, dtype=self._model.dtype).masked_fill_(~seen_N_L, hidden)
         there_M = (old_rows_N >= 0).nonzero()[:, 0]

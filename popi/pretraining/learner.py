@@ -156,8 +156,3 @@ def learn(
     learner.step += 1
     tokens = sum(len(item.ids) for item in encoded)
     return {**metrics, "reading": correct / max(1, labels), "grad_norm": norm, "lr": lr, "tokens": tokens}
-
-
-def bf16_is_faster() -> bool:
-    """Whether this processor multiplies in bfloat16 natively. If it emulates bfloat16, autocast halves the speed."""
-    return bool(torch.cpu._is_avx512_bf16_supported())

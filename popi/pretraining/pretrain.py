@@ -15,9 +15,10 @@ import torch
 from popi.config import Phase, PretrainRecipe
 from popi.config.pretrain import MAX_LESSONS
 from popi.data.miniworld.curriculum import Dilution, Lesson, Task, lesson
+from popi.engine.loading import has_bfloat16
 from popi.errors import InputError
 from popi.pretraining.card import model_card
-from popi.pretraining.learner import Learner, bf16_is_faster, build, learn
+from popi.pretraining.learner import Learner, build, learn
 from popi.pretraining.probes import probe_following, probe_writing
 from popi.pretraining.tokenizer import train_tokenizer
 from popi.prompts import DEFAULT
@@ -59,7 +60,7 @@ def _run(recipe: PretrainRecipe, folder: RunFolder, source: str, report: Callabl
     tokenizer = _tokenizer(recipe, folder)
     learner = build(recipe.architecture, tokenizer, recipe.seed)
     _restore(learner, folder)
-    resumed_at, bf16, first = learner.step, bf16_is_faster(), 0
+    resumed_at, bf16, first = learner.step, has_bfloat16(torch.device("cpu")), 0
     for phase in recipe.phases:
         end = first + phase.steps
         for step in range(max(first, learner.step), end):

@@ -29,6 +29,7 @@ class Adapter:
         rank: Rank of the matrices.
         alpha: The product of the matrices is multiplied by ``alpha / rank``.
         targets: Names of the linear layers that get matrices, or ``all-linear``: all of them but the head.
+        dtype: Type of the matrices.
         seed: Seed of the initial matrices, whose product is zero.
 
     Raises:
@@ -37,7 +38,15 @@ class Adapter:
     """
 
     def __init__(
-        self, model: PreTrainedModel, name: str, *, rank: int, alpha: int, targets: str | Sequence[str], seed: int
+        self,
+        model: PreTrainedModel,
+        name: str,
+        *,
+        rank: int,
+        alpha: int,
+        targets: str | Sequence[str],
+        seed: int,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         try:
             from peft import LoraConfig, inject_adapter_in_model
@@ -57,6 +66,8 @@ class Adapter:
             raise ConfigError(f"no layer of the model matches {targets}", field="lora.targets", fix=fix) from error
         for parameter_name, parameter in model.named_parameters():
             parameter.requires_grad_(_is_of_adapter(parameter_name))
+        for parameter in self.parameters().values():
+            parameter.data = parameter.data.to(dtype)
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """The weights of the adapter, by their names in the model."""

@@ -20,6 +20,7 @@ from accelerate.state import AcceleratorState
 from torch import nn
 
 from popi.errors import ConfigError, MissingExtra
+from popi.training.precision import Precision
 from popi.training.ranks import Ranks
 
 T = TypeVar("T")
@@ -115,13 +116,21 @@ def _free_port() -> int:
 
 
 def deepspeed_config(
-    kind: Kind, offload: Offload, *, max_grad_norm: float, batch: int, accumulate: int, ranks: int
+    kind: Kind,
+    offload: Offload,
+    precision: Precision,
+    *,
+    max_grad_norm: float,
+    batch: int,
+    accumulate: int,
+    ranks: int,
 ) -> dict[str, Any]:
-    """DeepSpeed's configuration of a model that is trained in float32.
+    """DeepSpeed's configuration of a model that is trained.
 
     Args:
         kind: The engine.
         offload: What is kept in the memory of the host.
+        precision: The types of its weights.
         max_grad_norm: Maximum norm of the gradient.
         batch: Number of sequences in a batch of a rank.
         accumulate: Number of batches of a step.
@@ -144,6 +153,7 @@ def deepspeed_config(
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 10**9,
+        **precision.deepspeed,
     }
 
 
@@ -157,7 +167,9 @@ def trainer_arguments(kind: Kind, deepspeed: Mapping[str, Any] | None) -> dict[s
     if kind == "single":
         return {}
     shared = {"accelerator_config": {"use_configured_state": True}, "ddp_find_unused_parameters": False}
-    return shared if deepspeed is None else {**shared, "deepspeed": dict(deepspeed)}
+    if deepspeed is None:
+        return shared
+    return {**shared, "deepspeed": dict(deepspeed), "bf16": "bf16" in deepspeed}
 
 
 def forget_trainer() -> None:

@@ -32,11 +32,12 @@ from popi.training.curves import draw_curves
 from popi.training.held_out import HeldOutEval, evaluate_held_out
 from popi.training.metrics import MetricsCallback
 from popi.training.models import GENERATOR, WRITER, JointModels, LoraOptions, Role
+from popi.training.precision import resolve
 from popi.training.ranks import Ranks
 from popi.training.reference import Reference
 from popi.training.rollouts import EngineRollouts, Rollouts
 from popi.training.schedule import Phase, phases_of
-from popi.training.trainers import PhaseTraining, Trainers
+from popi.training.trainers import PhaseTraining, Trainers, precision_of
 from popi.training.users import UserSplit, generate_users, read_users
 
 log = logging.getLogger(__name__)
@@ -150,14 +151,22 @@ class _Run:
     def _load(self) -> None:
         recipe, writer, generator = self._recipe, self._recipe.writer, self._recipe.generator
         self._models = JointModels(
-            Role(writer.model, writer.inference, writer.options, _lora(writer.lora)),
-            Role(generator.model, generator.generation, generator.options, _lora(generator.lora)),
+            Role(writer.model, writer.inference, writer.options, _lora(writer.lora), recipe.train != "generator"),
+            Role(
+                generator.model,
+                generator.generation,
+                generator.options,
+                _lora(generator.lora),
+                recipe.train != "writer",
+            ),
             shared=recipe.shared,
             max_tokens=writer.max_tokens,
             batch_tokens=recipe.batch_tokens,
             reduction=generator.reduction,
             seed=recipe.seed,
             one_base=self._stage == 0,
+            precision=precision_of(recipe),
+            recompute=recipe.gradient_checkpointing,
             ranks=self._ranks,
         )
         self._scorer = self._models.scorer
@@ -170,7 +179,7 @@ class _Run:
         names = {"writer_model": self._recipe.writer.model, "generator_model": self._recipe.generator.model}
         files = {role: model_fingerprint(name) for role, name in names.items()}
         templates = {f"{role}_templates": value for role, value in self._models.template_hashes().items()}
-        facts = {"data": self._users.digest(), **files, **templates}
+        facts = {"data": self._users.digest(), "precision": resolve(self._recipe.precision), **files, **templates}
         self._write(lambda folder: folder.begin({**facts, "ranks": self._ranks_of(folder)}))
 
     def _ranks_of(self, folder: RunFolder) -> int:

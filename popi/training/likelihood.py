@@ -8,7 +8,7 @@ G (T + S). Logits are computed only for the tokens of responses.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
@@ -48,12 +48,12 @@ class TokenLikelihood:
 
 
 @contextmanager
-def computing(model: PreTrainedModel) -> Iterator[None]:
-    """Puts a model into the mode of joint training: without dropout, and in bfloat16 autocast on a GPU."""
-    training, on_gpu = model.training, model.device.type == "cuda"
+def computing(model: PreTrainedModel, *, autocast: bool = False) -> Iterator[None]:
+    """Puts a model into the mode of joint training: without dropout, and perhaps in bfloat16 autocast."""
+    training = model.training
     model.train(False)
     try:
-        with torch.autocast("cuda", torch.bfloat16) if on_gpu else nullcontext():
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=autocast):
             yield
     finally:
         # TRL distinguishes training from evaluation by this flag.

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import torch
 from torch import nn
 from transformers import GenerationConfig
 
@@ -22,7 +23,9 @@ from popi.training.adapters import Adapter, copy_into, original, trainable
 from popi.training.formats import answer_format, summary_format
 from popi.training.likelihood import Within, computing
 from popi.training.objective import Reduction
+from popi.training.precision import FLOAT32, Precision
 from popi.training.ranks import ONE_RANK, Ranks
+from popi.training.recomputation import check_recomputable, recomputed_layers
 from popi.training.scoring import PairScorer
 
 if TYPE_CHECKING:
@@ -47,16 +50,22 @@ class Role(NamedTuple):
         kind: Registry name or ``module:Class``.
         options: Options of the class.
         lora: Options of its adapter; ``None`` trains all weights.
+        trained: Whether it is trained.
     """
 
     model: str
     kind: str
     options: Mapping[str, Any]
     lora: LoraOptions | None = None
+    trained: bool = True
+
+    def dtype(self, precision: Precision) -> torch.dtype:
+        """The type of the weights of its model."""
+        return precision.trained if self.trained and self.lora is None else precision.frozen
 
 
 class JointModels:
-    """Two models that are trained, or one that plays both roles, with float32 weights on every device.
+    """Two models that are trained, or one that plays both roles.
 
     If both roles train adapters of the same model, they share its weights.
 
@@ -69,6 +78,8 @@ class JointModels:
         reduction: How the log-probabilities of a response's tokens are reduced.
         seed: Seed of adapters.
         one_base: Whether adapters of both roles can be in one model.
+        precision: The types of the weights and of forward passes.
+        recompute: Whether backward passes recompute the layers of a model (gradient checkpointing).
         ranks: The ranks of the run.
 
     Attributes:
@@ -97,18 +108,26 @@ class JointModels:
         reduction: Reduction,
         seed: int = 0,
         one_base: bool = True,
+        precision: Precision = FLOAT32,
+        recompute: bool = False,
         ranks: Ranks = ONE_RANK,
     ) -> None:
         self._names = {WRITER: writer.model, GENERATOR: generator.model}
-        self._shared = shared
+        self._shared, self._autocast, self._recompute = shared, precision.autocast, recompute
         one_base = one_base and writer.model == generator.model and None not in (writer.lora, generator.lora)
-        self.writer, self.writer_tokenizer = _load(writer.model)
+        self.writer, self.writer_tokenizer = _load(writer.model, writer.dtype(precision))
         self.generator, self._generator_tokenizer = (
-            (self.writer, self.writer_tokenizer) if shared or one_base else _load(generator.model)
+            (self.writer, self.writer_tokenizer)
+            if shared or one_base
+            else _load(generator.model, generator.dtype(precision))
         )
-        self._adapters = {WRITER: _adapter(self.writer, WRITER, writer.lora, seed)}
+        if recompute:
+            for model, role in ((self.writer, writer), (self.generator, generator)):
+                check_recomputable(model, role.model)
+        adapter = partial(_adapter, dtype=precision.trained, seed=seed)
+        self._adapters = {WRITER: adapter(self.writer, WRITER, writer.lora)}
         self._adapters[GENERATOR] = (
-            self._adapters[WRITER] if shared else _adapter(self.generator, GENERATOR, generator.lora, seed)
+            self._adapters[WRITER] if shared else adapter(self.generator, GENERATOR, generator.lora)
         )
         self.writer_backend, self.generator_backend = (
             TransformersBackend.from_model(
@@ -140,12 +159,19 @@ class JointModels:
 
     def computing(self, role: str) -> Within:
         """Makes the context in which the model of a role computes with the weights of this role."""
-        model, adapter = self._model(role), self._adapters[role]
-        return partial(computing, model) if adapter is None else partial(_computing_with, model, adapter)
+        adapter = self._adapters[role]
+        return self._computing(role, nullcontext if adapter is None else adapter.active)
 
     def initial(self) -> Within | None:
         """Makes the context in which the writer's model computes with its initial weights; ``None`` if it cannot."""
-        return None if self._adapters[WRITER] is None else partial(_computing_without, self.writer)
+        if self._adapters[WRITER] is None:
+            return None
+        return self._computing(WRITER, partial(original, self.writer))
+
+    def _computing(self, role: str, adapted: Within) -> Within:
+        model = self._model(role)
+        plain = partial(_computing, model, adapted, self._autocast)
+        return partial(_computing_again, model, plain) if self._recompute else plain
 
     def trained(self, role: str) -> dict[str, nn.Parameter]:
         """The weights of a role that are trained, by name."""
@@ -184,24 +210,28 @@ class JointModels:
 
 
 @contextmanager
-def _computing_with(model: PreTrainedModel, adapter: Adapter) -> Iterator[None]:
-    with computing(model), adapter.active():
+def _computing(model: PreTrainedModel, adapted: Within, autocast: bool) -> Iterator[None]:
+    with computing(model, autocast=autocast), adapted():
         yield
 
 
 @contextmanager
-def _computing_without(model: PreTrainedModel) -> Iterator[None]:
-    with computing(model), original(model):
+def _computing_again(model: PreTrainedModel, within: Within) -> Iterator[None]:
+    with within(), recomputed_layers(model, within) if torch.is_grad_enabled() else nullcontext():
         yield
 
 
-def _adapter(model: PreTrainedModel, role: str, lora: LoraOptions | None, seed: int) -> Adapter | None:
-    return None if lora is None else Adapter(model, role, **lora._asdict(), seed=seed_of(seed, "adapter", role))
+def _adapter(
+    model: PreTrainedModel, role: str, lora: LoraOptions | None, *, dtype: torch.dtype, seed: int
+) -> Adapter | None:
+    if lora is None:
+        return None
+    return Adapter(model, role, **lora._asdict(), dtype=dtype, seed=seed_of(seed, "adapter", role))
 
 
-def _load(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def _load(name: str, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Loads a model that can be trained: it can be saved, and its files can be read again."""
-    model, tokenizer = load(name, None, "float32")
+    model, tokenizer = load(name, None, str(dtype).removeprefix("torch."))
     # TRL reads the reference of the KL divergence by this name. A hub id can point to other weights by then.
     model.config.name_or_path = str(folder_of(name) or name)
     try:

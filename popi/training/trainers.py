@@ -20,6 +20,7 @@ from popi.training.contexts import Contexts
 from popi.training.generator import GeneratorTrainer
 from popi.training.metrics import MetricsCallback
 from popi.training.models import GENERATOR, WRITER, JointModels
+from popi.training.precision import Precision, resolve
 from popi.training.ranks import Ranks
 from popi.training.reference import Reference
 from popi.training.reward import PairReward
@@ -34,6 +35,11 @@ SummaryTrainer = WriterTrainer[PreferenceSummary | Failure]
 
 MakeMetrics = Callable[[Mapping[str, float]], MetricsCallback]
 """Makes the callback that reports metrics. Argument: the costs before the first step."""
+
+
+def precision_of(recipe: JointRecipe) -> Precision:
+    """The types that a recipe is trained with on this device."""
+    return Precision.of(resolve(recipe.precision), zero=engines.stage_of(recipe.engine.kind) > 0)
 
 
 def deepspeed_configs(recipe: JointRecipe, ranks: int) -> dict[str, dict[str, Any]]:
@@ -57,6 +63,7 @@ def deepspeed_configs(recipe: JointRecipe, ranks: int) -> dict[str, dict[str, An
         role: engines.deepspeed_config(
             recipe.engine.kind,
             recipe.engine.offload,
+            precision_of(recipe),
             max_grad_norm=max_grad_norm,
             batch=batch,
             accumulate=accumulate,

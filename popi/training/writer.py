@@ -138,6 +138,8 @@ class WriterTrainer(CheckpointedTrainer, GRPOTrainer, Generic[Parsed]):
             )
         if initial is not None and kl_coef:
             self.beta, self.ref_model = kl_coef, _INITIAL
+        elif self.ref_model is not None:
+            _copy_buffers(model, self.accelerator.unwrap_model(self.ref_model))
         if rollouts.tolerance is not None:
             # TRL corrects for the log-probabilities of another sampler only where it believes that it runs vLLM. It
             # would synchronize the weights, which the rollouts do themselves.
@@ -277,6 +279,17 @@ class WriterTrainer(CheckpointedTrainer, GRPOTrainer, Generic[Parsed]):
             self._metrics["train"]["tokens/update"].append(self._ranks.total(tokens))
         logps, entropies = (torch.nn.functional.pad(part, (0, logits_to_keep - part.shape[1])) for part in found_R_T)
         return logps, entropies if compute_entropy else None, None
+
+
+def _copy_buffers(model: nn.Module, reference: nn.Module) -> None:
+    """Copies what a model computes with besides its weights.
+
+    Under ZeRO-3, transformers loads the frequencies of rotary positions in the type of the weights. In bfloat16, they
+    are wrong by more with each position.
+    """
+    buffers = dict(reference.named_buffers())
+    for name, value in model.named_buffers():
+        buffers[name].data = value.detach().clone()
 
 
 _INITIAL: Any = object()

@@ -65,6 +65,7 @@ def make_inputs(folder: Path) -> dict[str, Any]:
         "evaluate_every": 2,
         "evaluate_users": 3,
         "checkpoint_every": 1,
+        "precision": "float32",
     }
 
 

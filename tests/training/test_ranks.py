@@ -28,13 +28,16 @@ VARIANTS = {
     "shared": {"shared": True},
     "alternating-shared": {"shared": True, "schedule": "alternating"},
     "adapters": {"writer.lora": {"rank": 4}, "generator.lora": {"rank": 4}},
+    "recomputed": {"gradient_checkpointing": True},
+    # One process computes the same with weights in bfloat16, and with other updates.
+    "half": {"precision": "bfloat16"},
 }
 
 CASES = {
-    "ddp": ["interleaved", "shared", "adapters"],
+    "ddp": ["interleaved", "shared", "adapters", "recomputed"],
     "zero1": ["interleaved"],
     "zero2": ["sequential", "adapters"],
-    "zero3": list(VARIANTS),
+    "zero3": [name for name in VARIANTS if name != "half"],
 }
 """The variants under each engine. ZeRO-3 divides all that the others divide."""
 
@@ -57,6 +60,8 @@ def variant(folder, tree):
 
     def make(name, kind, **changes):
         file = folder / f"{name}-{kind}.yaml"
+        if kind.startswith("zero") and name == "half":
+            changes = {"precision": "mixed", **changes}
         changes = {**VARIANTS[name], **changes, "engine.kind": kind}
         recipe = load(write_recipe(file, tree), changes)
         return write_recipe(file, recipe.model_dump(mode="json"))
@@ -74,10 +79,12 @@ def alone(folder, variant):
 
 @pytest.mark.parametrize("kind", CASES)
 def test_two_ranks_train_the_same_models_as_one(folder, alone, variant, kind):
-    runs = {name: (variant(name, kind), folder / f"{name}-{kind}") for name in CASES[kind]}
+    names = [*CASES[kind], *["half"] * (kind in ("zero2", "zero3"))]
+    runs = {name: (variant(name, kind), folder / f"{name}-{kind}") for name in names}
     ended = run_all(list(runs.values()), 2)
     assert ended.returncode == 0, ended.stderr[:5000]
-    for name, (_, out) in runs.items():
+    for name in CASES[kind]:
+        out = runs[name][1]
         apart = distance(alone[name], out)
         assert apart < 1e-4, f"{name}: the weights differ by {apart} of the distance moved"
         for found, wanted in zip(metrics(out), metrics(alone[name]), strict=True):
@@ -87,6 +94,17 @@ def test_two_ranks_train_the_same_models_as_one(folder, alone, variant, kind):
                 )
             assert found.get("held_out", {}) == pytest.approx(wanted.get("held_out", {}), rel=1e-4)
         assert json.loads((out / "config.json").read_text())["ranks"] == 2
+    if "half" in names:
+        check_mixed_precision(runs["half"][1], alone["half"])
+
+
+def check_mixed_precision(out, alone):
+    """The first step has the initial weights, in bfloat16 as those of one process."""
+    found, wanted = metrics(out)[0], metrics(alone)[0]
+    assert found["kl"] == 0.0, "the writer does not compute as its reference, which has the same weights"
+    for name in COMPARED:
+        assert found[name] == pytest.approx(wanted[name], rel=0.01, abs=1e-4), name
+    assert json.loads((out / "config.json").read_text())["precision"] == "mixed"
 
 
 def start(recipe, out, ranks=2):

@@ -103,6 +103,7 @@ def recipe(tmp_path):
         "evaluate_every": 10,
         "evaluate_users": 2,
         "checkpoint_every": 10,
+        "precision": "float32",
     }
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(tree))
     return load(tmp_path / "recipe.yaml", {})
