@@ -16,7 +16,7 @@ from popi.backends.ledger import FREE, Ledger, Price
 from popi.backends.wrappers import Breaker, Cache, Cost, Fallback, Limit, Retry, Route
 from popi.config import BackendConfig, ModelConfig, RouteConfig, RoutesConfig, load_backend
 from popi.errors import ConfigError, ModelError
-from popi.models import shipped
+from popi.models import fingerprint, shipped
 
 Part = TypeVar("Part")
 
@@ -58,6 +58,19 @@ def open_backend(model: str, *, role: str = "") -> tuple[Backend, Ledger]:
         raise
 
 
+def fingerprint_model(model: str) -> str | None:
+    """The fingerprint of a model's files; for a backend file, of everything in it that affects responses.
+
+    Raises:
+        ConfigError: If a file does not describe a backend.
+        ModelError: If a model does not exist.
+    """
+    if not model.endswith(FILES):
+        return fingerprint(model)
+    what, models = response_fingerprint(Path(model))
+    return hashlib.sha256(repr([what, *map(fingerprint, models)]).encode()).hexdigest()[:16]
+
+
 def response_fingerprint(file: Path) -> tuple[str, list[str]]:
     """Returns a fingerprint of everything in a backend file that affects responses, and the local models that it names.
 
@@ -72,8 +85,8 @@ def response_fingerprint(file: Path) -> tuple[str, list[str]]:
     ]
     named = sorted({*_texts(models)})
     # Options may contain secrets.
-    fingerprint = hashlib.sha256(json.dumps(models, default=str).encode()).hexdigest()[:16]
-    return fingerprint, [name for name in named if name in shipped() or Path(name).expanduser().is_dir()]
+    digest = hashlib.sha256(json.dumps(models, default=str).encode()).hexdigest()[:16]
+    return digest, [name for name in named if name in shipped() or Path(name).expanduser().is_dir()]
 
 
 def _models(config: BackendConfig) -> dict[str, ModelConfig]:

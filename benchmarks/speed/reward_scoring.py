@@ -15,16 +15,15 @@ is the maximum resident memory while scoring, minus that just before it, with th
 from __future__ import annotations
 
 import argparse
-import ctypes
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from itertools import product
 from multiprocessing import get_context
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from memory import peak_growth, return_freed_memory
 from torch import Tensor
 from usual import differences, encode, summary_of
 
@@ -165,7 +164,7 @@ def peak(side: Side, name: str, shape: tuple[int, int, int, int]) -> float:
 
 def growth(side: Side, name: str, shape: tuple[int, int, int, int]) -> float:
     """Peak memory of this process while it scores a batch, minus that before, in MiB. Needs a fresh process."""
-    _return_what_is_freed()
+    return_freed_memory()
     model, tokenizer = load(name, None, "float32")
     tokens = ChatTokens(tokenizer, name)
 
@@ -174,24 +173,7 @@ def growth(side: Side, name: str, shape: tuple[int, int, int, int]) -> float:
 
     score(batch(tokens, *TINY)[0])
     items, _ = batch(tokens, *shape)
-    # Resets the recorded peak, because loading a model needs more memory than the loaded model.
-    Path("/proc/self/clear_refs").write_text("5")
-    before = held("VmRSS")
-    score(items)
-    return (held("VmHWM") - before) / 1024
-
-
-def _return_what_is_freed() -> None:
-    """Makes glibc return large blocks immediately. Otherwise the measured memory varies by a quarter between runs."""
-    mallopt, trim, mmap = ctypes.CDLL(None).mallopt, -1, -3
-    for threshold in (trim, mmap):
-        mallopt(threshold, 1 << 16)
-
-
-def held(what: str) -> int:
-    """Resident memory of this process in KiB: ``VmRSS`` is the present value, ``VmHWM`` the peak."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return int(next(line.split()[1] for line in lines if line.startswith(f"{what}:")))
+    return peak_growth(lambda: score(items))[1]
 
 
 if __name__ == "__main__":

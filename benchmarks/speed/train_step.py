@@ -1,6 +1,7 @@
 """An interleaved training step: popi against a plain TRL script of the same procedure.
 
     python benchmarks/speed/train_step.py
+    python benchmarks/speed/train_step.py --shape 135m --users 1 --lengths 1500 --samples 8 --summaries 64
 
 A step samples G summaries for each of U users, scores a pair under each, and computes the gradients of the writer
 (GRPO with a KL divergence) and of the generator (DPO). The plain script is an unchanged ``GRPOTrainer`` of TRL: it
@@ -12,6 +13,10 @@ same pass.
 Both sides run in this process, in turn, on the same weights. Both sample exactly S tokens. Scoring and update then get
 the same samples, and the gradients are compared: the script stops if the largest difference, relative to the largest
 gradient, exceeds rounding. "possible" is the ratio of the writer's tokens: (T + S) G to T + G S.
+
+``--shape`` takes a model with random weights instead: 135m is the shape of SmolLM2-135M. ``--precision mixed`` computes
+in bfloat16 under autocast on both sides. Memory is what the process takes in a part beyond the models and their
+gradients.
 """
 
 from __future__ import annotations
@@ -21,10 +26,15 @@ import copy
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from contextlib import AbstractContextManager
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from datasets import Dataset
+from memory import peak_growth
+from random_model import SHAPES, make_model
 from torch import Tensor
 from transformers.utils import logging as transformers_logging
 from usual import differences, summary_of
@@ -36,6 +46,7 @@ from popi.engine.checks import Abilities, verify
 from popi.engine.loading import load
 from popi.prompts import DEFAULT, Message
 from popi.render import render_signals
+from popi.training.likelihood import computing
 from popi.training.objective import dpo_loss
 from popi.training.reference import Reference, reference_key
 from popi.training.reward import PairReward
@@ -47,7 +58,8 @@ from popi.training.writer import WriterTrainer
 from popi_generators.prompted import QuotedSummary
 
 MODEL, BETA, KL, BATCH_TOKENS, CONTEXT = "popi-mini-base", 0.1, 2e-3, 8192, 8192
-ROUNDING = 1e-5
+ROUNDING = {"float32": 1e-5, "mixed": 0.1}
+"""The largest difference of the gradients, divided by the largest gradient. bfloat16 has eight bits."""
 
 
 class Step:
@@ -59,9 +71,13 @@ class Step:
         length: Approximate number of tokens of their signals.
         samples: Number of summaries of each user.
         summary: Number of tokens of a summary.
+        autocast: Whether both sides compute in bfloat16.
     """
 
-    def __init__(self, name: str, users: int, length: int, samples: int, summary: int) -> None:
+    def __init__(
+        self, name: str, users: int, length: int, samples: int, summary: int, *, autocast: bool = False
+    ) -> None:
+        self.autocast = autocast
         model, tokenizer = load(name, None, "float32")
         # The positions are rotary, so time can be measured beyond the context that the model was trained for.
         model.config.max_position_embeddings = CONTEXT
@@ -100,12 +116,23 @@ class Step:
             order=range(users),
             parse=lambda place, reply, truncated: reply,
             reward=lambda *_: ([], {}),
-            rollouts=EngineRollouts(writer, abilities=unending, batch_tokens=BATCH_TOKENS),
+            rollouts=EngineRollouts(writer, abilities=unending, batch_tokens=BATCH_TOKENS, within=self.within(writer)),
             abilities=self.abilities,
             batch_tokens=BATCH_TOKENS,
+            within=self.within(writer),
         )
         for trainer in (self.plain, self.ours):
             trainer.current_gradient_accumulation_steps = 1
+
+    def within(self, model: Any) -> Callable[[], AbstractContextManager[None]]:
+        """Makes the context that a model of ours computes in."""
+        return partial(computing, model, autocast=self.autocast)
+
+    def plainly(self, work: Callable[[], Any]) -> Any:
+        """Runs a part of the plain script."""
+        kind = "cuda" if torch.cuda.is_available() else "cpu"
+        with torch.autocast(kind, torch.bfloat16, enabled=self.autocast):
+            return work()
 
     def count_tokens(self, text: str) -> int:
         """Counts the tokens of a text."""
@@ -146,7 +173,14 @@ class Step:
         """The same in one pass, the reference computed once for each pair."""
         pairs = [example.tests[0] for example in self.people]
         format = QuotedSummary(self.count_tokens, limit=CONTEXT, prompts=DEFAULT)
-        scorer = PairScorer(self.generators[1], self.chat, format, abilities=self.abilities, batch_tokens=BATCH_TOKENS)
+        scorer = PairScorer(
+            self.generators[1],
+            self.chat,
+            format,
+            abilities=self.abilities,
+            batch_tokens=BATCH_TOKENS,
+            within=self.within(self.generators[1]),
+        )
         plain = scorer.ratios([ConditionedPair(None, pair, NO_REFERENCE) for pair in pairs])
         logps = map(PairLogps, plain.chosen_N.tolist(), plain.rejected_N.tolist())
         reward = PairReward(
@@ -194,9 +228,9 @@ class Step:
         )
         loss.backward()
 
-    def forget(self) -> None:
-        """Drops all gradients."""
-        for model in (*self.generators, self.plain.model, self.ours.model):
+    def forget(self, *, plain: bool) -> None:
+        """Drops the gradients of a side."""
+        for model in (self.generators[0], self.plain.model) if plain else (self.generators[1], self.ours.model):
             model.zero_grad(set_to_none=True)
 
 
@@ -220,14 +254,27 @@ def arguments(batch: int, options: dict[str, Any]) -> GRPOConfig:
     )
 
 
-def timed(work: Callable[[], Any], repeats: int) -> tuple[float, Any]:
-    """The best time of ``repeats`` runs, in seconds, and the last result."""
-    best = float("inf")
-    for _ in range(repeats):
+class Part(NamedTuple):
+    """What a part of a step took on a side: the best time in seconds, memory in MiB, and its last result."""
+
+    seconds: float
+    memory: float
+    result: Any
+
+
+def measured(work: Callable[[], Any], repeats: int, before: Callable[[], None]) -> Part:
+    """Runs a part of a step ``repeats`` times, each time after ``before``."""
+    best, most, result = float("inf"), 0.0, None
+
+    def timed() -> tuple[Any, float]:
         began = time.perf_counter()
-        result = work()
-        best = min(best, time.perf_counter() - began)
-    return best, result
+        return work(), time.perf_counter() - began
+
+    for _ in range(repeats):
+        before()
+        (result, seconds), memory = peak_growth(timed)
+        best, most = min(best, seconds), max(most, memory)
+    return Part(best, most, result)
 
 
 def gradient_difference(ours: Any, plain: Any) -> float:
@@ -236,48 +283,41 @@ def gradient_difference(ours: Any, plain: Any) -> float:
     return float(max((a - b).abs().max() for a, b in pairs) / max(b.abs().max() for _, b in pairs))
 
 
-def measure(name: str, users: int, length: int, samples: int, summary: int, repeats: int) -> None:
-    """Prints a line: seconds of each part on both sides, the ratio, and the difference of the gradients."""
-    step = Step(name, users, length, samples, summary)
-    plain: list[float] = []
-    ours: list[float] = []
+def measure(
+    name: str, users: int, length: int, samples: int, summary: int, repeats: int, *, precision: str = "float32"
+) -> None:
+    """Prints a line: seconds and memory of each part on both sides, the ratio, and the difference of the gradients."""
+    step = Step(name, users, length, samples, summary, autocast=precision == "mixed")
 
-    def both(ours_work: Callable[[], Any], plain_work: Callable[[], Any]) -> tuple[Any, Any]:
-        results = []
-        for work, seconds in ((ours_work, ours), (plain_work, plain)):
+    def both(ours: Callable[[], Any], plain: Callable[[], Any]) -> tuple[Part, Part]:
+        return (
+            measured(partial(step.plainly, plain), repeats, partial(step.forget, plain=True)),
+            measured(ours, repeats, partial(step.forget, plain=False)),
+        )
 
-            def fresh(work: Callable[[], Any] = work) -> Any:
-                step.forget()
-                return work()
-
-            spent, result = timed(fresh, repeats)
-            seconds.append(spent)
-            results.append(result)
-        return results[0], results[1]
-
-    completions, others = both(step.our_rollout, step.plain_rollout)
-    assert {len(ids) for ids in (*completions, *others)} == {summary}, "both sides sample S tokens"
-    rewards, their_rewards = both(lambda: step.our_scoring(completions), lambda: step.plain_scoring(completions))
-    torch.testing.assert_close(rewards, their_rewards.float(), atol=1e-4, rtol=1e-5)
-    step.forget()
-    step.our_scoring(completions), step.plain_scoring(completions)
+    rollout = both(step.our_rollout, step.plain_rollout)
+    completions = rollout[1].result
+    assert {len(ids) for part in rollout for ids in part.result} == {summary}, "both sides sample S tokens"
+    scoring = both(lambda: step.our_scoring(completions), lambda: step.plain_scoring(completions))
     generators = gradient_difference(step.generators[1], step.generators[0])
+    rewards = scoring[1].result
+    tolerance = ROUNDING[precision]
+    torch.testing.assert_close(rewards, scoring[0].result.float(), atol=10 * tolerance, rtol=tolerance)
     advantages = (rewards.view(users, samples) - rewards.view(users, samples).mean(dim=1, keepdim=True)).flatten()
-    both(
+    update = both(
         lambda: step.update(step.ours, completions, advantages),
         lambda: step.update(step.plain, completions, advantages),
     )
-    step.forget()
-    for trainer in (step.ours, step.plain):
-        step.update(trainer, completions, advantages)
     writers = gradient_difference(step.ours.model, step.plain.model)
-    assert max(writers, generators) <= ROUNDING, f"the gradients differ by {writers:.0e} and {generators:.0e}"
+    assert max(writers, generators) <= tolerance, f"the gradients differ by {writers:.0e} and {generators:.0e}"
     mean = sum(map(len, step.prompts)) / len(step.prompts)
     possible = (mean + summary) * samples / (mean + samples * summary)
-    parts = "  ".join(f"{p:6.2f} {o:6.2f}" for p, o in zip(plain, ours, strict=True))
+    parts = rollout, scoring, update
+    plain, ours = (sum(part[side].seconds for part in parts) for side in (0, 1))
+    each = "  ".join(f"{p.seconds:6.2f} {o.seconds:6.2f} {p.memory:6.0f} {o.memory:6.0f}" for p, o in parts)
     print(
-        f"{mean:6.0f} {samples:3d} {summary:4d}   {parts}   {sum(plain):7.2f} {sum(ours):7.2f}"
-        f"  {sum(plain) / sum(ours):5.2f}  {possible:8.2f}   {writers:.0e} {generators:.0e}",
+        f"{mean:6.0f} {samples:3d} {summary:4d}   {each}   {plain:7.2f} {ours:7.2f}"
+        f"  {plain / ours:5.2f}  {possible:8.2f}   {writers:.0e} {generators:.0e}",
         flush=True,
     )
 
@@ -300,16 +340,31 @@ def main() -> None:
     options.add_argument("--samples", type=int, nargs="+", default=[8, 4, 16, 32], help="G")
     options.add_argument("--summaries", type=int, nargs="+", default=[32, 16, 128, 512], help="S")
     options.add_argument("--repeats", type=int, default=2)
+    options.add_argument("--shape", choices=SHAPES, help="a model with random weights, in place of --model")
+    options.add_argument("--precision", choices=ROUNDING, default="float32")
     given = options.parse_args()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    print(f"{given.model}, {given.users} users a step, {torch.get_num_threads()} threads, the best of {given.repeats}")
-    print("seconds, plain and ours       rollout        scoring         update             step")
     print(
-        "     T   G    S    plain   ours   plain   ours   plain   ours     plain    ours  ratio  possible   gradients"
+        f"{given.shape or given.model}, {given.precision}, {given.users} users a step, {torch.get_num_threads()} "
+        f"threads, the best of {given.repeats}"
     )
-    for length, samples, summary in shapes(given):
-        measure(given.model, given.users, length, samples, summary, given.repeats)
+    columns = "  plain   ours  plain   ours"
+    print(f"seconds, and MiB  {'rollout':^29}{'scoring':^29}{'update':^29}step, seconds")
+    print(f"     T   G    S {columns}{columns}{columns}     plain    ours  ratio  possible   gradients")
+    with tempfile.TemporaryDirectory() as folder:
+        if given.shape:
+            make_model(given.shape, Path(folder))
+        for length, samples, summary in shapes(given):
+            measure(
+                folder if given.shape else given.model,
+                given.users,
+                length,
+                samples,
+                summary,
+                given.repeats,
+                precision=given.precision,
+            )
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -198,6 +197,7 @@ def run_config(
     judged: int = JUDGED,
 ) -> RunConfig:
     """The configuration of a run: everything that its figures depend on."""
+    from popi.assembly import fingerprint_model
     from popi.evaluation.folder import RunConfig
     from popi.prompts import DEFAULT
     from popi.provenance import versions
@@ -214,25 +214,13 @@ def run_config(
             "template_hash": DEFAULT.hash,
             "popi": found["popi"],
         },
-        models={name: _fingerprint(name) for name in (writer, *columns, *made_from.values())},
+        models={name: fingerprint_model(name) for name in (writer, *columns, *made_from.values())},
         rows=[row.name for row in rows],
         columns=list(columns),
         seeds=[sample.seed for sample in samples],
         versions=found,
         started=datetime.now(UTC).isoformat(timespec="seconds"),
     )
-
-
-def _fingerprint(model: str) -> str | None:
-    """The fingerprint of a model's files; for a backend file, of everything in it that affects responses."""
-    from popi.assembly import FILES, response_fingerprint
-    from popi.models import fingerprint
-
-    if not model.endswith(FILES):
-        return fingerprint(model)
-    what, models = response_fingerprint(Path(model))
-    parts = [what, *map(fingerprint, models)]
-    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 
 async def _measure(

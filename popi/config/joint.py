@@ -104,7 +104,9 @@ class Generator(Section):
     """The conditioned generator and the preference objective. The defaults are those of POPI as released.
 
     Attributes:
-        model: Name of a shipped model, path or hub id. Its initial weights are the reference, on plain prompts.
+        model: Name of a shipped model, path or hub id. Its initial weights are the reference, on plain prompts. If only
+            the writer is trained, it can be a YAML file that describes a backend: a generator on servers scores the
+            summaries.
         generation: Registry name or ``module:Class`` of the generator whose format renders the prompts.
         options: Options of the generator.
         learning_rate: Peak learning rate, with the schedule of the writer's.
@@ -231,6 +233,8 @@ class JointRecipe(Section):
             raise ValueError("shared weights need the same lora in both roles")
         if self.precision == "bfloat16" and self.engine.kind.startswith("zero"):
             raise ValueError("precision: bfloat16 needs engine.kind: single or ddp; ZeRO trains in mixed precision")
+        if self.generator.model.endswith((".yaml", ".yml")) and (self.train != "writer" or self.generator.lora):
+            raise ValueError("a generator that is described by a backend file needs train: writer, and no lora")
         if self.generator.context != "summary" and self.train != "generator":
             raise ValueError("generator.context must be summary unless train is generator")
         if self.schedule == "alternating" and self.steps < self.rounds:

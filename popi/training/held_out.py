@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -17,7 +18,7 @@ from popi.training.generator import check_finite, diverged
 from popi.training.objective import accuracy
 from popi.training.ranks import ONE_RANK, Ranks
 from popi.training.reference import Reference
-from popi.training.scoring import ConditionedPair, PairScorer
+from popi.training.scoring import ConditionedPair, Scorer
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,9 +46,9 @@ class HeldOutEval:
         return {name: value for name, value in asdict(self).items() if name != "samples"}
 
 
-async def evaluate_held_out(
+def evaluate_held_out(
     inference: PreferenceInference | None,
-    scorer: PairScorer,
+    scorer: Scorer,
     users: Sequence[PersonalizationExample],
     reference: Reference,
     *,
@@ -70,7 +71,7 @@ async def evaluate_held_out(
         PopiError: If a logit of the writer or a margin is not finite.
     """
     with ranks.alone():
-        own, own_failures = await _measure(inference, scorer, ranks.share(users), reference)
+        own, own_failures = _measure(inference, scorer, ranks.share(users), reference)
     measured, failures = ranks.gather(own), ranks.gather(own_failures)
     if any(failure.failure == "malformed" for failure in failures):
         # A model in this process has no other malformed response than logits that are not finite.
@@ -88,9 +89,9 @@ async def evaluate_held_out(
     )
 
 
-async def _measure(
+def _measure(
     inference: PreferenceInference | None,
-    scorer: PairScorer,
+    scorer: Scorer,
     users: Sequence[PersonalizationExample],
     reference: Reference,
 ) -> tuple[list[tuple[PreferenceSummary | None, Tensor]], list[Failure]]:
@@ -100,7 +101,7 @@ async def _measure(
     summaries: Sequence[PreferenceSummary | None] = [None] * len(users)
     failures: Sequence[Failure] = []
     if inference is not None:
-        summaries, failures = await infer_or_nothing(inference, [example.user for example in users])
+        summaries, failures = asyncio.run(infer_or_nothing(inference, [example.user for example in users]))
     items = [
         ConditionedPair(summary, pair, reference[pair])
         for example, summary in zip(users, summaries, strict=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import gc
 import json
 import logging
@@ -16,13 +15,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from popi.assembly import fingerprint_model
 from popi.config import JointRecipe
 from popi.config.joint import Lora
 from popi.engine.loading import quiet
 from popi.errors import BackendError, ConfigError, InputError, MissingExtra, PopiError
 from popi.io import write_text
-from popi.models import fingerprint as model_fingerprint
-from popi.provenance import fingerprint_weights, now
+from popi.provenance import now
 from popi.run_folder import METRICS, RunFolder, load_state, save_state
 from popi.training import engines
 from popi.training.card import joint_card
@@ -31,7 +30,7 @@ from popi.training.contexts import SUMMARIES, Contexts
 from popi.training.curves import draw_curves
 from popi.training.held_out import HeldOutEval, evaluate_held_out
 from popi.training.metrics import MetricsCallback
-from popi.training.models import GENERATOR, WRITER, JointModels, LoraOptions, Role
+from popi.training.models import WRITER, JointModels, LoraOptions, Role
 from popi.training.precision import resolve
 from popi.training.ranks import Ranks
 from popi.training.reference import Reference
@@ -86,7 +85,7 @@ def _run(recipe: JointRecipe, out: Path, source: str, report: Report, ranks: Ran
         if recipe.warmup >= (shortest := min(recipe.steps_of_rounds())):
             log.info("warmup (%d steps) is not shorter than a phase (%d steps)", recipe.warmup, shortest)
         try:
-            joint = _Run(recipe, out, folder, users, report, ranks)
+            joint = stack.enter_context(closing(_Run(recipe, out, folder, users, report, ranks)))
             joint.begin()
             joint.train(source)
         except (torch.OutOfMemoryError, BackendError) as error:
@@ -174,10 +173,14 @@ class _Run:
             generator.context, self._models, max_tokens=writer.max_tokens, seed=recipe.seed, ranks=self._ranks
         )
 
+    def close(self) -> None:
+        """Closes the models."""
+        self._models.close()
+
     def begin(self) -> None:
         """Writes the configuration of the run, or compares it with that of the interrupted run."""
         names = {"writer_model": self._recipe.writer.model, "generator_model": self._recipe.generator.model}
-        files = {role: model_fingerprint(name) for role, name in names.items()}
+        files = {role: fingerprint_model(name) for role, name in names.items()}
         templates = {f"{role}_templates": value for role, value in self._models.template_hashes().items()}
         facts = {"data": self._users.digest(), "precision": resolve(self._recipe.precision), **files, **templates}
         self._write(lambda folder: folder.begin({**facts, "ranks": self._ranks_of(folder)}))
@@ -211,7 +214,7 @@ class _Run:
         self._reference = Reference.of(
             self._users.pairs(),
             self._scorer,
-            fingerprint=fingerprint_weights(self._models.generator.state_dict()),
+            fingerprint=self._models.fingerprint(),
             file=self._path / REFERENCE,
             ranks=self._ranks,
         )
@@ -243,6 +246,7 @@ class _Run:
         if self._stage:
             # An engine leaves its hooks and its parts of the weights in a model.
             engines.forget_trainer()
+            self._models.close()
             self._load()
             self._models.restore(load_state(file))
 
@@ -309,14 +313,12 @@ class _Run:
         held_out = self._users.held_out
         with engines.whole(*self._wrappers()):
             self._compare_ranks(step)
-            return asyncio.run(
-                evaluate_held_out(inference, self._scorer, held_out, self._reference, step=step, ranks=self._ranks)
-            )
+            return evaluate_held_out(inference, self._scorer, held_out, self._reference, step=step, ranks=self._ranks)
 
     def _compare_ranks(self, step: int) -> None:
         """Ranks whose weights differ report losses that look right, so their weights are compared."""
-        roles = (WRITER, GENERATOR)
-        own = [float(value.detach().sum()) for role in roles for value in self._models.trained(role).values()]
+        weights = [value for role in self._models.roles for value in self._models.trained(role).values()]
+        own = [float(value.detach().sum()) for value in weights]
         if len(set(map(tuple, self._ranks.gather([own])))) > 1:
             raise PopiError(f"the ranks have different weights after {step} steps; resume from the last checkpoint")
 

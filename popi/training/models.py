@@ -12,10 +12,12 @@ import torch
 from torch import nn
 from transformers import GenerationConfig
 
+from popi.assembly import FILES, fingerprint_model, open_backend
 from popi.backends.transformers import TransformersBackend
 from popi.engine.chat_tokens import ChatTokens
 from popi.engine.loading import load
 from popi.models import folder_of
+from popi.provenance import fingerprint_weights
 from popi.run_folder import save_model
 from popi.seeds import seed_of
 from popi.trained import TrainingRecord
@@ -26,7 +28,8 @@ from popi.training.objective import Reduction
 from popi.training.precision import FLOAT32, Precision
 from popi.training.ranks import ONE_RANK, Ranks
 from popi.training.recomputation import check_recomputable, recomputed_layers
-from popi.training.scoring import PairScorer
+from popi.training.scoring import PairScorer, Scorer
+from popi.training.served_scorer import ServedScorer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -40,6 +43,13 @@ class LoraOptions(NamedTuple):
     rank: int
     alpha: int
     targets: str | Sequence[str]
+
+
+class _Loaded(NamedTuple):
+    """A model in this process."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
 
 
 class Role(NamedTuple):
@@ -67,7 +77,8 @@ class Role(NamedTuple):
 class JointModels:
     """Two models that are trained, or one that plays both roles.
 
-    If both roles train adapters of the same model, they share its weights.
+    If both roles train adapters of the same model, they share its weights. A generator that is described by a backend
+    file is served: its backend scores, and it is not trained.
 
     Args:
         writer: The preference-inference role.
@@ -83,17 +94,14 @@ class JointModels:
         ranks: The ranks of the run.
 
     Attributes:
-        writer: The writer's model.
-        generator: The generator's model.
-        writer_tokenizer: The writer's tokenizer.
         writer_backend: A backend of the writer's current weights.
-        generator_backend: A backend of the generator's current weights.
+        generator_backend: A backend of the generator's current weights, or of the served generator.
         summary_format: Renders the writer's prompts and parses its replies.
         answer_format: Renders the generator's prompts.
         scorer: Scores with the generator.
 
     Raises:
-        ConfigError: If a role is unknown or cannot be trained.
+        ConfigError: If a role is unknown or cannot be trained, or the served generator does not score responses.
         ModelError: If a model cannot be loaded.
     """
 
@@ -115,43 +123,81 @@ class JointModels:
         self._names = {WRITER: writer.model, GENERATOR: generator.model}
         self._shared, self._autocast, self._recompute = shared, precision.autocast, recompute
         one_base = one_base and writer.model == generator.model and None not in (writer.lora, generator.lora)
-        self.writer, self.writer_tokenizer = _load(writer.model, writer.dtype(precision))
-        self.generator, self._generator_tokenizer = (
-            (self.writer, self.writer_tokenizer)
-            if shared or one_base
-            else _load(generator.model, generator.dtype(precision))
-        )
+        self._loaded = {WRITER: _load(writer.model, writer.dtype(precision))}
+        if shared or one_base:
+            self._loaded[GENERATOR] = self._loaded[WRITER]
+        elif not is_served(generator.model):
+            self._loaded[GENERATOR] = _load(generator.model, generator.dtype(precision))
         if recompute:
-            for model, role in ((self.writer, writer), (self.generator, generator)):
-                check_recomputable(model, role.model)
-        adapter = partial(_adapter, dtype=precision.trained, seed=seed)
-        self._adapters = {WRITER: adapter(self.writer, WRITER, writer.lora)}
-        self._adapters[GENERATOR] = (
-            self._adapters[WRITER] if shared else adapter(self.generator, GENERATOR, generator.lora)
-        )
-        self.writer_backend, self.generator_backend = (
-            TransformersBackend.from_model(
-                model, tokenizer, name, batch_tokens=batch_tokens, within=self.computing(role)
+            for role, (model, _) in self._loaded.items():
+                check_recomputable(model, self._names[role])
+        self._adapters: dict[str, Adapter | None] = {}
+        for role, given in ((WRITER, writer), (GENERATOR, generator)):
+            shares = shared and role == GENERATOR
+            self._adapters[role] = (
+                self._adapters[WRITER] if shares else self._adapter(role, given.lora, precision.trained, seed)
             )
-            for role, model, tokenizer, name in (
-                (WRITER, self.writer, self.writer_tokenizer, writer.model),
-                (GENERATOR, self.generator, self._generator_tokenizer, generator.model),
-            )
-        )
+        backend = partial(self._backend, batch_tokens)
+        self.writer_backend = backend(WRITER)
+        self.generator_backend = backend(GENERATOR) if GENERATOR in self._loaded else open_backend(generator.model)[0]
         self.summary_format = summary_format(
             writer.kind, self.writer_backend, max_tokens=max_tokens, options=writer.options
         )
         self.answer_format = answer_format(generator.kind, self.generator_backend, options=generator.options)
-        self.scorer = PairScorer(
-            self.generator,
-            ChatTokens(self._generator_tokenizer, generator.model),
-            self.answer_format,
-            abilities=self.generator_backend.abilities,
-            batch_tokens=batch_tokens,
-            reduction=reduction,
-            ranks=ranks,
-            within=self.computing(GENERATOR),
+        self.scorer: Scorer = (
+            PairScorer(
+                self.generator,
+                ChatTokens(self._loaded[GENERATOR].tokenizer, generator.model),
+                self.answer_format,
+                abilities=self.generator_backend.abilities,
+                batch_tokens=batch_tokens,
+                reduction=reduction,
+                ranks=ranks,
+                within=self.computing(GENERATOR),
+            )
+            if isinstance(self.generator_backend, TransformersBackend)
+            else ServedScorer(self.generator_backend, self.answer_format, reduction=reduction)
         )
+
+    def _adapter(self, role: str, lora: LoraOptions | None, dtype: torch.dtype, seed: int) -> Adapter | None:
+        if lora is None:
+            return None
+        return Adapter(self._model(role), role, **lora._asdict(), dtype=dtype, seed=seed_of(seed, "adapter", role))
+
+    def _backend(self, batch_tokens: int, role: str) -> TransformersBackend:
+        return TransformersBackend.from_model(
+            *self._loaded[role], self._names[role], batch_tokens=batch_tokens, within=self.computing(role)
+        )
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        """The roles that have weights of their own in this process."""
+        return (WRITER,) if self._shared else tuple(self._loaded)
+
+    @property
+    def writer(self) -> PreTrainedModel:
+        """The writer's model."""
+        return self._loaded[WRITER].model
+
+    @property
+    def generator(self) -> PreTrainedModel:
+        """The generator's model, which is in this process unless it is served."""
+        return self._loaded[GENERATOR].model
+
+    @property
+    def writer_tokenizer(self) -> PreTrainedTokenizerBase:
+        """The writer's tokenizer."""
+        return self._loaded[WRITER].tokenizer
+
+    def fingerprint(self) -> str:
+        """Identifies the generator, by its weights or by its backend file."""
+        if GENERATOR in self._loaded:
+            return fingerprint_weights(self.generator.state_dict())
+        return str(fingerprint_model(self._names[GENERATOR]))
+
+    def close(self) -> None:
+        """Closes the scorer."""
+        self.scorer.close()
 
     def template_hashes(self) -> dict[str, str]:
         """The hash of the templates of each role."""
@@ -180,12 +226,11 @@ class JointModels:
 
     def weights(self) -> dict[str, Any]:
         """The weights of each model, or of its adapter, by role."""
-        roles = (WRITER,) if self._shared else (WRITER, GENERATOR)
         return {
             role: self._model(role).state_dict()
             if self._adapters[role] is None
             else {name: value.detach() for name, value in self.trained(role).items()}
-            for role in roles
+            for role in self.roles
         }
 
     def restore(self, weights: dict[str, Any]) -> None:
@@ -198,15 +243,14 @@ class JointModels:
 
     def save(self, role: str, card: str, folder: str) -> None:
         """Writes the model of a role with its card and its training record. An adapter is merged, and also written."""
-        tokenizer = self.writer_tokenizer if role == WRITER else self._generator_tokenizer
         adapter = self._adapters[role]
-        save_model(self._model(role), tokenizer, card, folder, weights=None if adapter is None else adapter.merged())
+        save_model(*self._loaded[role], card, folder, weights=None if adapter is None else adapter.merged())
         if adapter is not None:
             adapter.save(Path(folder) / ADAPTER)
         TrainingRecord(self._names[role], self.template_hashes()[role]).write(Path(folder))
 
     def _model(self, role: str) -> PreTrainedModel:
-        return self.writer if role == WRITER else self.generator
+        return self._loaded[role].model
 
 
 @contextmanager
@@ -221,15 +265,12 @@ def _computing_again(model: PreTrainedModel, within: Within) -> Iterator[None]:
         yield
 
 
-def _adapter(
-    model: PreTrainedModel, role: str, lora: LoraOptions | None, *, dtype: torch.dtype, seed: int
-) -> Adapter | None:
-    if lora is None:
-        return None
-    return Adapter(model, role, **lora._asdict(), dtype=dtype, seed=seed_of(seed, "adapter", role))
+def is_served(model: str) -> bool:
+    """Whether the name of a model is that of a file that describes a backend."""
+    return model.endswith(FILES)
 
 
-def _load(name: str, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def _load(name: str, dtype: torch.dtype) -> _Loaded:
     """Loads a model that can be trained: it can be saved, and its files can be read again."""
     model, tokenizer = load(name, None, str(dtype).removeprefix("torch."))
     # TRL reads the reference of the KL divergence by this name. A hub id can point to other weights by then.
@@ -240,4 +281,4 @@ def _load(name: str, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTok
         # Some models ship sampling settings without do_sample, which transformers loads but refuses to save.
         ends = model.generation_config.eos_token_id
         model.generation_config = GenerationConfig(eos_token_id=ends)
-    return model, tokenizer
+    return _Loaded(model, tokenizer)

@@ -12,7 +12,7 @@ from popi.data.example import HeldOutPair
 from popi.errors import InputError
 from popi.io import read_json, write_text
 from popi.training.ranks import ONE_RANK, Ranks
-from popi.training.scoring import NO_REFERENCE, ConditionedPair, PairLogps, PairScorer
+from popi.training.scoring import NO_REFERENCE, ConditionedPair, PairLogps, Scorer
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +42,7 @@ class Reference:
     def of(
         cls,
         pairs: Sequence[HeldOutPair],
-        scorer: PairScorer,
+        scorer: Scorer,
         *,
         fingerprint: str,
         file: Path,

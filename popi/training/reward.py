@@ -16,7 +16,7 @@ from popi.training.generator import check_finite, pair_metrics
 from popi.training.objective import LOSSES, LogRatios, Loss, rewards
 from popi.training.ranks import ONE_RANK, Ranks
 from popi.training.reference import Reference
-from popi.training.scoring import ConditionedPair, PairScorer
+from popi.training.scoring import ConditionedPair, PairScorer, Scorer
 from popi.training.updates import GeneratorUpdate
 
 
@@ -46,7 +46,7 @@ class PairReward:
 
     def __init__(
         self,
-        scorer: PairScorer,
+        scorer: Scorer,
         pairs: Sequence[Sequence[HeldOutPair]],
         reference: Reference,
         *,
@@ -120,6 +120,7 @@ class PairReward:
     def _train(self, items: Sequence[ConditionedPair]) -> Iterator[tuple[list[int], LogRatios]]:
         if self._update is None:
             return
+        assert isinstance(self._scorer, PairScorer), "only a model of this process is trained"
         passes = self._scorer.passes(items)
         for number, compute in enumerate(passes, start=1):
             places, found = self._update.forward(compute)

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 
@@ -50,6 +50,31 @@ class ConditionedPair:
     interface: Interface | None
     pair: HeldOutPair
     reference: PairLogps
+
+
+class Scorer(Protocol):
+    """Scores pairs with a generator.
+
+    Attributes:
+        format: Renders the prompts.
+        reduction: How the log-probabilities of a response's tokens are reduced.
+        tokens_read: Number of tokens that passed through the generator so far.
+    """
+
+    format: AnswerFormat
+    reduction: Reduction
+    tokens_read: int
+
+    def check(
+        self, users: Sequence[PersonalizationExample], interfaces: Sequence[Interface | None], *, reserve: int = 0
+    ) -> None:
+        """Checks that every pair fits the model's context; see :meth:`PairScorer.check`."""
+
+    def ratios(self, items: Sequence[ConditionedPair]) -> LogRatios:
+        """Scores all items without gradients, in order; double precision, on the CPU."""
+
+    def close(self) -> None:
+        """Frees what the scorer holds."""
 
 
 class PairScorer:
@@ -157,6 +182,9 @@ class PairScorer:
             places, ratios = compute()
             chosen[places], rejected[places] = ratios.chosen_N.cpu(), ratios.rejected_N.cpu()
         return LogRatios(chosen, rejected)
+
+    def close(self) -> None:
+        """Does nothing: the model belongs to the run."""
 
     def _pack(self, items: Sequence[ConditionedPair]) -> tuple[list[Scored], list[list[Row]]]:
         sequences = self._encode(items)

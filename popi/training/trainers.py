@@ -26,6 +26,7 @@ from popi.training.reference import Reference
 from popi.training.reward import PairReward
 from popi.training.rollouts import Rollouts
 from popi.training.schedule import Phase
+from popi.training.scoring import PairScorer
 from popi.training.trl import GRPOConfig
 from popi.training.updates import AdamWUpdate, GeneratorUpdate, Schedule, SharedUpdate, ZeroUpdate
 from popi.training.users import UserSplit, epoch_order, summary_prompts
@@ -166,6 +167,8 @@ class Trainers:
     def generator(self, phase: Phase, folder: Path, metrics: MakeMetrics) -> PhaseTraining:
         """The trainer of a phase that updates only the generator."""
         recipe, generator = self._recipe, self._recipe.generator
+        scorer = self._models.scorer
+        assert isinstance(scorer, PairScorer), "a served generator is not trained"
         # As many pairs as in a joint step, where the generator is trained on one pair under each summary.
         items, spent = self._contexts.training_pairs(
             self._users,
@@ -184,7 +187,7 @@ class Trainers:
                 learning_rate=generator.learning_rate,
                 max_grad_norm=generator.max_grad_norm,
             ),
-            scorer=self._models.scorer,
+            scorer=scorer,
             items=items,
             loss=generator.loss,
             beta=generator.beta,

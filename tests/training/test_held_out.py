@@ -41,26 +41,26 @@ class Failing(PreferenceInference):
         return [Failure(user.user_id, "it failed", self.failure) for user in users]
 
 
-async def evaluated(inference=None, margin=1.0):
+def evaluated(inference=None, margin=1.0):
     scorer = Scorer(margin)
-    return scorer, await evaluate_held_out(inference, scorer, USERS, {PAIR: NO_REFERENCE}, step=7)
+    return scorer, evaluate_held_out(inference, scorer, USERS, {PAIR: NO_REFERENCE}, step=7)
 
 
-async def test_margins_that_are_not_finite_are_an_error():
-    _, found = await evaluated()
+def test_margins_that_are_not_finite_are_an_error():
+    _, found = evaluated()
     assert (found.accuracy, found.margin, found.failed) == (1.0, 1.0, 0.0)
     with pytest.raises(
         PopiError, match="the mean margin of held-out users became nan after 7 steps; lower the learning"
     ):
-        await evaluated(margin=float("nan"))
+        evaluated(margin=float("nan"))
 
 
-async def test_a_writer_whose_logits_are_not_finite_has_diverged():
+def test_a_writer_whose_logits_are_not_finite_has_diverged():
     with pytest.raises(PopiError, match="a logit of the writer became nan after 7 steps; lower the learning rate"):
-        await evaluated(Failing("malformed"))
+        evaluated(Failing("malformed"))
 
 
-async def test_a_reply_that_is_not_a_summary_counts_as_one_without_a_claim():
-    scorer, found = await evaluated(Failing("empty"))
+def test_a_reply_that_is_not_a_summary_counts_as_one_without_a_claim():
+    scorer, found = evaluated(Failing("empty"))
     assert (found.failed, found.not_enough_evidence) == (1.0, 1.0)
     assert [item.interface.status for item in scorer.items] == ["not_enough_evidence"]
