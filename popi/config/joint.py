@@ -139,13 +139,18 @@ class Engine(Section):
             distributes the optimizer over the ranks (``zero1``), also the gradients (``zero2``), or also the weights
             (``zero3``).
         offload: What is kept in the memory of the host: nothing, the state of the optimizer, or also the weights.
+        scorer: Where a generator is while it scores and is not updated: ``replicated``, whole on each rank, or
+            ``sharded``, divided among them.
     """
 
     kind: Literal["single", "ddp", "zero1", "zero2", "zero3"] = "single"
     offload: Literal["none", "optimizer", "parameters"] = "none"
+    scorer: Literal["replicated", "sharded"] = "replicated"
 
     @model_validator(mode="after")
-    def _can_offload(self) -> Engine:
+    def _can_divide(self) -> Engine:
+        if self.scorer == "sharded" and not self.kind.startswith("zero"):
+            raise ValueError("scorer: sharded needs kind: zero1, zero2 or zero3")
         if self.offload != "none" and not self.kind.startswith("zero"):
             raise ValueError("offload needs kind: zero1, zero2 or zero3")
         if self.offload == "parameters" and self.kind != "zero3":
@@ -233,8 +238,12 @@ class JointRecipe(Section):
             raise ValueError("shared weights need the same lora in both roles")
         if self.precision == "bfloat16" and self.engine.kind.startswith("zero"):
             raise ValueError("precision: bfloat16 needs engine.kind: single or ddp; ZeRO trains in mixed precision")
-        if self.generator.model.endswith((".yaml", ".yml")) and (self.train != "writer" or self.generator.lora):
+        served = self.generator.model.endswith((".yaml", ".yml"))
+        if served and (self.train != "writer" or self.generator.lora):
             raise ValueError("a generator that is described by a backend file needs train: writer, and no lora")
+        updated = self.train == "both" and (self.shared or self.schedule == "interleaved")
+        if self.engine.scorer == "sharded" and (served or updated):
+            raise ValueError("engine.scorer: sharded needs a local generator that is not updated while it scores")
         if self.generator.context != "summary" and self.train != "generator":
             raise ValueError("generator.context must be summary unless train is generator")
         if self.schedule == "alternating" and self.steps < self.rounds:

@@ -157,6 +157,19 @@ def deepspeed_config(
     }
 
 
+def divide(model: nn.Module, precision: Precision) -> nn.Module:
+    """Divides the weights of a model that is not trained among the ranks, which compute its passes together (ZeRO-3).
+
+    Returns:
+        Its engine. The model computes as before.
+    """
+    import deepspeed
+
+    config = {"zero_optimization": {"stage": 3}, "train_micro_batch_size_per_gpu": 1, **precision.deepspeed}
+    engine: nn.Module = deepspeed.initialize(model=model, config=config)[0]
+    return engine
+
+
 def trainer_arguments(kind: Kind, deepspeed: Mapping[str, Any] | None) -> dict[str, Any]:
     """The arguments of a trainer of transformers that depend on the engine.
 

@@ -81,15 +81,17 @@ class PhaseTraining:
     Attributes:
         trainer: The trainer.
         update: The update, if the trainer is that of the writer and both roles are trained.
+        scorer: The engine of a generator that is divided and not trained.
     """
 
     trainer: SummaryTrainer | GeneratorTrainer
-    update: GeneratorUpdate | None
+    update: GeneratorUpdate | None = None
+    scorer: nn.Module | None = None
 
     def wrappers(self) -> list[nn.Module]:
         """The engines of DeepSpeed, or other wrappers of the models."""
-        wrapped = [self.trainer.model_wrapped]
-        return [*wrapped, self.update.engine] if isinstance(self.update, ZeroUpdate) else wrapped
+        update = self.update.engine if isinstance(self.update, ZeroUpdate) else None
+        return [wrapper for wrapper in (self.trainer.model_wrapped, update, self.scorer) if wrapper is not None]
 
     def fit(self, checkpoint: Path | None, *, deepspeed: bool) -> None:
         """Trains to the end of the phase.
@@ -162,7 +164,10 @@ class Trainers:
             initial=models.initial(),
             callbacks=[metrics({}), CheckpointCallback(self._ranks, None if update is None else update.save)],
         )
-        return PhaseTraining(trainer, update)
+        divided = phase.kind == "writer" and recipe.engine.scorer == "sharded"
+        return PhaseTraining(
+            trainer, update, engines.divide(models.generator, precision_of(recipe)) if divided else None
+        )
 
     def generator(self, phase: Phase, folder: Path, metrics: MakeMetrics) -> PhaseTraining:
         """The trainer of a phase that updates only the generator."""
@@ -196,7 +201,7 @@ class Trainers:
             adapter=self._models.trained(GENERATOR) if generator.lora else None,
             callbacks=[metrics(spent), CheckpointCallback(self._ranks)],
         )
-        return PhaseTraining(trainer, None)
+        return PhaseTraining(trainer)
 
     def _update(self, phase: Phase, wrapper: Callable[[], nn.Module]) -> GeneratorUpdate:
         recipe, model, generator = self._recipe, self._models.generator, self._recipe.generator

@@ -62,6 +62,8 @@ def variant(folder, tree):
         file = folder / f"{name}-{kind}.yaml"
         if kind.startswith("zero") and name == "half":
             changes = {"precision": "mixed", **changes}
+        if kind == "zero3" and name == "sequential":
+            changes = {"engine.scorer": "sharded", **changes}
         changes = {**VARIANTS[name], **changes, "engine.kind": kind}
         recipe = load(write_recipe(file, tree), changes)
         return write_recipe(file, recipe.model_dump(mode="json"))

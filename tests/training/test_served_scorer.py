@@ -55,7 +55,7 @@ def test_ratios_are_those_of_a_model_in_this_process(tmp_path, reduction):
 
 
 def test_a_backend_that_does_not_score_is_refused():
-    with pytest.raises(ConfigError, match="generator.model: scripted does not score responses; name a backend"):
+    with pytest.raises(ConfigError, match=r"generator\.model: scripted does not score responses; name a backend"):
         backend = ScriptedBackend()
         backend.capabilities = replace(backend.capabilities, score=False)
         ServedScorer(backend, answer_format())
