@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
@@ -278,18 +278,28 @@ def save_model(
     from popi.engine.loading import quiet
 
     with quiet():
-        if half or weights is not None:
-            tied = set(getattr(model, "all_tied_weights_keys", {}))
-            written = model.state_dict() if weights is None else weights
-            kept = {name: value for name, value in written.items() if name not in tied}
-            state = {name: value.to(torch.bfloat16) if half else value for name, value in kept.items()}
-            model.save_pretrained(folder, state_dict=state)
-        else:
-            model.save_pretrained(folder)
+        if half:
+            weights = {name: value.to(torch.bfloat16) for name, value in (weights or model.state_dict()).items()}
+        save_weights(model, folder, weights)
     tokenizer.save_pretrained(folder)
     if half:
         _declare_dtype(Path(folder) / "config.json")
     write_text(Path(folder) / "README.md", card)
+
+
+def save_weights(model: PreTrainedModel, folder: str, weights: Mapping[str, Tensor] | None = None) -> None:
+    """Writes the configuration and the weights of a model into a folder. Tied weights are written once.
+
+    Args:
+        model: The model.
+        folder: An existing folder.
+        weights: Weights to write in place of the model's own.
+    """
+    if weights is None:
+        model.save_pretrained(folder)
+    else:
+        tied = set(getattr(model, "all_tied_weights_keys", {}))
+        model.save_pretrained(folder, state_dict={name: value for name, value in weights.items() if name not in tied})
 
 
 def _declare_dtype(config: Path) -> None:

@@ -187,9 +187,19 @@ def test_an_override_of_an_unknown_section_is_refused():
         load(RECIPES / "mini_base", {"nothing.here": 1})
 
 
-def test_adapters_are_sampled_by_the_engine():
-    with pytest.raises(InputError, match="lora needs rollouts: engine"):
-        load(RECIPES / "popi_mini", {"writer.lora": {}, "writer.rollouts": "vllm-colocate"})
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"engine.scorer": "sharded"}, "scorer: sharded needs kind: zero1, zero2 or zero3"),
+        ({"engine": {"kind": "zero2", "scorer": "sharded"}}, "needs a local generator that is not updated while it"),
+        ({"engine.kind": "zero2", "precision": "bfloat16"}, "bfloat16 needs engine.kind: single or ddp"),
+        ({"generator.model": "servers.yaml"}, "described by a backend file needs train: writer"),
+    ],
+    ids=str,
+)
+def test_options_that_exclude_each_other_are_refused(changes, says):
+    with pytest.raises(InputError, match=says):
+        load(RECIPES / "popi_mini", changes)
 
 
 def test_a_section_that_the_file_leaves_out_can_be_overridden():

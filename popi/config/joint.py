@@ -62,7 +62,7 @@ class Writer(Section):
         temperature: Sampling temperature.
         max_tokens: Maximum number of tokens of a summary.
         rollouts: What samples the summaries. ``engine`` samples in the process of the training. ``vllm-colocate``
-            starts vLLM beside it, on the same device, and copies the weights to it before each step.
+            starts vLLM beside each rank, on the same device, and copies the weights to it before each step.
         cache_gib: Memory of vLLM for keys and values, in GiB. ``None`` leaves it to vLLM, which takes most of a GPU.
         beta: Beta of the objective in the reward. ``None`` takes that of the generator. A small beta gives a less noisy
             reward, but a generator learns to rank answers with a larger one (docs/log.md).
@@ -95,8 +95,6 @@ class Writer(Section):
     def _fits_rollouts(self) -> Writer:
         if self.cache_gib is not None and self.rollouts == "engine":
             raise ValueError("cache_gib needs rollouts: vllm-colocate")
-        if self.lora is not None and self.rollouts != "engine":
-            raise ValueError("lora needs rollouts: engine")
         return self
 
 

@@ -102,8 +102,6 @@ def _check_ranks(recipe: JointRecipe, ranks: Ranks) -> None:
             field="users_per_step",
             fix="use a multiple of the number of ranks",
         )
-    if ranks.count > 1 and recipe.writer.rollouts != "engine":
-        raise ConfigError(f"{recipe.writer.rollouts} needs one rank", field="writer.rollouts", fix="use engine")
 
 
 def _users(recipe: JointRecipe) -> UserSplit:
@@ -302,7 +300,13 @@ class _Run:
             from popi.training.vllm_rollouts import VLLMRollouts
         except ImportError as error:
             raise MissingExtra("vllm", "vllm") from error
-        return VLLMRollouts(models.writer, models.writer_tokenizer, cache_gib=writer.cache_gib)
+        return VLLMRollouts(
+            models.writer,
+            models.writer_tokenizer,
+            half=resolve(self._recipe.precision) != "float32",
+            weights=partial(models.merged, WRITER),
+            cache_gib=writer.cache_gib,
+        )
 
     def _metrics_callback(self, phase: Phase, before: Mapping[str, float]) -> MetricsCallback:
         every = self._recipe.evaluate_every

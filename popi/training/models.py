@@ -241,10 +241,15 @@ class JointModels:
             else:
                 copy_into(self.trained(role), values)
 
+    def merged(self, role: str) -> dict[str, torch.Tensor] | None:
+        """The weights of a role with its adapter merged; ``None`` if they are those of its model."""
+        adapter = self._adapters[role]
+        return None if adapter is None else adapter.merged()
+
     def save(self, role: str, card: str, folder: str) -> None:
         """Writes the model of a role with its card and its training record. An adapter is merged, and also written."""
         adapter = self._adapters[role]
-        save_model(*self._loaded[role], card, folder, weights=None if adapter is None else adapter.merged())
+        save_model(*self._loaded[role], card, folder, weights=self.merged(role))
         if adapter is not None:
             adapter.save(Path(folder) / ADAPTER)
         TrainingRecord(self._names[role], self.template_hashes()[role]).write(Path(folder))

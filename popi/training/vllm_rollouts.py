@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import asyncio
 import math
+import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import torch
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from popi.backends.vllm import VLLMBackend
 from popi.engine.decoding import Completion
+from popi.run_folder import save_weights
 from popi.training.rollouts import Rollouts
 
-SHARED_MEMORY = Path("/dev/shm")
+SHARED_MEMORY, DEVICES = Path("/dev/shm"), "CUDA_VISIBLE_DEVICES"
 
 # A float32 engine differs from the policy by the order of its sums. bfloat16 has eight bits of precision.
 TOLERANCE, TOLERANCE_OF_HALF = 1e-3, 5e-2
@@ -31,6 +36,23 @@ def shared_memory(size: int) -> Path | None:
     return SHARED_MEMORY if SHARED_MEMORY.is_dir() and shutil.disk_usage(SHARED_MEMORY).free >= 2 * size else None
 
 
+@contextmanager
+def _own_device() -> Iterator[None]:
+    """Within this block, a new process sees the GPU of this rank only."""
+    rank, before = os.environ.get("LOCAL_RANK"), os.environ.get(DEVICES)
+    if rank is None or not torch.cuda.is_available():
+        yield
+        return
+    os.environ[DEVICES] = before.split(",")[int(rank)] if before else rank
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[DEVICES]
+        else:
+            os.environ[DEVICES] = before
+
+
 class VLLMRollouts(Rollouts):
     """Samples with vLLM, which gets the current weights of the policy before each call.
 
@@ -41,6 +63,8 @@ class VLLMRollouts(Rollouts):
     Args:
         model: The policy.
         tokenizer: Its tokenizer.
+        half: Whether the policy computes in bfloat16. So does vLLM then.
+        weights: The weights of the policy, if they are not those of the model.
         cache_gib: Memory for keys and values in GiB; ``None`` leaves it to vLLM.
 
     Raises:
@@ -48,21 +72,33 @@ class VLLMRollouts(Rollouts):
     """
 
     def __init__(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, cache_gib: float | None = None
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        half: bool = False,
+        weights: Callable[[], Mapping[str, Tensor] | None] = lambda: None,
+        cache_gib: float | None = None,
     ) -> None:
-        self._model = model
+        self._model, self._weights = model, weights
         size = sum(weights.numel() * weights.element_size() for weights in model.state_dict().values())
         self._folder = TemporaryDirectory(prefix="popi-", dir=shared_memory(size))
         try:
             tokenizer.save_pretrained(self._folder.name)
-            model.save_pretrained(self._folder.name)
+            save_weights(model, self._folder.name, weights())
             # TRL compares the log-probabilities with those of the policy at the sampling temperature.
             options = {"logprobs_mode": "processed_logprobs"}
-            self._backend = VLLMBackend(self._folder.name, cache_gib=cache_gib, options=options)
+            with _own_device():
+                self._backend = VLLMBackend(
+                    self._folder.name,
+                    dtype="bfloat16" if half else "float32",
+                    cache_gib=cache_gib,
+                    options=options,
+                )
         except BaseException:
             self._folder.cleanup()
             raise
-        self.tolerance = TOLERANCE if self._backend.dtype == "torch.float32" else TOLERANCE_OF_HALF
+        self.tolerance = TOLERANCE_OF_HALF if half else TOLERANCE
 
     def sample(
         self, prompts: Sequence[list[int]], *, seeds: Sequence[int], max_tokens: int, temperature: float, top_p: float
@@ -81,7 +117,7 @@ class VLLMRollouts(Rollouts):
         return completions
 
     async def _sample(self, prompts: Sequence[list[int]], **options: Any) -> list[Completion]:
-        self._model.save_pretrained(self._folder.name)
+        save_weights(self._model, self._folder.name, self._weights())
         await self._backend.update_weights(Path(self._folder.name))
         return await self._backend.sample(prompts, **options)
 

@@ -16,10 +16,12 @@ from popi.errors import InputError, MissingExtra, PopiError
 from popi.training.joint import run
 from tests.servers import needs_vllm
 
+TOLERANCE, TOLERANCE_OF_HALF = 1e-3, 5e-2
+
 pytestmark = pytest.mark.slow
 
 
-def recipe(folder: Path, **writer: Any) -> JointRecipe:
+def write(folder: Path, **writer: Any) -> Path:
     """Three steps of a shipped model: its sizes are those that vLLM supports."""
     tree = {
         "task": "joint",
@@ -38,10 +40,16 @@ def recipe(folder: Path, **writer: Any) -> JointRecipe:
         "users_per_step": 2,
         "warmup": 0,
         "evaluate_users": 2,
+        "precision": "float32",
     }
     file = folder / "recipe.yaml"
     file.write_text(yaml.safe_dump(tree))
-    resolved = load(file)
+    return file
+
+
+def recipe(folder: Path, **writer: Any) -> JointRecipe:
+    """The recipe, read again."""
+    resolved = load(write(folder, **writer))
     assert isinstance(resolved, JointRecipe)
     return resolved
 
@@ -77,6 +85,15 @@ def test_a_run_is_that_of_the_engine(tmp_path: Path) -> None:
         assert "sampling/sampling_logp_difference/mean" not in mine
     assert (vllm - engine).norm() < 1e-2 * (engine - initial()).norm()
     assert not list(Path("/dev/shm").glob("popi-*"))
+
+
+@pytest.mark.parametrize("changes", [{"precision": "mixed"}, {"writer.lora": {"rank": 4}}], ids=str)
+def test_vllm_has_the_weights_of_adapters_and_of_other_precisions(tmp_path: Path, changes: dict[str, Any]) -> None:
+    file = write(tmp_path, learning_rate=1e-3, **VLLM)
+    run(load(file, changes), tmp_path / "run", source="a test", report=lambda metrics: None)
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    tolerance = TOLERANCE_OF_HALF if "precision" in changes else TOLERANCE
+    assert all(0 < line["sampling/sampling_logp_difference/mean"] < tolerance for line in lines)
 
 
 def initial() -> torch.Tensor:
