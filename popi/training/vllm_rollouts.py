@@ -85,7 +85,7 @@ class VLLMRollouts(Rollouts):
         self._folder = TemporaryDirectory(prefix="popi-", dir=shared_memory(size))
         try:
             tokenizer.save_pretrained(self._folder.name)
-            save_weights(model, self._folder.name, weights())
+            self._save()
             # TRL compares the log-probabilities with those of the policy at the sampling temperature.
             options = {"logprobs_mode": "processed_logprobs"}
             with _own_device():
@@ -117,9 +117,17 @@ class VLLMRollouts(Rollouts):
         return completions
 
     async def _sample(self, prompts: Sequence[list[int]], **options: Any) -> list[Completion]:
-        save_weights(self._model, self._folder.name, self._weights())
+        self._save()
         await self._backend.update_weights(Path(self._folder.name))
         return await self._backend.sample(prompts, **options)
+
+    def _save(self) -> None:
+        # transformers writes on the first rank only, and every rank has a vLLM of its own.
+        self._model.should_save_on_this_rank = lambda is_main_process: True  # type: ignore[method-assign]
+        try:
+            save_weights(self._model, self._folder.name, self._weights())
+        finally:
+            del self._model.should_save_on_this_rank
 
     def close(self) -> None:
         """Ends vLLM's process, and removes the weights from shared memory."""
