@@ -246,3 +246,5 @@ class SummaryWriter:
                     elif isinstance(outcome, Failure):
                         job.fail(user.user_id, outcome, display)
                     display.advance()
+        # Only the total is shown. The accounts of all users of all shards would fill the memory.
+        self._ledger.forget_users()
