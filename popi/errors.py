@@ -4,6 +4,7 @@
 
     PopiError                     exit code 1: something failed
     |-- BackendError              a backend is not available; one failed item is data in its result
+    |-- LockedError               another process writes the same file
     `-- InputError                exit code 2: bad input that the caller can fix
         |-- ConfigError           invalid recipe or option
         |-- ModelError            a model was not found or cannot be used
@@ -48,6 +49,10 @@ class BackendError(PopiError):
     def __init__(self, message: str = "", *, failure: str | None = None, retry_after: float | None = None) -> None:
         super().__init__(message)
         self.failure, self.retry_after = failure, retry_after
+
+
+class LockedError(PopiError):
+    """Another process writes the same file. It can be written when that process has ended."""
 
 
 class InputError(PopiError):

@@ -14,7 +14,7 @@ from typing import IO, Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from popi.errors import InputError, PopiError
+from popi.errors import InputError, LockedError, PopiError
 
 Model = TypeVar("Model", bound=BaseModel)
 Row = TypeVar("Row")
@@ -325,7 +325,7 @@ def lock(path: Path) -> IO[bytes]:
     """Locks a file or folder until the returned stream is closed. The lock file is next to the file, or in the folder.
 
     Raises:
-        PopiError: If another process holds the lock.
+        LockedError: If another process holds the lock.
         OSError: If the lock file cannot be written.
     """
     import fcntl
@@ -335,7 +335,7 @@ def lock(path: Path) -> IO[bytes]:
         fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         held.close()
-        raise PopiError(f"{path} is being written by another process; wait for it or choose another path") from error
+        raise LockedError(f"{path} is being written by another process; wait for it or choose another path") from error
     if not os.fstat(held.fileno()).st_nlink:
         # The previous holder removed the lock file after it was opened here.
         held.close()

@@ -48,6 +48,7 @@ EXTRAS = {
     "deepspeed": "train",
     "matplotlib": "bench",
     "vllm": "vllm",
+    "ray": "ray",
 }
 """The extra that installs each optional module."""
 

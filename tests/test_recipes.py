@@ -153,6 +153,17 @@ def test_ways_of_joining_are_trained_and_measured(tmp_path):
     assert cells[-1][3] == "0 k", "a generator that learns alone samples nothing"
 
 
+def test_a_killed_command_at_scale_writes_one_summary_per_user(tmp_path):
+    needs_vllm()
+    small = ["--users", "24", "--shards", "3", "--kills", "1", "--max-tokens", "64", "--max-concurrency", "2"]
+    done = python("benchmarks/summarize_at_scale.py", *small, "--out", tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = done.stdout.splitlines()
+    assert [line.split()[0] for line in lines[1:3]] == ["vLLM", "vLLM"]
+    assert any(line.startswith("popi, all") for line in lines)
+    assert lines[-1] == "24 summaries of 24 users: 0 missing, 0 twice, 0 of unknown users"
+
+
 def test_transfer_has_a_column_for_every_kind_of_backend(tmp_path):
     needs_vllm()
     small = ["--users", "4", "--seeds", "1", "--judged", "2", "--port", str(free_port())]

@@ -166,6 +166,11 @@ class Ledger:
         for waiter in waiters:
             waiter.wake()
 
+    def forget_users(self) -> None:
+        """Drops the accounts by role and user, which grow with the number of users. The total stays."""
+        with self._lock:
+            self._accounts.clear()
+
     def _take(self, most: float) -> bool:
         if not self._fits(most):
             return False

@@ -38,7 +38,7 @@ class GrowingFile:
         self._lock: IO[bytes] | None = None
 
     def __enter__(self) -> Self:
-        """Raises PopiError if another process writes the file, it cannot be written, or it has another format."""
+        """Raises LockedError if another process writes the file, PopiError if it has another format or is read-only."""
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             if self.path.exists() and not self.path.is_file():

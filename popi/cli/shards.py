@@ -6,13 +6,12 @@ import json
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
 from pathlib import Path
 from time import perf_counter
 from typing import Any, NamedTuple
 
 from popi.cli.growing import GrowingFile
-from popi.cli.output import note
+from popi.cli.output import Progress, note
 from popi.cli.summaries import Job, SummaryWriter
 from popi.errors import ConfigError, InputError
 from popi.io import write_text
@@ -122,34 +121,64 @@ async def write_shards(
         PopiError: If the backend is not available, or a file cannot be written.
     """
     totals = Totals()
-    settings = {**settings, "template_hash": writer.template_hash}
     for place, shard in enumerate(shards, start=1):
-        if shard.finished(settings):
-            totals.add(json.loads(shard.manifest.read_text(encoding="utf-8"))["report"])
-            continue
-        began, started, before = perf_counter(), now(), writer.spent()
-        source = shard.source()
-        with ExitStack() as stack:
-            lines = stack.enter_context(GrowingFile(shard.out))
-            job = Job(lines, shard.signals, skip_bad_rows=skip_bad_rows)
-            if job.edits_kept:
-                note(f"{job.edits_kept} edited summaries are kept, although their signals have changed")
-            await writer.write(job, label=f"shard {place} of {len(shards)}")
-        report = job.report()
-        totals.add(report)
-        spent = {name: value - before[name] for name, value in writer.spent().items()}
-        manifest = {
-            "source": source,
-            "settings": settings,
-            "users_failed": job.failed,
-            "failures": job.reasons,
-            "report": {**report, "out": str(shard.out)},
-            "summary_tokens": job.tokens,
-            **(spent if spent["requests"] else {}),
-            "seconds": round(perf_counter() - began, 1),
-            "started": started,
-            "versions": versions(),
-        }
-        write_text(shard.manifest, json.dumps(manifest, indent=2, ensure_ascii=False, default=str) + "\n")
-        note(f"finished {shard.signals.name}: {report['written']} written, {job.failed} failed")
+        label = f"shard {place} of {len(shards)}"
+        totals.add(await write_shard(shard, writer, settings, skip_bad_rows=skip_bad_rows, label=label))
     return totals
+
+
+async def write_shard(
+    shard: Shard,
+    writer: SummaryWriter,
+    settings: Mapping[str, Any],
+    *,
+    skip_bad_rows: bool,
+    label: str,
+    shown: Progress | None = None,
+) -> dict[str, Any]:
+    """Writes the summaries of a shard, and its manifest, unless it is finished.
+
+    Args:
+        shard: The shard.
+        writer: Writes the summaries.
+        settings: The settings that the summaries depend on.
+        skip_bad_rows: Whether to continue without bad rows.
+        label: The name of the shard in the progress.
+        shown: Shows the progress; ``None`` is a bar, or lines.
+
+    Returns:
+        The report of the shard.
+
+    Raises:
+        LockedError: If another process writes the shard.
+        InputError: If the shard cannot be read, or has bad rows that are not to be skipped.
+        PopiError: If the backend is not available, or a file cannot be written.
+    """
+    settings = {**settings, "template_hash": writer.template_hash}
+    if shard.finished(settings):
+        known: dict[str, Any] = json.loads(shard.manifest.read_text(encoding="utf-8"))["report"]
+        return known
+    began, started, before = perf_counter(), now(), writer.spent()
+    source = shard.source()
+    with GrowingFile(shard.out) as lines:
+        job = Job(lines, shard.signals, skip_bad_rows=skip_bad_rows)
+        if job.edits_kept:
+            note(f"{job.edits_kept} edited summaries are kept, although their signals have changed")
+        await writer.write(job, label, shown)
+    report = job.report()
+    spent = {name: value - before[name] for name, value in writer.spent().items()}
+    manifest = {
+        "source": source,
+        "settings": settings,
+        "users_failed": job.failed,
+        "failures": job.reasons,
+        "report": {**report, "out": str(shard.out)},
+        "summary_tokens": job.tokens,
+        **(spent if spent["requests"] else {}),
+        "seconds": round(perf_counter() - began, 1),
+        "started": started,
+        "versions": versions(),
+    }
+    write_text(shard.manifest, json.dumps(manifest, indent=2, ensure_ascii=False, default=str) + "\n")
+    note(f"finished {shard.signals.name}: {report['written']} written, {job.failed} failed")
+    return report

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -221,12 +222,13 @@ class SummaryWriter:
             "completion_tokens": total.completion_tokens,
         }
 
-    async def write(self, job: Job, label: str = "summaries") -> None:
+    async def write(self, job: Job, label: str = "summaries", shown: Progress | None = None) -> None:
         """Writes the summaries of a job.
 
         Args:
             job: The job.
             label: Its name in the progress.
+            shown: Shows the progress; ``None`` is a bar, or lines.
 
         Raises:
             InputError: If the existing summaries have other settings.
@@ -234,12 +236,15 @@ class SummaryWriter:
         """
         job.check(self._settings, self._name)
         users = within_budget(job.pending_users(), self._ledger)
-        with reporting_cost(self._ledger), progress(label, job.pending, "users") as shown:
+        showing = nullcontext(shown) if shown else progress(label, job.pending, "users")
+        with reporting_cost(self._ledger), showing as display:
             summaries = self._personalizer.summarize(users, max_concurrency=self._max_concurrency)
             async with closing(summaries) as outcomes:
                 async for user, outcome in outcomes:
                     if isinstance(outcome, PreferenceSummary):
                         job.keep(user.user_id, outcome)
                     elif isinstance(outcome, Failure):
-                        job.fail(user.user_id, outcome, shown)
-                    shown.advance()
+                        job.fail(user.user_id, outcome, display)
+                    display.advance()
+        # Only the total is shown. The accounts of all users of all shards would fill the memory.
+        self._ledger.forget_users()

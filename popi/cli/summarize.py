@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
@@ -14,7 +16,9 @@ from popi.errors import ConfigError, PopiError
 
 if TYPE_CHECKING:
     from popi.cli.shards import Shard, Totals
-    from popi.cli.summaries import Job
+    from popi.cli.summaries import SummaryWriter
+
+Result = TypeVar("Result")
 
 
 def summarize(
@@ -49,6 +53,20 @@ def summarize(
         str | None,
         typer.Option(metavar="I/N", help="Of a folder: only every N-th file, from the I-th, for one of N processes."),
     ] = None,
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ADDRESS",
+            help="Of a folder: divide the files among workers of Ray: local, auto, or the address of a cluster.",
+        ),
+    ] = None,
+    workers: Annotated[
+        int | None,
+        typer.Option(min=1, help="Number of workers of Ray [default: one for each GPU, or one if there are none]."),
+    ] = None,
+    gpus_per_worker: Annotated[
+        float | None, typer.Option(min=0.0, help="GPUs of a worker of Ray [default: 1 if the cluster has any].")
+    ] = None,
     skip_bad_rows: Annotated[
         bool, typer.Option("--skip-bad-rows", help="Continue without the bad rows of SIGNALS, and print their number.")
     ] = False,
@@ -61,14 +79,13 @@ def summarize(
     to OUT, .meta.json; an OUT that was made with other settings is refused.
 
     With a folder, OUT becomes a folder: each file of signals, JSON lines or parquet, gets a file of summaries and a
-    manifest with counts, failures, tokens and settings. Finished files are skipped.
+    manifest with counts, failures, tokens and settings. Finished files are skipped. Processes with --shard, or the
+    workers of Ray, can share the files.
     """
     from popi import registry
-    from popi.cli.batches import check_settings, explaining_errors, identity
-    from popi.cli.growing import GrowingFile
-    from popi.cli.shards import find_shards, is_folder_of_shards, parse_part
-    from popi.cli.summaries import Job
-    from popi.io import check_rereadable
+    from popi.cli.batches import identity
+    from popi.cli.shards import is_folder_of_shards
+    from popi.cli.summaries import SummaryWriter
 
     names = {
         "budget": budget,
@@ -84,21 +101,50 @@ def summarize(
         "inference": inference,
         **registry.inference_options(inference, **given),
     }
-    part = (1, 1) if shard is None else parse_part(shard)
-    if is_folder_of_shards(signals):
-        shards = find_shards(signals, out, part)
-        kept = f"finished summaries are kept in {out}, and the same command resumes the run"
-        with explaining_errors(kept):
-            totals = asyncio.run(_write_shards(shards, settings, given, max_concurrency, skip_bad_rows))
-        print_records([{"shards": len(shards), **totals.counts, "out": str(out)}], json_flag=json)
-        if totals.counts["failed"]:
-            raise PopiError(
-                f"{totals.counts['failed']} of {totals.counts['users']} users have no summary; the same command tries "
-                "them again"
+    on_ray = {"--workers": workers, "--gpus-per-worker": gpus_per_worker}
+    _check_division(is_folder_of_shards(signals), shard, ray, on_ray)
+    load = partial(SummaryWriter.load, settings, given, max_concurrency)
+    if not is_folder_of_shards(signals):
+        record = _write_file(signals, out, load, settings, skip_bad_rows)
+    else:
+        write = partial(_write_shards, load, settings, skip_bad_rows)
+        if ray is not None:
+            from popi.cli.ray_shards import write_shards
+
+            write = partial(
+                write_shards,
+                load,
+                settings,
+                skip_bad_rows,
+                address=ray,
+                workers=workers,
+                gpus_per_worker=gpus_per_worker,
             )
-        return
-    if shard is not None:
-        raise ConfigError("is for a folder of shards", field="--shard", fix="name a folder with --signals")
+        record = _write_folder(signals, out, shard, write)
+    print_records([record], json_flag=json)
+    if record["failed"]:
+        raise PopiError(
+            f"{record['failed']} of {record['users']} users have no summary; the same command tries them again"
+        )
+
+
+def _check_division(is_folder: bool, shard: str | None, ray: str | None, on_ray: Mapping[str, object]) -> None:
+    for name, value in {"--shard": shard, "--ray": ray}.items():
+        if value is not None and not is_folder:
+            raise ConfigError("is for a folder of shards", field=name, fix="name a folder with --signals")
+    for name, option in on_ray.items():
+        if option is not None and ray is None:
+            raise ConfigError("is for workers of Ray", field=name, fix="add --ray local, or the address of a cluster")
+
+
+def _write_file(
+    signals: Path, out: Path, load: Callable[[], SummaryWriter], settings: Mapping[str, Any], skip_bad_rows: bool
+) -> dict[str, object]:
+    from popi.cli.batches import check_settings
+    from popi.cli.growing import GrowingFile
+    from popi.cli.summaries import Job
+    from popi.io import check_rereadable
+
     check_rereadable(signals)
     with GrowingFile(out) as lines:
         if lines.repaired:
@@ -108,29 +154,38 @@ def summarize(
         if job.edits_kept:
             note(f"{job.edits_kept} edited summaries are kept, although their signals have changed")
         if job.pending:
-            with explaining_errors(f"finished summaries are kept in {out}, and the same command resumes the run"):
-                asyncio.run(_write(job, settings, given, max_concurrency))
-    print_records([job.report()], json_flag=json)
-    if job.failed:
-        raise PopiError(f"{job.failed} of {job.users} users have no summary; the same command tries them again")
+            with _explaining_errors(out):
+                asyncio.run(_with_writer(load, lambda writer: writer.write(job)))
+    return job.report()
 
 
-async def _write(job: Job, settings: Mapping[str, Any], options: Mapping[str, Any], max_concurrency: int) -> None:
-    from popi.cli.summaries import SummaryWriter
+def _write_folder(
+    signals: Path, out: Path, shard: str | None, write: Callable[[Sequence[Shard]], Totals]
+) -> dict[str, object]:
+    from popi.cli.shards import find_shards, parse_part
 
-    async with SummaryWriter.load(settings, options, max_concurrency) as writer:
-        await writer.write(job)
+    shards = find_shards(signals, out, (1, 1) if shard is None else parse_part(shard))
+    with _explaining_errors(out):
+        totals = write(shards)
+    return {"shards": len(shards), **totals.counts, "out": str(out)}
 
 
-async def _write_shards(
-    shards: Sequence[Shard],
-    settings: Mapping[str, Any],
-    options: Mapping[str, Any],
-    max_concurrency: int,
-    skip_bad_rows: bool,
+def _write_shards(
+    load: Callable[[], SummaryWriter], settings: Mapping[str, Any], skip_bad_rows: bool, shards: Sequence[Shard]
 ) -> Totals:
     from popi.cli.shards import write_shards
-    from popi.cli.summaries import SummaryWriter
 
-    async with SummaryWriter.load(settings, options, max_concurrency) as writer:
-        return await write_shards(shards, writer, settings, skip_bad_rows=skip_bad_rows)
+    return asyncio.run(
+        _with_writer(load, lambda writer: write_shards(shards, writer, settings, skip_bad_rows=skip_bad_rows))
+    )
+
+
+async def _with_writer(load: Callable[[], SummaryWriter], work: Callable[[SummaryWriter], Awaitable[Result]]) -> Result:
+    async with load() as writer:
+        return await work(writer)
+
+
+def _explaining_errors(out: Path) -> AbstractContextManager[None]:
+    from popi.cli.batches import explaining_errors
+
+    return explaining_errors(f"finished summaries are kept in {out}, and the same command resumes the run")

@@ -52,6 +52,9 @@ async def test_tokens_and_money_by_role_and_user() -> None:
     await writer.score([ScoreRequest([Message("user", "two words")], "three of them", "bob")])
     # Two words in front, three and the end of the turn behind: read, not written.
     assert ledger.by_user()["bob"] == Spent(2, 1 + 2 + 4, 2, pytest.approx((7 * 2 + 2 * 10) / 1e6))
+    total = ledger.total
+    ledger.forget_users()
+    assert ledger.by_user() == ledger.by_role() == {} and ledger.total == total
 
 
 async def test_what_is_affordable_goes_on_together() -> None:
