@@ -112,6 +112,8 @@ class Worker:
     ) -> None:
         self._tally, self._shards = tally, shards
         self._load, self._settings, self._skip_bad_rows = load, settings, skip_bad_rows
+        # The connections of a client belong to an event loop.
+        self._loop = asyncio.Runner()
 
     @cached_property
     def _writer(self) -> SummaryWriter:
@@ -131,7 +133,7 @@ class Worker:
                     raise PopiError(f"{ATTEMPTS} workers died in {shard.signals}; see the logs of Ray")
                 if attempt > 1:
                     note(f"a worker died in {shard.signals.name}; another one continues it")
-                outcome = asyncio.run(self._write(shard, reporter))
+                outcome = self._loop.run(self._write(shard, reporter))
         except PopiError as error:
             outcome = error
         # Calls of one process arrive in order, so the notes are there before the outcome.
