@@ -28,12 +28,11 @@ from popi.training.models import JointModels
 from popi.training.ranks import ONE_RANK, Ranks
 from popi.training.reference import Reference
 from popi.training.scoring import ConditionedPair
-from popi.training.users import epoch_order
 
 log = logging.getLogger(__name__)
 
 Kind = Literal["summary", "raw-signals", "none"]
-SUMMARIES = "summaries"
+SUMMARIES, ITEMS = "summaries", "items"
 CHUNK = 1024
 """Number of users whose summaries are sampled and stored together: an interrupted run loses at most one chunk."""
 
@@ -72,18 +71,18 @@ class Contexts:
     def training_pairs(
         self,
         users: Sequence[PersonalizationExample],
-        count: int,
+        order: Sequence[int],
         reference: Reference,
         *,
         temperature: float,
         phase: str,
         folder: Path,
     ) -> tuple[list[ConditionedPair], dict[str, float]]:
-        """Conditioned pairs for a phase that trains only the generator. Users alternate.
+        """Conditioned pairs for a phase that trains only the generator.
 
         Args:
             users: The training users.
-            count: Number of pairs.
+            order: The place of the user of each pair.
             reference: The reference of these pairs.
             temperature: Sampling temperature of the summaries.
             phase: Name of the phase. The samples depend on it.
@@ -92,8 +91,7 @@ class Contexts:
         Returns:
             The pairs, and the cost of sampling: ``tokens/rollout`` and ``seconds/rollout``.
         """
-        seed = seed_of(self._seed, "items", phase)
-        rng, order = np.random.default_rng(seed), epoch_order(len(users), count, seed=seed)
+        rng = np.random.default_rng(seed_of(self._seed, ITEMS, phase))
         places = sorted(set(order))
         summaries, spent = self._summaries(
             [users[place] for place in places], temperature=temperature, phase=phase, folder=folder

@@ -36,7 +36,7 @@ from popi.training.ranks import Ranks
 from popi.training.reference import Reference
 from popi.training.rollouts import EngineRollouts, Rollouts
 from popi.training.schedule import Phase, phases_of
-from popi.training.trainers import PhaseTraining, Trainers, precision_of
+from popi.training.trainers import PhaseTraining, Trainers, order_of, precision_of
 from popi.training.users import UserSplit, generate_users, read_users
 
 log = logging.getLogger(__name__)
@@ -209,17 +209,17 @@ class _Run:
 
     def train(self, source: str) -> None:
         """Runs every phase that is not complete, and saves the models."""
-        self._reference = Reference.of(
-            self._users.pairs(),
-            self._scorer,
-            fingerprint=self._models.fingerprint(),
-            file=self._path / REFERENCE,
-            ranks=self._ranks,
-        )
         phases = phases_of(
             self._recipe.train,
             interleaved=self._recipe.schedule == "interleaved",
             rounds=self._recipe.steps_of_rounds(),
+        )
+        self._reference = Reference.of(
+            self._users.pairs({place for phase in phases for place in self._order(phase)}),
+            self._scorer,
+            fingerprint=self._models.fingerprint(),
+            file=self._path / REFERENCE,
+            ranks=self._ranks,
         )
         files = [self._weights_file(phase) for phase in phases]
         done = self._ranks.from_first(lambda: max((n for n, file in enumerate(files) if file.exists()), default=-1))
@@ -231,6 +231,9 @@ class _Run:
             self._finish_phase(phases[: place + 1])
         for role in self._recipe.results():
             self._write(partial(self._save_role, role, source))
+
+    def _order(self, phase: Phase) -> list[int]:
+        return order_of(self._recipe, phase, len(self._users.train))
 
     def _finish_phase(self, done: Sequence[Phase]) -> None:
         """Writes the weights of the last phase, and removes all other files of complete phases."""

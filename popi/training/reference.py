@@ -73,6 +73,7 @@ class Reference:
             return cls(_read(file, made_of))
         logps: dict[str, PairLogps] = {}
         names = list(wanted)
+        log.info("reference: scoring %d pairs", len(names))
         for start in range(0, len(names), batch * ranks.count):
             part = names[start : start + batch * ranks.count]
             with ranks.alone():

@@ -13,10 +13,11 @@ from transformers import PrinterCallback, ProgressCallback, TrainingArguments
 from popi.config import JointRecipe
 from popi.errors import PopiError
 from popi.roles import Failure
+from popi.seeds import seed_of
 from popi.summary import PreferenceSummary
 from popi.training import engines
 from popi.training.checkpoints import CheckpointCallback
-from popi.training.contexts import Contexts
+from popi.training.contexts import ITEMS, Contexts
 from popi.training.generator import GeneratorTrainer
 from popi.training.metrics import MetricsCallback
 from popi.training.models import GENERATOR, WRITER, JointModels
@@ -72,6 +73,23 @@ def deepspeed_configs(recipe: JointRecipe, ranks: int) -> dict[str, dict[str, An
         )
         for role, (batch, accumulate, max_grad_norm) in trained.items()
     }
+
+
+def order_of(recipe: JointRecipe, phase: Phase, users: int) -> list[int]:
+    """Places of the users of a phase, in the order in which it visits them.
+
+    Args:
+        recipe: The recipe.
+        phase: The phase.
+        users: Number of training users.
+    """
+    if phase.kind == "generator":
+        # As many pairs as in a joint step, where the generator is trained on one pair under each summary.
+        count = phase.steps * recipe.users_per_step * recipe.writer.num_generations
+        return epoch_order(users, count, seed=seed_of(recipe.seed, ITEMS, phase.name))
+    # If each role has phases of its own, half of the steps so far were the writer's.
+    before = phase.first // 2 * recipe.users_per_step
+    return epoch_order(users, before + phase.steps * recipe.users_per_step, seed=recipe.seed)[before:]
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,9 +159,6 @@ class Trainers:
         """The trainer of a phase that updates the writer, and perhaps the generator."""
         recipe, models = self._recipe, self._models
         update = self._update(phase, lambda: trainer.model_wrapped) if phase.kind == "both" else None
-        # If each role has phases of its own, half of the steps so far were the writer's.
-        before = phase.first // 2 * recipe.users_per_step
-        order = epoch_order(len(self._users), before + phase.steps * recipe.users_per_step, seed=recipe.seed)[before:]
         prompts = summary_prompts(self._users, models.summary_format)
         trainer: SummaryTrainer = WriterTrainer(
             models.writer,
@@ -151,7 +166,7 @@ class Trainers:
             self._writer_arguments(phase, folder),
             conversations=[prompt.messages for prompt in prompts],
             names=[prompt.user.user_id for prompt in prompts],
-            order=order,
+            order=order_of(recipe, phase, len(self._users)),
             parse=lambda place, reply, cut: models.summary_format.parse(prompts[place], reply, truncated=cut),
             reward=self._reward(update),
             rollouts=rollouts,
@@ -174,10 +189,9 @@ class Trainers:
         recipe, generator = self._recipe, self._recipe.generator
         scorer = self._models.scorer
         assert isinstance(scorer, PairScorer), "a served generator is not trained"
-        # As many pairs as in a joint step, where the generator is trained on one pair under each summary.
         items, spent = self._contexts.training_pairs(
             self._users,
-            phase.steps * recipe.users_per_step * recipe.writer.num_generations,
+            order_of(recipe, phase, len(self._users)),
             self._reference,
             temperature=recipe.writer.temperature,
             phase=phase.name,

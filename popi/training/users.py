@@ -33,9 +33,10 @@ class UserSplit:
     held_out: Sequence[PersonalizationExample]
     left_out: dict[str, int]
 
-    def pairs(self) -> list[HeldOutPair]:
-        """All pairs of all users."""
-        return [pair for example in (*self.train, *self.held_out) for pair in example.tests]
+    def pairs(self, visited: Iterable[int]) -> list[HeldOutPair]:
+        """The pairs of the held-out users, and of the training users at these places."""
+        users = [*(self.train[place] for place in sorted(visited)), *self.held_out]
+        return [pair for example in users for pair in example.tests]
 
     def digest(self) -> str:
         """Identifies the users by all of their data, 16 hex digits."""

@@ -364,6 +364,15 @@ def test_other_signals_are_other_data(recipe, users, tmp_path):
         train(resolved, tmp_path / "run")
 
 
+def test_only_pairs_that_the_run_uses_have_a_reference(recipe, tmp_path, caplog):
+    caplog.set_level("INFO", logger="popi")
+    train(recipe(steps=1), tmp_path / "run")
+    stored = json.loads((tmp_path / "run" / "reference.json").read_text())["logps"]
+    visited, held_out, pairs_of_a_user = 2, 3, 2
+    assert len(stored) == pairs_of_a_user * (visited + held_out)
+    assert "reference: scoring 10 pairs" in caplog.text
+
+
 def test_a_damaged_checkpoint_is_skipped_for_the_one_before_it(recipe, tmp_path, caplog):
     straight = train(recipe(), tmp_path / "straight")
     with pytest.raises(Stopped):
