@@ -24,7 +24,7 @@ from popi.io import write_text
 from popi.models import fingerprint as model_fingerprint
 from popi.provenance import fingerprint_weights, now
 from popi.run_folder import METRICS, RunFolder, load_state, save_state
-from popi.training import engines
+from popi.training import engines, launcher
 from popi.training.card import joint_card
 from popi.training.checkpoints import last_complete
 from popi.training.contexts import SUMMARIES, Contexts
@@ -32,7 +32,7 @@ from popi.training.curves import draw_curves
 from popi.training.held_out import HeldOutEval, evaluate_held_out
 from popi.training.metrics import MetricsCallback
 from popi.training.models import GENERATOR, WRITER, JointModels, LoraOptions, Role
-from popi.training.ranks import Ranks
+from popi.training.ranks import Ranks, peer_failure
 from popi.training.reference import Reference
 from popi.training.rollouts import EngineRollouts, Rollouts
 from popi.training.schedule import Phase, phases_of
@@ -70,9 +70,13 @@ def run(recipe: JointRecipe, out: Path, *, source: str, report: Report) -> None:
     ranks = engines.start(recipe.engine.kind)
     try:
         _run(recipe, out, source, report, ranks)
-    except PopiError as error:
-        if not ranks.is_first_to_report(error):
-            raise SystemExit(error.exit_code) from error
+    except BaseException as error:
+        launcher.ignore()
+        # If one rank fails, all others do, and one line is enough.
+        if not isinstance(error, SystemExit) and not ranks.is_first_to_report():
+            raise SystemExit(getattr(error, "exit_code", 1)) from error
+        if ranks.count > 1 and (failure := peer_failure(error)):
+            raise failure from error
         raise
 
 
