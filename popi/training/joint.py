@@ -264,6 +264,8 @@ class _Run:
     def _train_phase(self, phase: Phase) -> None:
         folder = self._path / PHASES / phase.name
         checkpoint = self._ranks.from_first(lambda: last_complete(folder))
+        if checkpoint:
+            log.info("resuming from %s", checkpoint)
         at = int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
         self._write(lambda run: run.forget_after(phase.first + at))
         trainers = Trainers(self._recipe, self._models, self._contexts, self._users, self._reference, self._ranks)

@@ -43,7 +43,7 @@ def ignore() -> None:
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
-    # Ctrl-C in a terminal arrives twice: from the terminal, and from the launcher.
+    # A terminal and a launcher may both send it.
     ignore()
     raise KeyboardInterrupt
 

@@ -1,14 +1,16 @@
-"""``popi`` with a planted fault: the program that torchrun starts in tests of faults, and the functions that start it."""
+"""``popi`` with a planted fault: the program that torchrun starts in tests of faults, and what starts it."""
 
 from __future__ import annotations
 
 import os
+import re
 import resource
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -114,85 +116,103 @@ def plant(fault: Callable[[Any], None], step: int, mark: Path) -> None:
                 before(trainer, place, lambda self, *_: self._first + self.state.global_step + 1)
 
 
-@dataclass
+@dataclass(frozen=True)
 class Run:
     """A run that was started.
 
     Attributes:
-        process: Its launcher, which leads a process group.
+        launcher: Its launcher.
+        out: The run folder.
         mark: The file whose creation marks that the fault happened.
     """
 
-    process: subprocess.Popen[str]
+    launcher: subprocess.Popen[str]
+    out: Path
     mark: Path
 
-    def wait_for_fault(self) -> None:
-        """Waits until the fault has happened, or the run has ended."""
-        while self.process.poll() is None and not self.mark.exists():
+    def processes(self) -> list[int]:
+        """The launcher and its ranks, which have process groups of their own, as far as they have not ended."""
+        return [int(each.name) for each in Path("/proc").glob("[0-9]*") if str(self.out) in _words(each)]
+
+    def wait_until(self, condition: Callable[[], bool]) -> None:
+        """Waits for something to happen, or for the launcher to end."""
+        while self.launcher.poll() is None and not condition():
             time.sleep(0.01)
 
-    def ended(self, seconds: float = 60) -> tuple[str, float]:
-        """What all ranks said, and the seconds between the fault and the end of the last process.
+    def kill_all(self) -> None:
+        """Kills the launcher and all ranks, as a machine does that loses its power."""
+        for process in self.processes():
+            with suppress(ProcessLookupError):
+                os.kill(process, signal.SIGKILL)
+
+    def ended(self, seconds: float = 120) -> tuple[str, float]:
+        """What the launcher and all ranks said, and the seconds between the fault and the end of the last of them.
 
         Raises:
-            TimeoutError: If a process is left after ``seconds``. All of them are killed.
+            TimeoutError: If one is left after ``seconds``. All of them are killed.
         """
-        said, _ = self.process.communicate()
-        at = self.mark.stat().st_mtime if self.mark.exists() else time.time()
-        until = time.time() + seconds
-        while _alive(self.process.pid):
-            if time.time() > until:
-                os.killpg(self.process.pid, signal.SIGKILL)
-                raise TimeoutError(said)
-            time.sleep(0.02)
-        return said, time.time() - at
+        try:
+            # The ranks write to the same pipe, which is open until the last one has ended.
+            said, _ = self.launcher.communicate(timeout=seconds)
+        except subprocess.TimeoutExpired as error:
+            self.kill_all()
+            said, _ = self.launcher.communicate()
+            raise TimeoutError(said) from error
+        at = time.time()
+        assert not self.processes()
+        return said, at - self.mark.stat().st_mtime if self.mark.exists() else 0.0
 
 
-def _alive(group: int) -> bool:
+def _words(process: Path) -> list[str]:
     try:
-        os.killpg(group, 0)
-    except ProcessLookupError:
-        return False
-    return True
+        return (process / "cmdline").read_text().split("\0")
+    except OSError:
+        return []
 
 
 def start(
     recipe: Path,
     out: Path,
-    mark: Path,
     *,
     fault: Callable[[Any], None] | None = None,
     rank: int = 1,
     step: int = 2,
-    ranks: int = 2,
     **variables: str,
 ) -> Run:
-    """Starts ``popi train`` under torchrun.
+    """Starts ``popi train`` on two ranks under torchrun.
 
     Args:
         recipe: The recipe.
         out: The run folder.
-        mark: The file whose creation marks that the fault happened.
         fault: The fault.
         rank: The rank in which it happens.
         step: The step in which it happens.
-        ranks: Number of ranks.
         variables: Further variables of the environment.
     """
+    mark = out.with_name(f"{out.name}.mark")
     mark.unlink(missing_ok=True)
     if fault is not None:
         variables[FAULT] = f"{fault.__name__} {rank} {step} {mark}"
-    words = command(ranks, "tests.training.rank_faults", "train", str(recipe), "--out", str(out))
-    process = subprocess.Popen(
-        words,
+    launcher = subprocess.Popen(
+        command(2, "tests.training.rank_faults", "train", str(recipe), "--out", str(out)),
         env={**environment(), **variables},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        start_new_session=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL) and None,
+        preexec_fn=_listen_to_ctrl_c,
     )
-    return Run(process, mark)
+    return Run(launcher, out, mark)
+
+
+def _listen_to_ctrl_c() -> None:
+    """A suite in the background of a shell ignores the signal, and so would every process that it starts."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def lines_of_popi(said: str) -> list[str]:
+    """The lines that popi printed, without its progress."""
+    lines = [line for line in said.splitlines() if line.startswith("popi: ")]
+    return [line for line in lines if not re.match(r"popi: (tiny: \d|step \d|reference: |curves.png |\d+ of )", line)]
 
 
 def main() -> int:
