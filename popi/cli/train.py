@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -78,10 +79,16 @@ def train(
 
 @contextmanager
 def _resumable(folder: Path) -> Iterator[None]:
+    # Schedulers send SIGTERM.
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         yield
     except KeyboardInterrupt as error:
         raise Interrupted(f"interrupted; the same command resumes from the last checkpoint in {folder}") from error
+    finally:
+        # A rank of several has another handler.
+        if signal.getsignal(signal.SIGTERM) is signal.default_int_handler:
+            signal.signal(signal.SIGTERM, before)
 
 
 def _keep_output_clean() -> None:
