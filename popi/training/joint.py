@@ -32,7 +32,7 @@ from popi.training.curves import draw_curves
 from popi.training.held_out import HeldOutEval, evaluate_held_out
 from popi.training.metrics import MetricsCallback
 from popi.training.models import GENERATOR, WRITER, JointModels, LoraOptions, Role
-from popi.training.ranks import Ranks, peer_failure
+from popi.training.ranks import Ranks
 from popi.training.reference import Reference
 from popi.training.rollouts import EngineRollouts, Rollouts
 from popi.training.schedule import Phase, phases_of
@@ -68,16 +68,8 @@ def run(recipe: JointRecipe, out: Path, *, source: str, report: Report) -> None:
         PopiError: If another process uses the folder, the disk or the memory is full, or a loss is not finite.
     """
     ranks = engines.start(recipe.engine.kind)
-    try:
+    with launcher.reporting_once(ranks):
         _run(recipe, out, source, report, ranks)
-    except BaseException as error:
-        launcher.ignore()
-        # If one rank fails, all others do, and one line is enough.
-        if not isinstance(error, SystemExit) and not ranks.is_first_to_report():
-            raise SystemExit(getattr(error, "exit_code", 1)) from error
-        if ranks.count > 1 and (failure := peer_failure(error)):
-            raise failure from error
-        raise
 
 
 def _run(recipe: JointRecipe, out: Path, source: str, report: Report, ranks: Ranks) -> None:

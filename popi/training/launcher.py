@@ -1,14 +1,25 @@
-"""How a rank ends when its launcher ends, or tells it to end."""
+"""How ranks end: with their launcher, when it tells them to, or when one of them fails."""
 
 from __future__ import annotations
 
+import logging
 import os
+import re
 import select
 import signal
 import socket
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
+
+import torch.distributed as dist
+
+from popi.errors import PopiError
+from popi.training import ranks
+
+log = logging.getLogger(__name__)
 
 LAUNCHER_CHECK = 0.5
 """Seconds between two checks that the launcher is alive."""
@@ -35,8 +46,40 @@ def follow() -> None:
     threading.Thread(target=_watch, args=(os.getppid(), streams), name="popi-launcher", daemon=True).start()
 
 
-def ignore() -> None:
-    """Ignores further signals of the launcher, which would interrupt this rank while it ends."""
+@contextmanager
+def reporting_once(of: ranks.Ranks) -> Iterator[None]:
+    """Lets only one rank report why the ranks end: if one fails, all others lose their connection to it.
+
+    Raises:
+        SystemExit: On a rank that fails after another one has reported an error.
+        PopiError: If another rank does not answer, and has not reported an error.
+    """
+    try:
+        yield
+    except BaseException as error:
+        _ignore_signals()
+        if not isinstance(error, SystemExit) and not of.is_first_to_report():
+            raise SystemExit(getattr(error, "exit_code", 1)) from error
+        if of.count > 1 and (failure := _peer_failure(error)):
+            raise failure from error
+        raise
+
+
+def _peer_failure(error: BaseException) -> PopiError | None:
+    """The error to report in place of one that says no more than that another rank does not answer."""
+    each: BaseException | None = error
+    while each is not None:
+        if isinstance(each, dist.DistError) or (isinstance(each, RuntimeError) and "gloo" in str(each)):
+            late = re.search("timed? ?out", str(each), re.IGNORECASE)
+            minutes = ranks.TIMEOUT.total_seconds() / 60
+            what = f"did not answer for {minutes:g} minutes" if late else "ended without an error, as if it was killed"
+            return PopiError(f"another rank {what}; the same command resumes from the last checkpoint")
+        each = each.__cause__
+    return None
+
+
+def _ignore_signals() -> None:
+    # The launcher tells the others to end when the first one has ended, and would interrupt them while they do.
     for number in TOLD_TO_END:
         if signal.getsignal(number) is _interrupt:
             signal.signal(number, _ignore)
@@ -44,7 +87,7 @@ def ignore() -> None:
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
     # A terminal and a launcher may both send it.
-    ignore()
+    _ignore_signals()
     raise KeyboardInterrupt
 
 
@@ -58,5 +101,7 @@ def _watch(launcher: int, streams: tuple[socket.socket, socket.socket]) -> None:
     while os.getppid() == launcher:
         if select.select([heard], [], [], LAUNCHER_CHECK)[0] and set(heard.recv(64)) & set(TOLD_TO_END):
             time.sleep(SECONDS_TO_END)
-            break
+            os._exit(1)
+    if os.environ["RANK"] == "0":
+        log.warning("the launcher has ended; the same command resumes from the last checkpoint")
     os._exit(1)

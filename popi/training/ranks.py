@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -170,19 +169,6 @@ class Ranks:
         found = torch.tensor(values, dtype=dtype, device=device)
         dist.all_reduce(found, operation)
         return found.tolist()
-
-
-def peer_failure(error: BaseException) -> PopiError | None:
-    """The error to report in place of one that says no more than that another rank does not answer."""
-    each: BaseException | None = error
-    while each is not None:
-        if isinstance(each, dist.DistError) or (isinstance(each, RuntimeError) and "gloo" in str(each)):
-            late = re.search("timed? ?out", str(each), re.IGNORECASE)
-            minutes = TIMEOUT.total_seconds() / 60
-            what = f"did not answer for {minutes:g} minutes" if late else "ended without an error, as if it was killed"
-            return PopiError(f"another rank {what}; the same command resumes from the last checkpoint")
-        each = each.__cause__
-    return None
 
 
 ONE_RANK = Ranks()

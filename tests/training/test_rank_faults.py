@@ -3,13 +3,17 @@
 import os
 import shutil
 import signal
+import subprocess
+import sys
+import time
 
 import pytest
 
 from popi.config import load
 from popi.training.checkpoints import last_complete
+from popi.training.joint import run as train
 from tests.training.rank_faults import full_disk, hang, kill, lines_of_popi, nan_logit, slow, start
-from tests.training.rank_runs import make_inputs, same_weights, write_recipe
+from tests.training.rank_runs import environment, make_inputs, same_weights, write_recipe
 
 pytestmark = pytest.mark.slow
 
@@ -104,6 +108,35 @@ def test_zero2_and_a_damaged_checkpoint(folder, recipe, caplog):
     assert damaged.startswith(f"popi: {phase}/checkpoint-2 is damaged ({shard.relative_to(phase / 'checkpoint-2')} has")
     assert resuming == f"popi: resuming from {phase}/checkpoint-1"
     assert same_weights(out, whole)
+
+
+def test_a_damaged_checkpoint_of_one_process(folder, recipe, caplog):
+    out = folder / "single"
+
+    def stop(metrics):
+        if metrics["step"] == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(load(recipe("single")), out, source="a test", report=stop)
+    for name, newest in damaged_copies(out / "phases" / "1-both", folder / "copy"):
+        caplog.clear()
+        assert last_complete(newest.parent) == newest.with_name("checkpoint-1"), name
+        noted = [record.getMessage() for record in caplog.records]
+        assert name.name == "complete" or f"{newest} is damaged ({name} " in noted[0]
+
+
+def test_sigterm_ends_one_process_in_one_line(recipe, tmp_path):
+    out = tmp_path / "run"
+    words = [sys.executable, "-m", "popi", "train", str(recipe("single", steps=100)), "--out", str(out)]
+    with subprocess.Popen(words, env=environment(), stderr=subprocess.PIPE, text=True) as process:
+        while process.poll() is None and not (out / "metrics.jsonl").exists():
+            time.sleep(0.01)
+        process.send_signal(signal.SIGTERM)
+        _, said = process.communicate()
+    assert process.returncode == 130
+    assert said.splitlines()[-1] == f"popi: interrupted; the same command resumes from the last checkpoint in {out}"
+    assert "Traceback" not in said
 
 
 def test_ddp_and_signals(folder, recipe):
