@@ -72,7 +72,9 @@ def _peer_failure(error: BaseException) -> PopiError | None:
         if isinstance(each, dist.DistError) or (isinstance(each, RuntimeError) and "gloo" in str(each)):
             late = re.search("timed? ?out", str(each), re.IGNORECASE)
             minutes = ranks.TIMEOUT.total_seconds() / 60
-            what = f"did not answer for {minutes:g} minutes" if late else "ended without an error, as if it was killed"
+            what = (
+                f"did not answer for {minutes:.2g} minutes" if late else "ended without an error, as if it was killed"
+            )
             return PopiError(f"another rank {what}; the same command resumes from the last checkpoint")
         each = each.__cause__
     return None
