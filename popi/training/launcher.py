@@ -104,6 +104,6 @@ def _watch(launcher: int, streams: tuple[socket.socket, socket.socket]) -> None:
         if select.select([heard], [], [], LAUNCHER_CHECK)[0] and set(heard.recv(64)) & set(TOLD_TO_END):
             time.sleep(SECONDS_TO_END)
             os._exit(1)
-    if os.environ["RANK"] == "0":
+    if os.environ.get("RANK", "0") == "0":
         log.warning("the launcher has ended; the same command resumes from the last checkpoint")
     os._exit(1)
