@@ -220,6 +220,9 @@ def writing(what: Path) -> Iterator[None]:
         raise
     except (OSError, RuntimeError, SafetensorError) as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
+        if "inline_container" in reason:
+            # All that torch says of a failed write is a line of its source.
+            reason = "the disk may be full"
         raise PopiError(f"cannot write {what}: {reason}; fix this and run the same command to resume") from error
 
 

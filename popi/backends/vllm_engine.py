@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import atexit
+import logging
 import os
 import subprocess
 import sys
@@ -47,6 +48,10 @@ with environment(QUIET):
     from vllm.sampling_params import RequestOutputKind
     from vllm.v1.engine.async_llm import AsyncLLM
     from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
+
+# It prints that the engine is dead, with a traceback and among the results. The calls of this engine say so, too.
+# vLLM would reset its level.
+logging.getLogger("vllm.v1.engine.async_llm").disabled = True
 
 __all__ = [
     "Engine",

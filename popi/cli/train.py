@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from popi.cli.output import JsonFlag, note, print_json, print_records, progress, telling_log
+from popi.cli import Interrupted
+from popi.cli.output import JsonFlag, print_json, print_records, progress, telling_log
 from popi.errors import ConfigError
 
 FIGURES = {
@@ -55,9 +59,10 @@ def train(
     folder = out or Path("runs") / resolved.name
     if os.environ.get("RANK", "0") != "0":
         # The first rank reports. The others print warnings and their own errors.
-        run(resolved, folder, source=str(recipe), report=lambda metrics: None)
+        with _resumable(folder):
+            run(resolved, folder, source=str(recipe), report=lambda metrics: None)
         return
-    with telling_log(), progress(resolved.name, cost["steps"]) as shown:
+    with telling_log(), progress(resolved.name, cost["steps"]) as shown, _resumable(folder):
         done = 0
 
         def report(metrics: dict[str, Any]) -> None:
@@ -67,13 +72,23 @@ def train(
             if line := _evaluation(metrics):
                 shown.note(line)
 
-        try:
-            run(resolved, folder, source=str(recipe), report=report)
-        except KeyboardInterrupt:
-            note(f"interrupted after step {done}; the same command resumes from the last checkpoint in {folder}")
-            raise
+        run(resolved, folder, source=str(recipe), report=report)
     models = ", ".join(str(folder / name) for name in resolved.results())
     print_records([{"models": models, **cost}], json_flag=json)
+
+
+@contextmanager
+def _resumable(folder: Path) -> Iterator[None]:
+    # Schedulers send SIGTERM.
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        raise Interrupted(f"interrupted; the same command resumes from the last checkpoint in {folder}") from error
+    finally:
+        # A rank of several has another handler.
+        if signal.getsignal(signal.SIGTERM) is signal.default_int_handler:
+            signal.signal(signal.SIGTERM, before)
 
 
 def _keep_output_clean() -> None:

@@ -85,21 +85,20 @@ class CheckpointCallback(TrainerCallback):
 
 
 def last_complete(folder: Path) -> Path | None:
-    """Finds the newest complete checkpoint of a phase.
+    """Finds the newest complete checkpoint of a phase, and removes newer ones.
 
-    Checkpoints that a killed run left unfinished are removed. A damaged checkpoint, in which a file is missing or has
-    another size than when it was written, is removed with a warning. The run resumes from the one before it.
+    A killed run leaves a checkpoint unfinished, and the run resumes from the one before it. So it does, with a warning,
+    if a file of a finished checkpoint is missing or has another size than when it was written.
     """
-    found: dict[int, Path] = {}
-    for path in folder.glob("checkpoint-*"):
+    found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
+    for path in found:
         if (path / COMPLETE).exists():
             damaged = _damaged(path)
             if damaged is None:
-                found[int(path.name.rpartition("-")[2])] = path
-                continue
-            log.warning("%s is damaged (%s); resuming from the checkpoint before it", path, damaged)
+                return path
+            log.warning("%s is damaged (%s); resuming from the checkpoint before it, if any", path, damaged)
         shutil.rmtree(path)
-    return found[max(found)] if found else None
+    return None
 
 
 def _sizes(folder: Path) -> dict[str, int]:

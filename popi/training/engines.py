@@ -5,12 +5,9 @@ from __future__ import annotations
 import atexit
 import os
 import socket
-import sys
-import threading
-import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -20,6 +17,7 @@ from accelerate.state import AcceleratorState
 from torch import nn
 
 from popi.errors import ConfigError, MissingExtra
+from popi.training import launcher, ranks
 from popi.training.precision import Precision
 from popi.training.ranks import Ranks
 
@@ -30,10 +28,6 @@ Offload = Literal["none", "optimizer", "parameters"]
 
 SEVERAL_GPUS = "make one visible (CUDA_VISIBLE_DEVICES=0 popi train ...), or set engine.kind and use torchrun"
 SEVERAL_PROCESSES = "set engine.kind to ddp, zero1, zero2 or zero3, or start popi train without torchrun"
-
-
-LAUNCHER_CHECK = 0.5
-"""Seconds between two checks that the launcher is alive."""
 
 
 def stage_of(kind: Kind) -> int:
@@ -62,20 +56,20 @@ def start(kind: Kind) -> Ranks:
     # The threads of a process group must end before the libraries that they use.
     atexit.register(_leave)
     if "LOCAL_RANK" in os.environ:
-        threading.Thread(target=_end_with, args=(os.getppid(),), name="popi-launcher", daemon=True).start()
+        launcher.follow()
     if stage_of(kind):
         _start_deepspeed(on_gpu=on_gpu)
     elif on_gpu:
-        PartialState()
+        PartialState(timeout=ranks.TIMEOUT)
     else:
         # accelerate calls the device cpu:0, which torch.load refuses as the place of an optimizer's state.
-        PartialState(cpu=True).device = torch.device("cpu")
+        PartialState(cpu=True, timeout=ranks.TIMEOUT).device = torch.device("cpu")
     return Ranks(lockstep=stage_of(kind) > 0)
 
 
 def _start_deepspeed(*, on_gpu: bool) -> None:
     try:
-        import deepspeed  # noqa: F401
+        import deepspeed.ops
     except ImportError as error:
         raise MissingExtra("DeepSpeed", "train") from error
     # Without a launcher, there is one rank.
@@ -90,18 +84,12 @@ def _start_deepspeed(*, on_gpu: bool) -> None:
     os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
     os.environ.pop("ACCELERATE_USE_CPU", None)
     if on_gpu:
-        PartialState()
+        PartialState(timeout=ranks.TIMEOUT)
     else:
-        # DeepSpeed prints that it has compiled its operators, among the results of the command.
-        with redirect_stdout(sys.stderr):
-            PartialState(backend="gloo")
-
-
-def _end_with(launcher: int) -> None:
-    """Ends this process after its launcher. It would keep the run locked, and wait half an hour for the other ranks."""
-    while os.getppid() == launcher:
-        time.sleep(LAUNCHER_CHECK)
-    os._exit(1)
+        # An operator for inference. DeepSpeed would compile it for half a minute, and a rank whose peer ends while it
+        # is set up would wait in it for ever, without a way to be interrupted.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        PartialState(backend="gloo", timeout=ranks.TIMEOUT)
 
 
 def _leave() -> None:

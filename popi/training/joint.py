@@ -23,7 +23,7 @@ from popi.errors import BackendError, ConfigError, InputError, MissingExtra, Pop
 from popi.io import write_text
 from popi.provenance import now
 from popi.run_folder import METRICS, RunFolder, load_state, save_state
-from popi.training import engines
+from popi.training import engines, launcher
 from popi.training.card import joint_card
 from popi.training.checkpoints import last_complete
 from popi.training.contexts import SUMMARIES, Contexts
@@ -68,12 +68,8 @@ def run(recipe: JointRecipe, out: Path, *, source: str, report: Report) -> None:
         PopiError: If another process uses the folder, the disk or the memory is full, or a loss is not finite.
     """
     ranks = engines.start(recipe.engine.kind)
-    try:
+    with launcher.reporting_once(ranks):
         _run(recipe, out, source, report, ranks)
-    except PopiError as error:
-        if not ranks.is_first_to_report(error):
-            raise SystemExit(error.exit_code) from error
-        raise
 
 
 def _run(recipe: JointRecipe, out: Path, source: str, report: Report, ranks: Ranks) -> None:
@@ -274,6 +270,8 @@ class _Run:
     def _train_phase(self, phase: Phase) -> None:
         folder = self._path / PHASES / phase.name
         checkpoint = self._ranks.from_first(lambda: last_complete(folder))
+        if checkpoint:
+            log.info("resuming from %s", checkpoint)
         at = int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
         self._write(lambda run: run.forget_after(phase.first + at))
         trainers = Trainers(self._recipe, self._models, self._contexts, self._users, self._reference, self._ranks)

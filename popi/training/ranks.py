@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -15,6 +15,9 @@ from popi.engine.trees import TokenTree
 from popi.errors import PopiError
 
 T = TypeVar("T")
+
+TIMEOUT = timedelta(minutes=30)
+"""How long a rank waits for another one. Ranks may differ in speed, so it is much longer than a step."""
 
 
 class Ranks:
@@ -94,13 +97,14 @@ class Ranks:
         dist.all_gather_object(parts, list(found))
         return [part[place] for place in range(max(map(len, parts))) for part in parts if place < len(part)]
 
-    def is_first_to_report(self, error: Exception) -> bool:
-        """Whether no other rank has reported this error. Not collective, because ranks fail at different times."""
+    def is_first_to_report(self) -> bool:
+        """Whether no other rank has reported an error. Not collective, because ranks fail at different times."""
         if self.count == 1:
             return True
-        store = dist.distributed_c10d._get_default_store()
-        digest = hashlib.sha256(str(error).encode("utf-8", "surrogatepass")).hexdigest()[:16]
-        return int(store.add(f"popi/error/{digest}", 1)) == 1
+        try:
+            return int(dist.distributed_c10d._get_default_store().add("popi/reported", 1)) == 1
+        except dist.DistError:  # the process that holds the store has ended
+            return True
 
     def total(self, value: float) -> float:
         """The sum of a value over the ranks."""

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import math
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, wait
+from typing import Generic
 
 import numpy as np
 import torch
@@ -18,6 +22,40 @@ from popi.training.ranks import ONE_RANK, Ranks
 from popi.training.reference import Reference
 from popi.training.scoring import ConditionedPair, PairScorer, Scorer
 from popi.training.updates import GeneratorUpdate
+from popi.training.writer import Rewarded, RewardFn
+
+
+class Deadline(Generic[Rewarded]):
+    """Calls a reward function that may hang, such as one that asks a server. It must not train a model.
+
+    If it does not return in time, no reply of the call is scored, and training goes on. The call is left to its thread,
+    since nothing can end it.
+
+    Args:
+        reward: The reward function.
+        seconds: Seconds until a call is given up.
+    """
+
+    def __init__(self, reward: RewardFn[Rewarded], seconds: float) -> None:
+        self._reward, self._seconds = reward, seconds
+
+    def __call__(
+        self, users: Sequence[int], replies: Sequence[Rewarded], step: int
+    ) -> tuple[list[float], dict[str, float]]:
+        """Rewards each reply; see :class:`RewardFn`. The metric ``rewards/timeouts`` is the share of late calls."""
+        found: Future[tuple[list[float], dict[str, float]]] = Future()
+
+        def call() -> None:
+            try:
+                found.set_result(self._reward(users, replies, step))
+            except BaseException as error:
+                found.set_exception(error)
+
+        threading.Thread(target=call, name="popi-reward", daemon=True).start()
+        if not wait([found], timeout=self._seconds).done:
+            return [math.nan] * len(replies), {"rewards/timeouts": 1.0}
+        rewards, metrics = found.result()
+        return rewards, {**metrics, "rewards/timeouts": 0.0}
 
 
 class PairReward:

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from popi.backends.vllm import VLLMBackend
 from popi.engine.decoding import Completion
+from popi.errors import BackendError, PopiError
 from popi.run_folder import save_weights
 from popi.training.rollouts import Rollouts
 
@@ -107,11 +108,17 @@ class VLLMRollouts(Rollouts):
 
         Raises:
             ArithmeticError: If a log-probability is not finite.
-            BackendError: If vLLM has ended.
+            PopiError: If vLLM has ended.
         """
-        completions = asyncio.run(
-            self._sample(prompts, seeds=seeds, max_tokens=max_tokens, temperature=temperature, top_p=top_p)
-        )
+        try:
+            completions = asyncio.run(
+                self._sample(prompts, seeds=seeds, max_tokens=max_tokens, temperature=temperature, top_p=top_p)
+            )
+        except BackendError as error:
+            if error.failure != "unreachable":
+                raise
+            message = "vLLM, which samples the summaries, has ended; the same command resumes from the last checkpoint"
+            raise PopiError(message) from error
         if not all(map(math.isfinite, chain.from_iterable(completion.logprobs for completion in completions))):
             raise ArithmeticError("the log-probabilities of vLLM are not finite")
         return completions

@@ -52,7 +52,8 @@ class RewardFn(Protocol[Rewarded]):
             step: Number of steps of the run so far.
 
         Returns:
-            A reward for each reply, in nats, and the metrics of the step.
+            A reward for each reply, in nats, and the metrics of the step. If it is NaN, the reply was not scored: it
+            gets no advantage, and does not count for its group.
         """
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from multiprocessing import active_children
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +115,26 @@ def test_weights_that_vllm_did_not_take_end_the_run(tmp_path: Path, monkeypatch:
     with pytest.raises(PopiError, match=says):
         trained(tmp_path / "stale", learning_rate=1e-3, **VLLM)
     assert len((tmp_path / "stale" / "run" / "metrics.jsonl").read_text().splitlines()) == 1
+
+
+def test_an_engine_that_is_killed_ends_the_run_and_the_next_start_resumes_it(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def kill(metrics: dict[str, Any]) -> None:
+        if metrics["step"] == 2:
+            [engine] = active_children()
+            engine.kill()
+
+    resolved, out = recipe(tmp_path, **VLLM).model_copy(update={"checkpoint_every": 1}), tmp_path / "run"
+    with pytest.raises(PopiError, match=r"^vLLM, which samples the summaries, has ended; the same command resumes"):
+        run(resolved, out, source="a test", report=kill)
+    assert "Traceback" not in "".join(capfd.readouterr())
+    assert not active_children()
+    assert not list(Path("/dev/shm").glob("popi-*"))
+    steps: list[int] = []
+    run(resolved, out, source="a test", report=lambda metrics: steps.append(metrics["step"]))
+    assert steps == [3]
+    assert (out / "writer").exists()
 
 
 def test_weights_that_do_not_fit_into_shared_memory_go_elsewhere() -> None:
