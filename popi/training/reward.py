@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import math
-import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, wait
-from typing import Generic
 
 import numpy as np
 import torch
@@ -22,40 +18,6 @@ from popi.training.ranks import ONE_RANK, Ranks
 from popi.training.reference import Reference
 from popi.training.scoring import ConditionedPair, PairScorer, Scorer
 from popi.training.updates import GeneratorUpdate
-from popi.training.writer import Rewarded, RewardFn
-
-
-class Deadline(Generic[Rewarded]):
-    """Calls a reward function that may hang, such as one that asks a server. It must not train a model.
-
-    If it does not return in time, no reply of the call is scored, and training goes on. The call is left to its thread,
-    since nothing can end it.
-
-    Args:
-        reward: The reward function.
-        seconds: Seconds until a call is given up.
-    """
-
-    def __init__(self, reward: RewardFn[Rewarded], seconds: float) -> None:
-        self._reward, self._seconds = reward, seconds
-
-    def __call__(
-        self, users: Sequence[int], replies: Sequence[Rewarded], step: int
-    ) -> tuple[list[float], dict[str, float]]:
-        """Rewards each reply; see :class:`RewardFn`. The metric ``rewards/timeouts`` is the share of late calls."""
-        found: Future[tuple[list[float], dict[str, float]]] = Future()
-
-        def call() -> None:
-            try:
-                found.set_result(self._reward(users, replies, step))
-            except BaseException as error:
-                found.set_exception(error)
-
-        threading.Thread(target=call, name="popi-reward", daemon=True).start()
-        if not wait([found], timeout=self._seconds).done:
-            return [math.nan] * len(replies), {"rewards/timeouts": 1.0}
-        rewards, metrics = found.result()
-        return rewards, {**metrics, "rewards/timeouts": 0.0}
 
 
 class PairReward:
@@ -64,7 +26,8 @@ class PairReward:
     All summaries of a user in a step are scored on the same pairs. If the generator is trained, it is trained on one of
     these pairs under each summary: scoring a pair costs a third of training on it.
 
-    A reply that is not a summary gets the reward of the summary that says "not enough evidence".
+    A reply that is not a summary gets the reward of the summary that says "not enough evidence". Pairs that a served
+    generator could not score are left out. A summary without any other pair has no reward, and no advantage.
 
     Args:
         scorer: Scores with the generator.
@@ -120,20 +83,27 @@ class PairReward:
             for summary, pairs in zip(summaries, chosen, strict=True)
             for pair in pairs
         ]
-        ratios = self._score(items, _trained(users, chosen))
-        loss = self._loss(ratios.margins_N, self._beta).mean().item()
+        ratios, scored = self._score(items, _trained(users, chosen))
+        is_scored_N = torch.tensor(scored)
+        there = LogRatios(ratios.chosen_N[is_scored_N], ratios.rejected_N[is_scored_N])
+        loss = self._loss(there.margins_N, self._beta).mean().item()
         metrics = {
-            **self._ranks.mean(pair_metrics(ratios, self._beta, loss), weight=len(items)),
-            **self._ranks.mean(_summary_metrics(replies, summaries)),
+            **self._ranks.mean(pair_metrics(there, self._beta, loss), weight=len(there.margins_N)),
+            **self._ranks.mean(
+                {**_summary_metrics(replies, summaries), "rewards/failed": 1 - sum(scored) / len(scored)}
+            ),
             "tokens/scoring": self._ranks.total(self._scorer.tokens_read - read),
         }
         check_finite("the loss", metrics["generator/loss"], step)
         if self._update is not None and (norm := self._update.step(step)) is not None:
             metrics["generator/grad_norm"] = norm
-        losses = self._loss(ratios.margins_N, self._reward_beta).split([len(pairs) for pairs in chosen])
-        return [self._reward(part, summary) for part, summary in zip(losses, summaries, strict=True)], metrics
+        counts = [len(pairs) for pairs in chosen]
+        losses = self._loss(ratios.margins_N, self._reward_beta).split(counts)
+        parts = zip(losses, is_scored_N.split(counts), summaries, strict=True)
+        return [self._reward(losses_P[scored_P], summary) for losses_P, scored_P, summary in parts], metrics
 
     def _reward(self, losses_P: torch.Tensor, summary: PreferenceSummary) -> float:
+        """The reward of a summary from those of its pairs that were scored; NaN if none was."""
         tokens = torch.tensor(float(self._count_tokens(summary.text)))
         return rewards(losses_P, tokens, self._length_penalty).item()
 
@@ -143,17 +113,23 @@ class PairReward:
         rng = np.random.default_rng(seed_of(self._seed, "pairs", step, user))
         return [pairs[place] for place in rng.permutation(len(pairs))[: self._count]]
 
-    def _score(self, items: Sequence[ConditionedPair], trained: Sequence[int]) -> LogRatios:
-        """Scores the items, and accumulates the gradient of the mean loss of those that the generator is trained on."""
+    def _score(self, items: Sequence[ConditionedPair], trained: Sequence[int]) -> tuple[LogRatios, list[bool]]:
+        """Scores the items, and accumulates the gradient of the mean loss of those that the generator is trained on.
+
+        Also returns which items were scored.
+        """
+        scored = [True] * len(items)
         ratios_2_N = torch.zeros(2, len(items), dtype=torch.float64)
         trained = trained if self._update is not None else []
         for places, found in self._train([items[place] for place in trained]):
             at = [trained[place] for place in places]
             ratios_2_N[:, at] = torch.stack([found.chosen_N, found.rejected_N]).detach().cpu()
         others = sorted(set(range(len(items))) - set(trained))
-        found = self._scorer.ratios([items[place] for place in others])
+        found, known = self._scorer.try_ratios([items[place] for place in others])
         ratios_2_N[:, others] = torch.stack([found.chosen_N, found.rejected_N])
-        return LogRatios(*ratios_2_N)
+        for place, is_known in zip(others, known, strict=True):
+            scored[place] = is_known
+        return LogRatios(*ratios_2_N), scored
 
     def _train(self, items: Sequence[ConditionedPair]) -> Iterator[tuple[list[int], LogRatios]]:
         if self._update is None:

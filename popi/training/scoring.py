@@ -73,6 +73,9 @@ class Scorer(Protocol):
     def ratios(self, items: Sequence[ConditionedPair]) -> LogRatios:
         """Scores all items without gradients, in order; double precision, on the CPU."""
 
+    def try_ratios(self, items: Sequence[ConditionedPair]) -> tuple[LogRatios, list[bool]]:
+        """Scores the items, some of which may fail. Also returns which of them were scored."""
+
     def close(self) -> None:
         """Frees what the scorer holds."""
 
@@ -182,6 +185,10 @@ class PairScorer:
             places, ratios = compute()
             chosen[places], rejected[places] = ratios.chosen_N.cpu(), ratios.rejected_N.cpu()
         return LogRatios(chosen, rejected)
+
+    def try_ratios(self, items: Sequence[ConditionedPair]) -> tuple[LogRatios, list[bool]]:
+        """See :class:`Scorer`. All items are scored."""
+        return self.ratios(items), [True] * len(items)
 
     def close(self) -> None:
         """Does nothing: the model belongs to the run."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Sequence
 
 import torch
@@ -43,6 +44,7 @@ class ServedScorer:
         self._backend = backend
         # A client's connections belong to its event loop.
         self._loop = asyncio.Runner()
+        self._failure = BackendError("cannot score a pair")
         self.format, self.reduction, self.tokens_read = format, reduction, 0
 
     def check(
@@ -56,6 +58,17 @@ class ServedScorer:
         Raises:
             BackendError: If a response cannot be scored.
         """
+        found, scored = self.try_ratios(items)
+        if not all(scored):
+            raise self._failure
+        return found
+
+    def try_ratios(self, items: Sequence[ConditionedPair]) -> tuple[LogRatios, list[bool]]:
+        """Scores the items, and returns which of them were scored. The ratios of the others are NaN.
+
+        Raises:
+            BackendError: If no item was scored.
+        """
         requests = [
             ScoreRequest(self.format.render(item.pair.prompt, item.interface), response)
             for item in items
@@ -66,7 +79,11 @@ class ServedScorer:
             scores += self._loop.run(self._backend.score(requests[start : start + AT_ONCE]))
         logps_N_2 = torch.tensor([self._reduced(score) for score in scores], dtype=torch.float64).view(-1, 2)
         references_N_2 = torch.tensor([item.reference for item in items], dtype=torch.float64).view(-1, 2)
-        return LogRatios(*(logps_N_2 - references_N_2).unbind(dim=1))
+        ratios = LogRatios(*(logps_N_2 - references_N_2).unbind(dim=1))
+        scored = ratios.margins_N.isfinite().tolist()
+        if items and not any(scored):
+            raise self._failure
+        return ratios, scored
 
     def close(self) -> None:
         """Closes the backend."""
@@ -75,6 +92,7 @@ class ServedScorer:
 
     def _reduced(self, score: ScoreResult) -> float:
         if score.error is not None:
-            raise BackendError(f"cannot score a pair: {score.error}", failure=score.failure)
+            self._failure = BackendError(f"cannot score a pair: {score.error}", failure=score.failure)
+            return math.nan
         self.tokens_read += score.prompt_tokens + score.tokens
         return score.logprob if self.reduction == "sum" else score.logprob / score.tokens

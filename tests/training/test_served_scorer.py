@@ -1,5 +1,6 @@
 """A generator behind a backend scores as the same model in this process, and the writer is trained the same."""
 
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +14,8 @@ from popi.testing import ScriptedBackend
 from popi.training import joint
 from popi.training.joint import run
 from popi.training.models import JointModels, Role
+from popi.training.reference import Reference, reference_key
+from popi.training.reward import PairReward
 from popi.training.scoring import ConditionedPair, PairLogps
 from popi.training.served_scorer import ServedScorer
 from tests.servers import KEY, SERVED
@@ -67,6 +70,36 @@ def test_a_response_that_cannot_be_scored_ends_the_run(tmp_path):
     pair = HeldOutPair(prompt="Why?", chosen="So.", rejected="No.")
     with pytest.raises(BackendError, match="cannot score a pair: too long"):
         scorer.ratios([ConditionedPair(None, pair, PairLogps(0.0, 0.0))])
+
+
+def test_pairs_that_cannot_be_scored_are_left_out_of_the_reward_and_counted():
+    pairs = [
+        HeldOutPair(prompt="Why?", chosen=chosen, rejected="No.") for chosen in ("So.", "far too long " * 90, "Yes.")
+    ]
+    backend = ScriptedBackend(context_length=200)
+    reference = Reference({reference_key(pair): PairLogps(-1.0, -2.0) for pair in pairs})
+
+    def rewarded(tests):
+        reward = PairReward(
+            ServedScorer(backend, answer_format()),
+            tests,
+            reference,
+            loss="dpo",
+            beta=1.0,
+            reward_beta=1.0,
+            pairs_per_summary=3,
+            length_penalty=0.0,
+            count_tokens=len,
+            seed=0,
+        )
+        return reward([0, 1], [summary("- short"), summary("- long")], 0)
+
+    rewards, metrics = rewarded([pairs, pairs[1:2]])
+    [expected, _], clean = rewarded([[pairs[0], pairs[2]], pairs[:1]])
+    assert rewards[0] == pytest.approx(expected) and math.isnan(rewards[1])
+    assert (metrics["rewards/failed"], clean["rewards/failed"]) == (0.5, 0.0)
+    with pytest.raises(BackendError, match="cannot score a pair: too long"):
+        rewarded([pairs[1:2], pairs[1:2]])
 
 
 @pytest.mark.parametrize("changes", [{"train": "both"}, {"train": "writer", "generator.lora": {"rank": 2}}], ids=str)

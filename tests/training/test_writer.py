@@ -1,8 +1,5 @@
 """The parts behind the seams of TRL have the results of its own."""
 
-import threading
-import time
-
 import pytest
 import torch
 
@@ -11,7 +8,6 @@ from popi.engine.checks import verify
 from popi.errors import InputError, PopiError
 from popi.prompts import DEFAULT
 from popi.testing import tiny_model
-from popi.training.reward import Deadline
 
 pytestmark = pytest.mark.slow
 
@@ -149,37 +145,6 @@ def test_the_reward_function_gets_the_step_of_the_run(trainer):
     trainer._first, trainer.state.global_step = 4, 2
     trainer._reward(trainer._chat.encode(["- likes lists"]), user=[0])
     assert steps == [6]
-
-
-def test_a_reward_that_hangs_costs_a_step_its_advantages_and_is_counted(trainer, capfd):
-    hangs, asked = threading.Event(), []
-
-    def reward(users, replies, step):
-        asked.append(step)
-        if step == 0:
-            hangs.wait()
-        return [float(len(reply)) for _, reply, _ in replies], {"mine": 1.0}
-
-    trainer._reward_fn = Deadline(reward, 0.5)
-    began = time.monotonic()
-    late = batch(trainer)
-    assert time.monotonic() - began < 10
-    assert not late["advantages"].any()
-    assert trainer._metrics["train"]["rewards/timeouts"] == [1.0]
-    trainer.state.global_step = 1
-    assert batch(trainer)["advantages"].any()
-    assert trainer._metrics["train"]["rewards/timeouts"] == [1.0, 0.0]
-    assert (trainer._metrics["train"]["mine"], asked) == ([1.0], [0, 1])
-    hangs.set()
-    assert "All reward functions" not in capfd.readouterr().err
-
-
-def test_an_error_of_a_reward_with_a_deadline_is_raised(trainer):
-    def reward(users, replies, step):
-        raise PopiError("the scorer said no")
-
-    with pytest.raises(PopiError, match="the scorer said no"):
-        Deadline(reward, 60)([0], ["a"], 0)
 
 
 def test_a_reply_that_was_not_scored_does_not_count_for_its_group(trainer):
