@@ -84,7 +84,7 @@ DEFAULTS = {
     "worker_extension_cls": vllm_worker.NAME,
 }
 
-SECONDS_TO_END = 2.0
+SECONDS_TO_END, SECONDS_BETWEEN_CHECKS = 2.0, 1.0
 
 GUARD = "import os, signal, sys; sys.stdin.read(); os.kill(int(sys.argv[1]), signal.SIGKILL)"
 """vLLM's engine does not notice that its parent process has ended."""
@@ -225,13 +225,13 @@ class Engine:
             self._open.clear()
             try:
                 await self._idle.wait()
-                await self._llm.pause_generation(mode="wait")
+                await self._while_alive(self._llm.pause_generation(mode="wait"))
                 self._half_loaded = f"the weights in {folder} were not loaded, and the previous ones are lost"
                 try:
-                    await self._llm.collective_rpc("take_weights", args=(folder,))
+                    await self._while_alive(self._llm.collective_rpc("take_weights", args=(folder,)))
                     self._half_loaded, self.weights = "", fingerprint_files(Path(folder)) or ""
                 finally:
-                    await self._llm.resume_generation()
+                    await self._while_alive(self._llm.resume_generation())
             except EngineDeadError as error:
                 raise BackendError(f"the engine is dead: {error.__cause__ or error}", failure="unreachable") from error
             # Errors in the engine's process arrive as plain exceptions.
@@ -239,6 +239,21 @@ class Engine:
                 raise ModelError(f"the engine cannot load the weights in {folder}: {error}") from error
             finally:
                 self._open.set()
+
+    async def _while_alive(self, request: Coroutine[Any, Any, object]) -> None:
+        """Waits for a request. vLLM would wait forever if its process ended in the meantime.
+
+        Raises:
+            EngineDeadError: If it has ended.
+        """
+        task = asyncio.ensure_future(request)
+        try:
+            while not (await asyncio.wait({task}, timeout=SECONDS_BETWEEN_CHECKS))[0]:
+                if self._llm.errored:
+                    raise EngineDeadError
+            await task
+        finally:
+            task.cancel()
 
     def shut_down(self) -> None:
         """Ends the engine and its process. May be called more than once."""

@@ -48,6 +48,18 @@ class Lora(Section):
     targets: Literal["all-linear"] | list[str] = "all-linear"
 
 
+class RolloutServer(Section):
+    """A vLLM server that samples the summaries.
+
+    Attributes:
+        url: The base URL of its API.
+        key: Name of the environment variable with the API key; ``None`` for a server that needs none.
+    """
+
+    url: str
+    key: str | None = None
+
+
 class Writer(Section):
     """The preference-inference model and its reinforcement learning. The defaults are those of POPI as released.
 
@@ -63,6 +75,8 @@ class Writer(Section):
         max_tokens: Maximum number of tokens of a summary.
         rollouts: What samples the summaries. ``engine`` samples in the process of the training. ``vllm-colocate``
             starts vLLM beside each rank, on the same device, and copies the weights to it before each step.
+            ``vllm-server`` uses a running vLLM server.
+        server: The vLLM server.
         cache_gib: Memory of vLLM for keys and values, in GiB. ``None`` leaves it to vLLM, which takes most of a GPU.
         beta: Beta of the objective in the reward. ``None`` takes that of the generator. A small beta gives a less noisy
             reward, but a generator learns to rank answers with a larger one (docs/log.md).
@@ -82,7 +96,8 @@ class Writer(Section):
     num_generations: int = Field(default=8, ge=2)
     temperature: PositiveFloat = 0.6
     max_tokens: PositiveInt = 2048
-    rollouts: Literal["engine", "vllm-colocate"] = "engine"
+    rollouts: Literal["engine", "vllm-colocate", "vllm-server"] = "engine"
+    server: RolloutServer | None = None
     cache_gib: PositiveFloat | None = None
     beta: PositiveFloat | None = None
     scale_by_std: bool = False
@@ -93,8 +108,10 @@ class Writer(Section):
 
     @model_validator(mode="after")
     def _fits_rollouts(self) -> Writer:
-        if self.cache_gib is not None and self.rollouts == "engine":
+        if self.cache_gib is not None and self.rollouts != "vllm-colocate":
             raise ValueError("cache_gib needs rollouts: vllm-colocate")
+        if (self.server is None) == (self.rollouts == "vllm-server"):
+            raise ValueError("rollouts: vllm-server needs a server, such as server: {url: http://127.0.0.1:8000/v1}")
         return self
 
 

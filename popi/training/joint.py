@@ -30,11 +30,11 @@ from popi.training.contexts import SUMMARIES, Contexts
 from popi.training.curves import draw_curves
 from popi.training.held_out import HeldOutEval, evaluate_held_out
 from popi.training.metrics import MetricsCallback
-from popi.training.models import WRITER, JointModels, LoraOptions, Role
+from popi.training.models import JointModels, LoraOptions, Role
 from popi.training.precision import resolve
 from popi.training.ranks import Ranks
 from popi.training.reference import Reference
-from popi.training.rollouts import EngineRollouts, Rollouts
+from popi.training.samplers import make_rollouts
 from popi.training.schedule import Phase, phases_of
 from popi.training.trainers import PhaseTraining, Trainers, order_of, precision_of
 from popi.training.users import UserSplit, generate_users, read_users
@@ -280,34 +280,13 @@ class _Run:
             if phase.kind == "generator":
                 self._training = trainers.generator(phase, folder, metrics)
             else:
-                rollouts = stack.enter_context(closing(self._rollouts()))
+                sampler = make_rollouts(self._recipe, self._models, self._path, self._ranks)
+                rollouts = stack.enter_context(closing(sampler))
                 self._training = trainers.writer(phase, folder, rollouts, metrics)
             self._training.fit(checkpoint, deepspeed=self._stage > 0)
 
     def _wrappers(self) -> list[nn.Module]:
         return [] if self._training is None else self._training.wrappers()
-
-    def _rollouts(self) -> Rollouts:
-        models, writer = self._models, self._recipe.writer
-        if writer.rollouts == "engine":
-            abilities = models.writer_backend.abilities
-            return EngineRollouts(
-                models.writer,
-                abilities=abilities,
-                batch_tokens=self._recipe.batch_tokens,
-                within=models.computing(WRITER),
-            )
-        try:
-            from popi.training.vllm_rollouts import VLLMRollouts
-        except ImportError as error:
-            raise MissingExtra("vllm", "vllm") from error
-        return VLLMRollouts(
-            models.writer,
-            models.writer_tokenizer,
-            half=resolve(self._recipe.precision) != "float32",
-            weights=partial(models.merged, WRITER),
-            cache_gib=writer.cache_gib,
-        )
 
     def _metrics_callback(self, phase: Phase, before: Mapping[str, float]) -> MetricsCallback:
         every = self._recipe.evaluate_every

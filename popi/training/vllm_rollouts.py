@@ -5,36 +5,21 @@ from __future__ import annotations
 import asyncio
 import math
 import os
-import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from popi.backends.vllm import VLLMBackend
 from popi.engine.decoding import Completion
 from popi.errors import BackendError, PopiError
-from popi.run_folder import save_weights
 from popi.training.rollouts import Rollouts
+from popi.training.snapshots import TOLERANCE, TOLERANCE_OF_HALF, Snapshot, Weights
 
-SHARED_MEMORY, DEVICES = Path("/dev/shm"), "CUDA_VISIBLE_DEVICES"
-
-# A float32 engine differs from the policy by the order of its sums. bfloat16 has eight bits of precision.
-TOLERANCE, TOLERANCE_OF_HALF = 1e-3, 5e-2
-
-
-def shared_memory(size: int) -> Path | None:
-    """The folder of shared memory, or ``None`` if it has no room for two copies of ``size`` bytes.
-
-    A container often has 64 MiB of it. While weights are replaced, the earlier ones may still be there.
-    """
-    return SHARED_MEMORY if SHARED_MEMORY.is_dir() and shutil.disk_usage(SHARED_MEMORY).free >= 2 * size else None
+DEVICES = "CUDA_VISIBLE_DEVICES"
 
 
 @contextmanager
@@ -57,9 +42,7 @@ def _own_device() -> Iterator[None]:
 class VLLMRollouts(Rollouts):
     """Samples with vLLM, which gets the current weights of the policy before each call.
 
-    The weights are written to shared memory, or to the temporary folder if they do not fit there. vLLM reads them from
-    there. On a CPU, the samples are those of
-    :class:`popi.training.rollouts.EngineRollouts`, except where rounding decides.
+    On a CPU, the samples are those of :class:`popi.training.rollouts.EngineRollouts`, except where rounding decides.
 
     Args:
         model: The policy.
@@ -78,26 +61,23 @@ class VLLMRollouts(Rollouts):
         tokenizer: PreTrainedTokenizerBase,
         *,
         half: bool = False,
-        weights: Callable[[], Mapping[str, Tensor] | None] = lambda: None,
+        weights: Weights = lambda: None,
         cache_gib: float | None = None,
     ) -> None:
-        self._model, self._weights = model, weights
-        size = sum(weights.numel() * weights.element_size() for weights in model.state_dict().values())
-        self._folder = TemporaryDirectory(prefix="popi-", dir=shared_memory(size))
+        self._snapshot = Snapshot(model, tokenizer, weights)
         try:
-            tokenizer.save_pretrained(self._folder.name)
-            self._save()
+            self._snapshot.write()
             # TRL compares the log-probabilities with those of the policy at the sampling temperature.
             options = {"logprobs_mode": "processed_logprobs"}
             with _own_device():
                 self._backend = VLLMBackend(
-                    self._folder.name,
+                    str(self._snapshot.path),
                     dtype="bfloat16" if half else "float32",
                     cache_gib=cache_gib,
                     options=options,
                 )
         except BaseException:
-            self._folder.cleanup()
+            self._snapshot.close()
             raise
         self.tolerance = TOLERANCE_OF_HALF if half else TOLERANCE
 
@@ -124,19 +104,11 @@ class VLLMRollouts(Rollouts):
         return completions
 
     async def _sample(self, prompts: Sequence[list[int]], **options: Any) -> list[Completion]:
-        self._save()
-        await self._backend.update_weights(Path(self._folder.name))
+        self._snapshot.write()
+        await self._backend.update_weights(self._snapshot.path)
         return await self._backend.sample(prompts, **options)
-
-    def _save(self) -> None:
-        # transformers writes on the first rank only, and every rank has a vLLM of its own.
-        self._model.should_save_on_this_rank = lambda is_main_process: True  # type: ignore[method-assign]
-        try:
-            save_weights(self._model, self._folder.name, self._weights())
-        finally:
-            del self._model.should_save_on_this_rank
 
     def close(self) -> None:
         """Ends vLLM's process, and removes the weights from shared memory."""
         asyncio.run(self._backend.close())
-        self._folder.cleanup()
+        self._snapshot.close()

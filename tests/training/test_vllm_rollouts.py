@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from multiprocessing import active_children
 from pathlib import Path
@@ -14,10 +15,10 @@ import yaml
 
 from popi.config import JointRecipe, load
 from popi.errors import InputError, MissingExtra, PopiError
+from popi.io import lock
 from popi.training.joint import run
+from popi.training.snapshots import PREFIX, SHARED_MEMORY, TOLERANCE, TOLERANCE_OF_HALF, remove_abandoned, shared_memory
 from tests.servers import needs_vllm
-
-TOLERANCE, TOLERANCE_OF_HALF = 1e-3, 5e-2
 
 pytestmark = pytest.mark.slow
 
@@ -85,7 +86,7 @@ def test_a_run_is_that_of_the_engine(tmp_path: Path) -> None:
         assert other["sampling/importance_sampling_ratio/mean"] == pytest.approx(1, abs=1e-3)
         assert "sampling/sampling_logp_difference/mean" not in mine
     assert (vllm - engine).norm() < 1e-2 * (engine - initial()).norm()
-    assert not list(Path("/dev/shm").glob("popi-*"))
+    assert not list(Path("/dev/shm").glob(f"{PREFIX}*"))
 
 
 @pytest.mark.parametrize("changes", [{"precision": "mixed"}, {"writer.lora": {"rank": 4}}], ids=str)
@@ -130,7 +131,7 @@ def test_an_engine_that_is_killed_ends_the_run_and_the_next_start_resumes_it(
         run(resolved, out, source="a test", report=kill)
     assert "Traceback" not in "".join(capfd.readouterr())
     assert not active_children()
-    assert not list(Path("/dev/shm").glob("popi-*"))
+    assert not list(Path("/dev/shm").glob(f"{PREFIX}*"))
     steps: list[int] = []
     run(resolved, out, source="a test", report=lambda metrics: steps.append(metrics["step"]))
     assert steps == [3]
@@ -138,10 +139,20 @@ def test_an_engine_that_is_killed_ends_the_run_and_the_next_start_resumes_it(
 
 
 def test_weights_that_do_not_fit_into_shared_memory_go_elsewhere() -> None:
-    from popi.training.vllm_rollouts import SHARED_MEMORY, shared_memory
-
     assert shared_memory(1) == (SHARED_MEMORY if SHARED_MEMORY.is_dir() else None)
     assert shared_memory(2**60) is None
+
+
+def test_weights_of_a_killed_run_are_removed_by_the_next_one(tmp_path: Path) -> None:
+    held, old, young = (tmp_path / f"{PREFIX}{name}" for name in ("held", "old", "young"))
+    for folder in (held, old, young):
+        folder.mkdir()
+    lock_of_a_run = lock(held)
+    for folder in (held, old):
+        os.utime(folder, (0, 0))
+    remove_abandoned(tmp_path)
+    assert sorted(tmp_path.iterdir()) == [held, young]
+    lock_of_a_run.close()
 
 
 def test_vllm_that_is_missing_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
