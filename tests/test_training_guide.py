@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from popi.backends.vllm_worker import NAME
 from popi.cli import main
 from popi.config import load
 from popi.data.example import PersonalizationExample
@@ -20,7 +21,7 @@ from popi.signals import Statement
 
 GUIDE = (Path(__file__).parent.parent / "docs" / "training.md").read_text(encoding="utf-8")
 BLOCKS = dict(re.findall(r"^```(\w+)\n(.*?)^```", GUIDE, re.M | re.S))
-RECIPE, WITH_ADAPTERS, WITH_ENGINE, WITH_VLLM = re.findall(r"^```yaml\n(.*?)^```", GUIDE, re.M | re.S)
+RECIPE, WITH_ADAPTERS, WITH_ENGINE, WITH_VLLM, WITH_SERVER = re.findall(r"^```yaml\n(.*?)^```", GUIDE, re.M | re.S)
 COMMANDS, SEVERAL = re.findall(r"^```sh\n(.*?)^```", GUIDE, re.M | re.S)
 SMALL = ["steps=2", "users_per_step=2", "writer.num_generations=3", "writer.max_tokens=48", "evaluate_users=4"]
 
@@ -30,11 +31,13 @@ def test_the_user_of_the_guide_is_valid():
     assert len(example.user.signals) == 2 and len(example.tests) == 1
 
 
-def test_the_fields_of_vllm_belong_to_the_writer(tmp_path):
+@pytest.mark.parametrize(("fields", "kind"), [(WITH_VLLM, "vllm-colocate"), (WITH_SERVER, "vllm-server")])
+def test_the_fields_of_vllm_belong_to_the_writer(tmp_path, fields, kind):
     recipe = yaml.safe_load(RECIPE)
-    recipe["writer"] |= yaml.safe_load(WITH_VLLM)["writer"]
+    recipe["writer"] |= yaml.safe_load(fields)["writer"]
     (tmp_path / "own.yaml").write_text(yaml.safe_dump(recipe))
-    assert load(tmp_path / "own.yaml").writer.rollouts == "vllm-colocate"
+    assert load(tmp_path / "own.yaml").writer.rollouts == kind
+    assert NAME in GUIDE
 
 
 @pytest.mark.slow
