@@ -56,9 +56,7 @@ def plan(
 
     resolved = load(recipe, parse_overrides(set_ or []))
     if not isinstance(resolved, JointRecipe):
-        raise ConfigError(
-            f"is {resolved.task}, and only joint recipes are planned", field="task", fix="give a joint recipe"
-        )
+        raise ConfigError(f"is {resolved.task}, but only joint recipes are planned", file=recipe, field="task")
     from popi.planning.lengths import Lengths, given, measure
     from popi.planning.plan import Machine, Planner, check_ranks
 

@@ -24,6 +24,9 @@ CONTEXT = 1.5 * GB
 """What a process takes on a GPU besides tensors: the context of CUDA, its kernels, workspaces and the buffers of NCCL.
 It was not measured here; it depends on the driver and on the number of ranks."""
 
+SMALL = 0.1
+"""Parts with a smaller share of the peak are not worth a change of the recipe."""
+
 
 @dataclass(frozen=True, slots=True)
 class Machine:
@@ -173,7 +176,7 @@ class Planner:
         if writes:
             whole = self._gathered(WRITER)
             yield "rollouts", always + whole + self._traced_parts("rollouts", WRITER, "KV cache")
-            scored = Parts() if not both else self._gathered_layers(GENERATOR)
+            scored = self._gathered_layers(GENERATOR) if both or recipe.shared else Parts()
             yield "scoring", always + scored + self._traced_parts("scoring", GENERATOR)
             if kind == "both":
                 extra = more_backward if both else backward
@@ -212,14 +215,15 @@ class Planner:
     def _traced_parts(self, part: str, role: str, own: str = "", before: int = 0) -> Parts:
         """The activations, logits and gradients of a part of a step, or its ``own`` result, in bytes."""
         footprints, result = self._trace(part, role)
-        gradients = self._engine.stage == 0
-        peak = max(footprints, key=lambda each: each.total - (0 if gradients else each.gradients))
+        # DeepSpeed takes the gradients from the weights as soon as they have them.
+        taken = self._engine.stage > 0
+        peak = max(footprints, key=lambda each: each.total - taken * each.gradients)
         parts = Parts({"activations": round(peak.activations), "logits": round(peak.logits)})
         if own:
             parts[own] = result
             parts["activations"] = max(0, parts["activations"] - result)
-        if gradients:
-            parts["gradients"] = max(round(peak.gradients), before)
+        gradients = peak.arriving if taken else max(peak.gradients + peak.arriving, before)
+        parts["gradients"] = round(gradients)
         return parts
 
     def _trace(self, part: str, role: str) -> Any:
@@ -257,7 +261,8 @@ class Planner:
 
     def advice(self, plan: Plan) -> list[str]:
         """Fields that lower the largest parts of the peak, the largest first."""
-        found = (self._against(part) for part, size in plan.peak.peak.most_common() if size > GB / 2)
+        peak = plan.peak.peak
+        found = (self._against(part) for part, size in peak.most_common() if size > SMALL * peak.total())
         return list(dict.fromkeys(each for each in found if each))[:3]
 
     def _against(self, part: str) -> str:
@@ -291,7 +296,7 @@ def check_ranks(recipe: JointRecipe, ranks: int) -> None:
     """
     if recipe.engine.kind == "single" and ranks > 1:
         raise ConfigError(
-            f"is single, but there are {ranks} GPUs", field="engine.kind", fix="use --gpus 1, or another engine"
+            f"is single, but there are {ranks} GPUs", field="engine.kind", fix="plan one, or use another engine"
         )
     if recipe.users_per_step % ranks:
         raise ConfigError(

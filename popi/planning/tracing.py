@@ -6,7 +6,8 @@ import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import astuple, dataclass
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple
 from unittest.mock import patch
 
 import torch
@@ -18,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-ACTIVATIONS, LOGITS, GRADIENTS = "activations", "logits", "gradients"
+ACTIVATIONS, LOGITS, GRADIENTS, ARRIVING = "activations", "logits", "gradients", "arriving"
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,17 +29,20 @@ class Footprint:
     Attributes:
         activations: Intermediate results, those that are kept for the backward pass and all others.
         logits: Tensors with a number for each token of the vocabulary.
-        gradients: Gradients of weights.
+        gradients: Gradients that weights have.
+        arriving: Gradients of weights in a backward pass, before the weights have them. If several passes are computed
+            for one gradient, autograd keeps the sums of all weights until the last one.
     """
 
     activations: float = 0.0
     logits: float = 0.0
     gradients: float = 0.0
+    arriving: float = 0.0
 
     @property
     def total(self) -> float:
         """All bytes."""
-        return self.activations + self.logits + self.gradients
+        return self.activations + self.logits + self.gradients + self.arriving
 
 
 def along(shorter: Footprint, longer: Footprint, steps: float) -> Footprint:
@@ -51,16 +55,29 @@ def along(shorter: Footprint, longer: Footprint, steps: float) -> Footprint:
     )
 
 
-Zone = tuple[int, bool, bool, bool]
-"""A part of a computation: how often a call of the model has started or ended, whether it is in a backward pass,
-whether operations are recorded for one, and whether weights have gradients. In each of them, the peak is at the same
-place of a model with few layers and of one with many."""
+class Zone(NamedTuple):
+    """A part of a computation. Its peak is at the same place of a model with few layers and of one with many.
+
+    Attributes:
+        calls: How often a call of the model has started or ended.
+        passes: How often a backward pass has come to the last layers.
+        layer: The layer that it is in: the ``last`` one or the ``first`` one; empty before it.
+        recorded: Whether operations are recorded for a backward pass.
+    """
+
+    calls: int
+    passes: int
+    layer: str
+    recorded: bool
 
 
 class LiveBytes(TorchDispatchMode):
     """Counts the bytes of the tensors that are alive, by storage, without the weights of a model.
 
     The lifetimes are those of the real computation: a storage is counted until nothing refers to it.
+
+    Between the last and the first layer, a backward pass frees what it kept for each layer and adds a gradient: the
+    largest sum is at one of the ends, so the layers between them are left out.
 
     Args:
         model: The model.
@@ -74,13 +91,17 @@ class LiveBytes(TorchDispatchMode):
         weights = list(model.parameters())
         self._vocabulary = model.config.get_text_config().vocab_size
         self._owners = {weight.untyped_storage()._cdata: "weights" for weight in weights}
-        self._live = {ACTIVATIONS: 0, LOGITS: 0, GRADIENTS: 0}
-        self._turn = 0
+        self._live = {ACTIVATIONS: 0, LOGITS: 0, GRADIENTS: 0, ARRIVING: 0}
+        shapes = {tuple(weight.shape) for weight in weights if weight.requires_grad and weight.dim() > 1}
+        self._shapes = shapes | {shape[::-1] for shape in shapes}
+        self._calls = self._passes = 0
+        self._layer, self._place = "", -1
         self.peaks: dict[Zone, Footprint] = {}
         self._hooks: list[Any] = [
             *(each.register_post_accumulate_grad_hook(self._take_gradient) for each in weights if each.requires_grad),
             model.base_model.register_forward_pre_hook(self._next_turn),
             model.base_model.register_forward_hook(self._next_turn),
+            *(layer.register_forward_hook(partial(self._watch, place)) for place, layer in enumerate(_layers(model))),
         ]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -97,18 +118,35 @@ class LiveBytes(TorchDispatchMode):
             hook.remove()
 
     def _next_turn(self, *_: Any) -> None:
-        self._turn += 1
+        self._calls += 1
+        self._layer, self._place = "", -1
+
+    def _watch(self, place: int, module: nn.Module, args: Any, output: Any) -> None:
+        for value in tree_leaves(output)[:1]:
+            if isinstance(value, Tensor) and value.requires_grad:
+                value.register_hook(lambda gradient: self._enter(place))
+
+    def _enter(self, place: int) -> None:
+        again = place > self._place
+        self._passes += again
+        self._layer = "last" if again else "between" if place else "first"
+        self._place = place
 
     def _count(self, value: Tensor) -> None:
         storage = value.untyped_storage()
         key, size = storage._cdata, storage.nbytes()
         if key in self._owners:
             return
-        owner = LOGITS if value.dim() > 1 and value.shape[-1] == self._vocabulary else ACTIVATIONS
+        owner = self._owner_of(value)
         self._owners[key] = owner
         self._live[owner] += size
         weakref.finalize(storage, self._free, key, size)
         self._compare()
+
+    def _owner_of(self, value: Tensor) -> str:
+        if tuple(value.shape) in self._shapes and _in_backward() and not torch.is_grad_enabled():
+            return ARRIVING
+        return LOGITS if value.dim() > 1 and value.shape[-1] == self._vocabulary else ACTIVATIONS
 
     def _take_gradient(self, weight: Tensor) -> None:
         assert weight.grad is not None, "the hook of a weight is called with its gradient"
@@ -124,9 +162,21 @@ class LiveBytes(TorchDispatchMode):
 
     def _compare(self) -> None:
         now = Footprint(**self._live)
-        zone = self._turn, torch._C._current_graph_task_id() != -1, torch.is_grad_enabled(), now.gradients > 0
+        zone = Zone(self._calls, self._passes, self._layer, torch.is_grad_enabled())
+        if self._layer == "between":
+            return
         if zone not in self.peaks or now.total > self.peaks[zone].total:
             self.peaks[zone] = now
+
+
+def _layers(model: nn.Module) -> nn.ModuleList:
+    """The layers of a model: its longest list of modules."""
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+    return max(lists, key=len, default=nn.ModuleList())
+
+
+def _in_backward() -> bool:
+    return torch._C._current_graph_task_id() != -1
 
 
 @contextmanager
