@@ -1,5 +1,3 @@
-from contextlib import nullcontext
-
 import pytest
 import torch
 from transformers import LlamaConfig
@@ -16,7 +14,7 @@ SIZES, LENGTHS = (
 )
 
 
-def config(layers):
+def config(layers, *, tied=True):
     return LlamaConfig(
         hidden_size=32,
         intermediate_size=96,
@@ -24,7 +22,7 @@ def config(layers):
         num_attention_heads=4,
         num_key_value_heads=2,
         vocab_size=512,
-        tie_word_embeddings=True,
+        tie_word_embeddings=tied,
     )
 
 
@@ -38,15 +36,21 @@ def largest(found):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("part", PARTS)
 @pytest.mark.parametrize(
-    "options", [{}, {"recompute": True}, {"autocast": True}, {"lora": LoraOptions(4, 8, "all-linear")}], ids=str
+    ("part", "options"),
+    [
+        *((part, {}) for part in PARTS),
+        ("writer update", {"recompute": True}),
+        ("generator update", {"autocast": True}),
+        ("joint update", {"lora": LoraOptions(4, 8, "all-linear")}),
+    ],
 )
 def test_further_layers_add_what_the_first_ones_do(part, options, monkeypatch):
     found = trace(part, blank(10, **options), SIZES, LENGTHS)
     monkeypatch.setattr(steps, "LAYERS", (10, 10))
     whole = trace(part, blank(10, **options), SIZES, LENGTHS)
-    assert largest(found).total == pytest.approx(largest(whole).total, rel=0.01)
+    # Without a gradient, another moment can become the peak in a model with more layers.
+    assert largest(found).total == pytest.approx(largest(whole).total, rel=0.06 if part == "scoring" else 0.01)
     assert found[1] == whole[1]
 
 
@@ -74,13 +78,12 @@ def test_tensors_are_counted_as_long_as_they_are_alive():
 
 
 def test_a_gradient_belongs_to_its_weight():
-    model = blank_model(config(1), torch.float32, layers=1)
+    model = blank_model(config(1, tied=False), torch.float32, layers=1)
     weights = sum(weight.numel() for weight in model.parameters())
     with without_numbers(gpu=False):
         forget_numbers(model)
         live = LiveBytes(model)
-        with live, nullcontext():
+        with live:
             model(input_ids=torch.zeros(1, 4, dtype=torch.long)).logits.sum().backward()
         live.close()
-    assert all(weight.grad is not None for weight in model.parameters())
-    assert max(peak.gradients + peak.arriving for peak in live.peaks.values()) == pytest.approx(4 * weights, rel=0.5)
+    assert max(peak.gradients + peak.arriving for peak in live.peaks.values()) == pytest.approx(4 * weights, rel=0.1)
