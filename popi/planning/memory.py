@@ -116,7 +116,9 @@ def _divided(model: Held, engine: Engine) -> tuple[Parts, Parts, Parts]:
     bucket = BUCKET if engine.gpu else min(BUCKET, model.trained)
     number = model.gradient_bytes // model.trained
     # Between two reductions, gradients wait in the type of the weights.
-    backward = Parts({"gradient buffers": (bucket + min(BUCKET, model.trained)) * number})
+    # ZeRO-3 copies those of a bucket once more, in the order of the ranks.
+    waiting = min(BUCKET, model.trained) * (2 if engine.stage == 3 else 1)
+    backward = Parts({"gradient buffers": (bucket + waiting) * number})
     temporary = 1 if engine.gpu else 2
     if engine.stage == 3:
         always["weights"] = model.whole // engine.ranks

@@ -1,5 +1,9 @@
+import importlib
+from pathlib import Path
+
 import torch
 
+from popi.config import load
 from popi.planning.memory import Engine, Held, in_training, reference
 
 FULL = Held(1_000_000, 0, torch.bfloat16, torch.bfloat16)
@@ -33,3 +37,16 @@ def test_only_an_adapter_has_an_optimizer_and_needs_no_reference():
     always, _, _ = in_training(ADAPTED, engine(0, ranks=1), by_trainer=False)
     assert always == {"weights": 2_040_000, "optimizer state": 80_000}
     assert not reference(ADAPTED, engine(0)) and reference(FULL, engine(3)) == {"KL reference": 500_000}
+
+
+def test_every_configuration_of_the_benchmark_is_a_recipe(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
+    plan = importlib.import_module("plan")
+    made = {
+        name: load(plan.write_recipe(tmp_path / "recipe.yaml", "popi-mini-base", changes))
+        for name, changes in plan.CONFIGURATIONS.items()
+    }
+    assert [name for name, recipe in made.items() if recipe.shared] == ["shared"]
+    assert [name for name, recipe in made.items() if recipe.writer.lora] == ["LoRA"]
+    kinds = {plan.ranks_of(plan.CONFIGURATIONS[name]): recipe.engine.kind for name, recipe in made.items()}
+    assert kinds == {1: "single", 2: "zero3"}
