@@ -21,8 +21,10 @@ from popi.signals import Statement
 
 GUIDE = (Path(__file__).parent.parent / "docs" / "training.md").read_text(encoding="utf-8")
 BLOCKS = dict(re.findall(r"^```(\w+)\n(.*?)^```", GUIDE, re.M | re.S))
-RECIPE, WITH_ADAPTERS, WITH_ENGINE, WITH_VLLM, WITH_SERVER = re.findall(r"^```yaml\n(.*?)^```", GUIDE, re.M | re.S)
-COMMANDS, SEVERAL = re.findall(r"^```sh\n(.*?)^```", GUIDE, re.M | re.S)
+RECIPE, WITH_ADAPTERS, WITH_ENGINE, WITH_VLLM, WITH_SERVER = re.findall(r"^```yaml
+(.*?)^```", GUIDE, re.M | re.S)
+COMMANDS, SEVERAL, PLANNING = re.findall(r"^```sh
+(.*?)^```", GUIDE, re.M | re.S)
 SMALL = ["steps=2", "users_per_step=2", "writer.num_generations=3", "writer.max_tokens=48", "evaluate_users=4"]
 
 
@@ -103,6 +105,20 @@ def test_the_command_for_several_processes_runs_on_its_recipe(tmp_path, monkeypa
     assert ended.returncode == 0, ended.stderr[:5000]
     assert json.loads(ended.stdout)["models"] == "runs/several/writer, runs/several/generator"
     assert json.loads(Path("runs/several/config.json").read_text())["ranks"] == 2
+
+
+@pytest.mark.slow
+def test_the_recipe_of_the_guide_is_planned(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    recipe = yaml.safe_load(RECIPE)
+    Path("own.yaml").write_text(RECIPE.replace(recipe["writer"]["model"], "popi-mini-base"))
+    assert main(["data", "miniworld", "--users", "80", "--out", "users.jsonl"]) == 0
+    capsys.readouterr()
+    assert main(shlex.split(PLANNING)[1:]) == 0
+    printed = capsys.readouterr()
+    assert "; measured where no option gives them" in printed.err
+    phase, last = map(json.loads, printed.out.splitlines())
+    assert phase["total_gb"] < 24 and last["fits"] and last["run: hours without sampling"] > 0
 
 
 def test_the_engine_of_the_guide_is_shown(tmp_path, capsys):

@@ -26,6 +26,7 @@ COMMANDS = {
     "generate": "popi.cli.generate:generate",
     "eval": "popi.cli.evaluate:evaluate",
     "train": "popi.cli.train:train",
+    "plan": "popi.cli.plan:plan",
     "data": "popi.cli.data:app",
     "doctor": "popi.cli.doctor:doctor",
 }

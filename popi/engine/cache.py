@@ -113,8 +113,9 @@ class Prefixes:
 
     def __init__(self, model: PreTrainedModel, prefixes: Sequence[Sequence[int]]) -> None:
         self._model = model
-        self._lengths_R = torch.tensor([len(prefix) for prefix in prefixes], device=model.device)
-        width = int(self._lengths_R.max())
+        lengths = [len(prefix) for prefix in prefixes]
+        self._lengths_R = torch.tensor(lengths, device=model.device)
+        width = max(lengths)
         self._within_R_W = torch.arange(width, device=model.device) < self._lengths_R[:, None]
         self._cache: Cache = self._computed(prefixes) if width else DynamicCache(config=model.config)
 
@@ -125,8 +126,9 @@ class Prefixes:
         tokens_P_W = pad([prefix for prefix, _ in runs], self._model.device)
         self._model.base_model(input_ids=tokens_P_W, past_key_values=cache, use_cache=True)
         if len(runs) < len(prefixes):
-            counts_P = torch.tensor([count for _, count in runs], device=self._model.device)
-            cache.batch_select_indices(torch.arange(len(runs), device=counts_P.device).repeat_interleave(counts_P))
+            # Computed here, because a device would have to be waited for.
+            places = [place for place, (_, count) in enumerate(runs) for _ in range(count)]
+            cache.batch_select_indices(torch.tensor(places, device=self._model.device))
         return cache
 
     def __call__(self, tokens_R_T: Tensor, seen_R_T_T: Tensor, depths_R_T: Tensor) -> Tensor:

@@ -35,6 +35,11 @@ class SlotLayer(DynamicLayer):
         self._cursor = cursor
         self._buffers_S_H_L_D: list[Tensor] = []
 
+    @property
+    def nbytes(self) -> int:
+        """Size of the buffers in bytes."""
+        return sum(buffer.nbytes for buffer in self._buffers_S_H_L_D)
+
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Writes the states of the next token of each draft, and returns the keys and values to attend to."""
         at = self._cursor

@@ -108,6 +108,11 @@ class SharedSlots:
         self._cache = Cache(layers=list(self._layers))
         self._mask_S_C_L = torch.empty(0, 0, 0, dtype=self._model.dtype, device=self._device)
 
+    @property
+    def nbytes(self) -> int:
+        """Size of the buffer in bytes."""
+        return sum(layer.nbytes for layer in self._layers)
+
     def plan(self, candidates: Iterable[tuple[list[int], int]]) -> int:
         """Adds drafts to the running ones, as many as fit into the buffer and into one prefill pass.
 
@@ -218,6 +223,24 @@ class SharedSlots:
         self._positions_R_C += self._live_R_C
         return logits_1_N_V[0]
 
+    def skip(self, steps: int) -> int:
+        """Counts tokens of each draft as read without reading them, as many as fit into the buffer.
+
+        For estimates of memory, where tensors have no values.
+
+        Args:
+            steps: Maximum number of tokens of each draft.
+
+        Returns:
+            The number of tokens of each draft.
+        """
+        width = self._cursor.capacity[1]
+        skipped = min([steps, *((width - row.used) // row.branches for row in self._rows if row.branches)])
+        for row in self._rows:
+            row.used += skipped * row.branches
+        self._steps += skipped
+        return skipped
+
     def keep(self, places: Sequence[int]) -> None:
         """Keeps these drafts, drops all others, and frees the rows without drafts."""
         kept = [self._branches[place] for place in places]
@@ -284,16 +307,16 @@ class SharedSlots:
         self._positions_R_C, self._live_R_C = self._tokens_R_C.clone(), self._tokens_R_C.clone()
         self._positions_R_C[at.rows_N, at.columns_N] = positions_N
         self._live_R_C[at.rows_N, at.columns_N] = 1
-        self._show(own_N, old_rows_N, old_columns_N)
+        self._show(own_N, old_rows_N, old_columns_N, [place for place, numbers in enumerate(table) if numbers[-1] >= 0])
 
-    def _show(self, own_N: Tensor, old_rows_N: Tensor, old_columns_N: Tensor) -> None:
+    def _show(self, own_N: Tensor, old_rows_N: Tensor, old_columns_N: Tensor, there: Sequence[int]) -> None:
         """Rebuilds the mask: running drafts keep the columns that they see, and new ones see their prompts."""
         at, old_S_C_L = self._cursor, self._mask_S_C_L
         hidden = lowest(self._model.dtype)
         seen_N_L = torch.arange(at.capacity[1], device=self._device) < own_N[:, None]
         mask_N_L = torch.zeros_like(seen_N_L, dtype=self._model.dtype).masked_fill_(~seen_N_L, hidden)
-        there_M = (old_rows_N >= 0).nonzero()[:, 0]
-        if len(there_M):
+        if there:
+            there_M = torch.tensor(there, device=self._device)
             length = min(old_S_C_L.shape[2], at.capacity[1])
             mask_N_L[there_M, :length] = old_S_C_L[old_rows_N[there_M], old_columns_N[there_M], :length]
         self._mask_S_C_L = mask_N_L.new_full((at.rows, self._columns, at.capacity[1]), hidden)

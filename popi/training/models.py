@@ -215,9 +215,7 @@ class JointModels:
         return self._computing(WRITER, partial(original, self.writer))
 
     def _computing(self, role: str, adapted: Within) -> Within:
-        model = self._model(role)
-        plain = partial(_computing, model, adapted, self._autocast)
-        return partial(_computing_again, model, plain) if self._recompute else plain
+        return computing_as(self._model(role), adapted, autocast=self._autocast, recompute=self._recompute)
 
     def trained(self, role: str) -> dict[str, nn.Parameter]:
         """The weights of a role that are trained, by name."""
@@ -256,6 +254,19 @@ class JointModels:
 
     def _model(self, role: str) -> PreTrainedModel:
         return self._loaded[role].model
+
+
+def computing_as(model: PreTrainedModel, adapted: Within, *, autocast: bool, recompute: bool) -> Within:
+    """Makes the context in which a model computes in joint training.
+
+    Args:
+        model: The model.
+        adapted: Makes the context in which its adapter is active.
+        autocast: Whether it computes in bfloat16 with weights in float32.
+        recompute: Whether backward passes recompute its layers.
+    """
+    plain = partial(_computing, model, adapted, autocast)
+    return partial(_computing_again, model, plain) if recompute else plain
 
 
 @contextmanager
