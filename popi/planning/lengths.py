@@ -14,6 +14,7 @@ from popi.errors import ModelError
 from popi.models import folder_of
 from popi.summary import Author, PreferenceSummary, Provenance
 from popi.training.formats import answer_format, summary_format
+from popi.training.models import is_served
 from popi.training.users import generate_users, read_users, summary_prompts
 
 USERS = 1000
@@ -81,10 +82,12 @@ def measure(recipe: JointRecipe) -> Measured | None:
         InputError: If the file is malformed.
     """
     users = _users(recipe)
-    if users is None or not all(map(folder_of, (recipe.writer.model, recipe.generator.model))):
+    # The tokenizer of a generator on servers may be there only.
+    reads = recipe.writer.model if is_served(recipe.generator.model) else recipe.generator.model
+    if users is None or not all(map(folder_of, (recipe.writer.model, reads))):
         return None
     try:
-        writer, reader = _Tokenizer(recipe.writer.model), _Tokenizer(recipe.generator.model)
+        writer, reader = _Tokenizer(recipe.writer.model), _Tokenizer(reads)
     except ModelError:
         return None
     frame = summary_format(

@@ -15,7 +15,7 @@ from popi.planning.lengths import Lengths
 from popi.planning.memory import MAX_LIVE, Engine, Held, Parts, in_training, reference, sizes_of
 from popi.planning.steps import Blank, Sizes, trace
 from popi.training.engines import stage_of
-from popi.training.models import GENERATOR, WRITER, LoraOptions, Role
+from popi.training.models import GENERATOR, WRITER, LoraOptions, Role, is_served
 from popi.training.precision import Precision
 from popi.training.schedule import Kind, phases_of
 
@@ -123,8 +123,10 @@ class Planner:
         self._engine = Engine(stage_of(kind), self.machine.ranks, recipe.engine.offload, self.machine.gpu)
         self._roles = {
             WRITER: _role(recipe.writer.model, recipe.writer.lora, trained=recipe.train != "generator"),
-            GENERATOR: _role(recipe.generator.model, recipe.generator.lora, trained=recipe.train != "writer"),
         }
+        if not is_served(recipe.generator.model):
+            trained = recipe.train != "writer"
+            self._roles[GENERATOR] = _role(recipe.generator.model, recipe.generator.lora, trained=trained)
         self._configs = {role: config_of(each.model) for role, each in self._roles.items()}
         self._held = {role: self._hold(role) for role in self._roles}
 
@@ -137,7 +139,7 @@ class Planner:
     def _one_base(self) -> bool:
         """Whether both roles compute with the same weights."""
         loras = [role.lora for role in self._roles.values()]
-        same = self._roles[WRITER].model == self._roles[GENERATOR].model and None not in loras
+        same = len({role.model for role in self._roles.values()}) == 1 and None not in loras
         return self.recipe.shared or (same and self._engine.stage == 0)
 
     def plan(self) -> Plan:
@@ -169,15 +171,18 @@ class Planner:
             if self._one_base:
                 more["weights"] -= self._held[GENERATOR].base * self._held[GENERATOR].dtype.itemsize
             always += more
-        elif not self._one_base:
-            always["other model"] += self._held[other].whole
+        elif not self._one_base and other in self._held:
+            always["other model"] += self._held[other].whole // (engine.ranks if self._is_sharded(kind) else 1)
         if place == 0 or engine.stage:
             yield "loading", self._loading(again=place > 0)
         if writes:
             whole = self._gathered(WRITER)
-            yield "rollouts", always + whole + self._traced_parts("rollouts", WRITER, "KV cache")
-            scored = self._gathered_layers(GENERATOR) if both or recipe.shared else Parts()
-            yield "scoring", always + scored + self._traced_parts("scoring", GENERATOR)
+            sampled = self._traced_parts("rollouts", WRITER, "KV cache") if recipe.writer.rollouts == "engine" else Parts()
+            yield "rollouts", always + whole + sampled
+            if GENERATOR in self._held:
+                divided = (engine.stage == 3 and (both or recipe.shared)) or self._is_sharded(kind)
+                scored = self._gathered_layers(GENERATOR) if divided else Parts()
+                yield "scoring", always + scored + self._traced_parts("scoring", GENERATOR)
             if kind == "both":
                 extra = more_backward if both else backward
                 yield "generator update", always + extra + self._traced_parts("joint update", GENERATOR)
@@ -188,12 +193,19 @@ class Planner:
         else:
             yield "generator update", always + backward + self._traced_parts("generator update", GENERATOR)
         yield "optimizer step", always + step
-        if engine.stage == 3:
-            yield "evaluation", always + self._gathered(lead) + (self._gathered(GENERATOR) if both else Parts())
+        gathered = self._gathered(lead) + (self._gathered(GENERATOR) if both else Parts())
+        if self._is_sharded(kind):
+            gathered += Parts({"gathered weights": self._held[GENERATOR].whole})
+        if gathered:
+            yield "evaluation", always + gathered
+
+    def _is_sharded(self, kind: Kind) -> bool:
+        """Whether a generator that only scores in a phase is divided."""
+        return kind == "writer" and self.recipe.engine.scorer == "sharded"
 
     def _loading(self, *, again: bool) -> Parts:
         """The whole models before an engine divides them; and, after a phase, those of the phase."""
-        roles = [WRITER] if self._one_base else [WRITER, GENERATOR]
+        roles = [WRITER] if self._one_base else list(self._roles)
         parts = Parts({"weights": sum(self._held[role].whole for role in roles)})
         if again:
             # The models of the last phase are freed when the new ones have been loaded.
@@ -207,8 +219,6 @@ class Planner:
         return Parts({"gathered weights": self._held[role].whole}) if self._engine.stage == 3 else Parts()
 
     def _gathered_layers(self, role: str) -> Parts:
-        if self._engine.stage < 3:
-            return Parts()
         held = self._held[role]
         return Parts({"gathered weights": min(held.base, MAX_LIVE) * held.dtype.itemsize})
 

@@ -80,3 +80,18 @@ def test_a_folder_without_a_configuration_is_an_error(recipe, tmp_path, capsys):
 def test_a_recipe_of_another_task_is_an_error(capsys):
     assert main(["plan", "recipes/mini_base"]) == 2
     assert "field task: is pretrain, but only joint recipes are planned" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_generator_that_only_scores_is_whole_or_divided_or_elsewhere(recipe, capsys, tmp_path):
+    served = str(tmp_path / "servers.yaml")
+    zero2 = ["--gpus", "2", "--set", "engine.kind=zero2", "--set", "train=writer", "--set", "precision=float32"]
+
+    def other(*words):
+        phases, _ = planned(capsys, recipe, *SHORT, *zero2, *words)
+        return phases[0]["gb"].get("other model", 0.0)
+
+    whole = other()
+    assert whole == pytest.approx(0.0121, abs=2e-4)
+    assert other("--set", "engine.scorer=sharded") == pytest.approx(whole / 2, abs=2e-4)
+    assert other("--set", f"generator.model={served}") == 0.0
