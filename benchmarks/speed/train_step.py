@@ -1,7 +1,7 @@
 """An interleaved training step: popi against a plain TRL script of the same procedure.
 
     python benchmarks/speed/train_step.py
-    python benchmarks/speed/train_step.py --shape 135m --users 1 --lengths 1500 --samples 8 --summaries 64
+    python benchmarks/speed/train_step.py --shape 135m --users 1 --lengths 1500 --summaries 64 --plain-batch 1
 
 A step samples G summaries for each of U users, scores a pair under each, and computes the gradients of the writer
 (GRPO with a KL divergence) and of the generator (DPO). The plain script is an unchanged ``GRPOTrainer`` of TRL: it
@@ -16,7 +16,7 @@ gradient, exceeds rounding. "possible" is the ratio of the writer's tokens: (T +
 
 ``--shape`` takes a model with random weights instead: 135m is the shape of SmolLM2-135M. ``--precision mixed`` computes
 in bfloat16 under autocast on both sides. Memory is what the process takes in a part beyond the models and their
-gradients.
+gradients. If the plain update does not fit into it, ``--plain-batch`` accumulates the gradients of smaller batches.
 """
 
 from __future__ import annotations
@@ -121,8 +121,6 @@ class Step:
             batch_tokens=BATCH_TOKENS,
             within=self.within(writer),
         )
-        for trainer in (self.plain, self.ours):
-            trainer.current_gradient_accumulation_steps = 1
 
     def within(self, model: Any) -> Callable[[], AbstractContextManager[None]]:
         """Makes the context that a model of ours computes in."""
@@ -200,11 +198,34 @@ class Step:
         users = [place // self.samples for place in range(len(completions))]
         return torch.tensor(reward(users, summaries, 0)[0])
 
-    def update(self, trainer: GRPOTrainer, completions: Sequence[Sequence[int]], advantages: Tensor) -> None:
-        """The gradient of the writer from a trainer's own log-probabilities and loss, including the initial writer."""
-        width = max(map(len, self.prompts))
-        prompt_ids = torch.tensor([[*[0] * (width - len(ids)), *ids] for ids in self.prompts])
-        prompt_mask = torch.tensor([[*[0] * (width - len(ids)), *[1] * len(ids)] for ids in self.prompts])
+    def update(
+        self, trainer: GRPOTrainer, completions: Sequence[Sequence[int]], advantages: Tensor, batch: int
+    ) -> None:
+        """The gradient of the writer from a trainer's own log-probabilities and loss, including the initial writer.
+
+        Args:
+            trainer: The trainer.
+            completions: The samples.
+            advantages: The advantage of each.
+            batch: Number of samples in a batch, whose gradients are accumulated.
+        """
+        # A trainer in evaluation divides by nothing, one in training by this number.
+        trainer.current_gradient_accumulation_steps = 1
+        for start in range(0, len(completions), batch):
+            part = slice(start, start + batch)
+            loss = self._loss(trainer, self.prompts[part], completions[part], advantages[part])
+            (loss * len(completions[part]) / len(completions)).backward()
+
+    def _loss(
+        self,
+        trainer: GRPOTrainer,
+        prompts: Sequence[Sequence[int]],
+        completions: Sequence[Sequence[int]],
+        advantages: Tensor,
+    ) -> Tensor:
+        width = max(map(len, prompts))
+        prompt_ids = torch.tensor([[*[0] * (width - len(ids)), *ids] for ids in prompts])
+        prompt_mask = torch.tensor([[*[0] * (width - len(ids)), *[1] * len(ids)] for ids in prompts])
         completion_ids = torch.tensor(completions)
         completion_mask = torch.ones_like(completion_ids)
         with torch.no_grad():
@@ -214,7 +235,7 @@ class Step:
                 torch.cat([prompt_mask, completion_mask], dim=1),
                 self.summary,
             )[0]
-        loss = trainer._compute_loss(
+        return trainer._compute_loss(
             trainer.model,
             {
                 "prompt_ids": prompt_ids,
@@ -226,7 +247,6 @@ class Step:
                 "num_items_in_batch": completion_mask.sum(),
             },
         )
-        loss.backward()
 
     def forget(self, *, plain: bool) -> None:
         """Drops the gradients of a side."""
@@ -284,7 +304,15 @@ def gradient_difference(ours: Any, plain: Any) -> float:
 
 
 def measure(
-    name: str, users: int, length: int, samples: int, summary: int, repeats: int, *, precision: str = "float32"
+    name: str,
+    users: int,
+    length: int,
+    samples: int,
+    summary: int,
+    repeats: int,
+    *,
+    precision: str = "float32",
+    plain_batch: int | None = None,
 ) -> None:
     """Prints a line: seconds and memory of each part on both sides, the ratio, and the difference of the gradients."""
     step = Step(name, users, length, samples, summary, autocast=precision == "mixed")
@@ -305,8 +333,8 @@ def measure(
     torch.testing.assert_close(rewards, scoring[0].result.float(), atol=10 * tolerance, rtol=tolerance)
     advantages = (rewards.view(users, samples) - rewards.view(users, samples).mean(dim=1, keepdim=True)).flatten()
     update = both(
-        lambda: step.update(step.ours, completions, advantages),
-        lambda: step.update(step.plain, completions, advantages),
+        lambda: step.update(step.ours, completions, advantages, len(completions)),
+        lambda: step.update(step.plain, completions, advantages, plain_batch or len(completions)),
     )
     writers = gradient_difference(step.ours.model, step.plain.model)
     assert max(writers, generators) <= tolerance, f"the gradients differ by {writers:.0e} and {generators:.0e}"
@@ -342,6 +370,7 @@ def main() -> None:
     options.add_argument("--repeats", type=int, default=2)
     options.add_argument("--shape", choices=SHAPES, help="a model with random weights, in place of --model")
     options.add_argument("--precision", choices=ROUNDING, default="float32")
+    options.add_argument("--plain-batch", type=int, help="samples in a batch of the plain update [default: all]")
     given = options.parse_args()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
@@ -364,6 +393,7 @@ def main() -> None:
                 summary,
                 given.repeats,
                 precision=given.precision,
+                plain_batch=given.plain_batch,
             )
 
 

@@ -177,7 +177,9 @@ class Planner:
             yield "loading", self._loading(again=place > 0)
         if writes:
             whole = self._gathered(WRITER)
-            sampled = self._traced_parts("rollouts", WRITER, "KV cache") if recipe.writer.rollouts == "engine" else Parts()
+            sampled = (
+                self._traced_parts("rollouts", WRITER, "KV cache") if recipe.writer.rollouts == "engine" else Parts()
+            )
             yield "rollouts", always + whole + sampled
             if GENERATOR in self._held:
                 divided = (engine.stage == 3 and (both or recipe.shared)) or self._is_sharded(kind)
