@@ -21,10 +21,8 @@ from popi.signals import Statement
 
 GUIDE = (Path(__file__).parent.parent / "docs" / "training.md").read_text(encoding="utf-8")
 BLOCKS = dict(re.findall(r"^```(\w+)\n(.*?)^```", GUIDE, re.M | re.S))
-RECIPE, WITH_ADAPTERS, WITH_ENGINE, WITH_VLLM, WITH_SERVER = re.findall(r"^```yaml
-(.*?)^```", GUIDE, re.M | re.S)
-COMMANDS, SEVERAL, PLANNING = re.findall(r"^```sh
-(.*?)^```", GUIDE, re.M | re.S)
+RECIPE, WITH_ADAPTERS, WITH_ENGINE, WITH_VLLM, WITH_SERVER = re.findall(r"^```yaml\n(.*?)^```", GUIDE, re.M | re.S)
+COMMANDS, SEVERAL, PLANNING = re.findall(r"^```sh\n(.*?)^```", GUIDE, re.M | re.S)
 SMALL = ["steps=2", "users_per_step=2", "writer.num_generations=3", "writer.max_tokens=48", "evaluate_users=4"]
 
 

@@ -177,10 +177,8 @@ class Planner:
             yield "loading", self._loading(again=place > 0)
         if writes:
             whole = self._gathered(WRITER)
-            sampled = (
-                self._traced_parts("rollouts", WRITER, "KV cache") if recipe.writer.rollouts == "engine" else Parts()
-            )
-            yield "rollouts", always + whole + sampled
+            sampled = self._traced_parts("rollouts", WRITER, "KV cache")
+            yield "rollouts", always + whole + (sampled if recipe.writer.rollouts == "engine" else Parts())
             if GENERATOR in self._held:
                 divided = (engine.stage == 3 and (both or recipe.shared)) or self._is_sharded(kind)
                 scored = self._gathered_layers(GENERATOR) if divided else Parts()
