@@ -14,6 +14,10 @@ SHAPES = {
     "50m": {"hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 20, "heads": 6, "key_heads": 2},
     # SmolLM2-135M.
     "135m": {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "heads": 9, "key_heads": 3},
+    # Llama-3.2-1B and 3B, and the size of Qwen3-8B.
+    "1b": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "heads": 32, "key_heads": 8},
+    "3b": {"hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 28, "heads": 24, "key_heads": 8},
+    "8b": {"hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 36, "heads": 32, "key_heads": 8},
 }
 VOCABULARY, CONTEXT = 49152, 8192
 
@@ -40,5 +44,7 @@ def make_model(shape: str, folder: Path) -> None:
         **sizes,
     )
     torch.manual_seed(0)
-    LlamaForCausalLM(config).save_pretrained(folder)
+    model = LlamaForCausalLM(config)
+    # In the type of published weights.
+    model.to(torch.bfloat16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -59,7 +60,7 @@ def train(
     folder = out or Path("runs") / resolved.name
     if os.environ.get("RANK", "0") != "0":
         # The first rank reports. The others print warnings and their own errors.
-        with _resumable(folder):
+        with _resumable(folder), redirect_stdout(sys.stderr):
             run(resolved, folder, source=str(recipe), report=lambda metrics: None)
         return
     with telling_log(), progress(resolved.name, cost["steps"]) as shown, _resumable(folder):
@@ -72,7 +73,9 @@ def train(
             if line := _evaluation(metrics):
                 shown.note(line)
 
-        run(resolved, folder, source=str(recipe), report=report)
+        # Libraries print among the results.
+        with redirect_stdout(sys.stderr):
+            run(resolved, folder, source=str(recipe), report=report)
     models = ", ".join(str(folder / name) for name in resolved.results())
     print_records([{"models": models, **cost}], json_flag=json)
 

@@ -70,6 +70,7 @@ def start(kind: Kind) -> Ranks:
 def _start_deepspeed(*, on_gpu: bool) -> None:
     try:
         import deepspeed.ops
+        from deepspeed.runtime import bf16_optimizer
     except ImportError as error:
         raise MissingExtra("DeepSpeed", "train") from error
     # Without a launcher, there is one rank.
@@ -78,6 +79,8 @@ def _start_deepspeed(*, on_gpu: bool) -> None:
         os.environ.setdefault(name, value)
     if "MASTER_PORT" not in os.environ:
         os.environ["MASTER_PORT"] = str(_free_port())
+    # It prints the use of memory, without being asked.
+    bf16_optimizer.see_memory_usage = lambda *_, **__: None
     # DeepSpeed calls functions of torch by their former names.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.c10d_logger")
     # On a CPU, accelerate reads these variables when it creates its state. Without them, it silently uses DDP.

