@@ -415,7 +415,7 @@ def test_a_model_of_the_hub_is_its_commit_for_the_whole_run(recipe, models, tmp_
     in_hub_cache(tmp_path / "hub", "org/one", "0a1b", models / "one")
     assert python(*command).returncode == 0
     # The reference of the KL divergence is read from where the model says that it comes from.
-    name = "print(models._load('org/one', torch.float32)[0].config.name_or_path)"
+    name = "import torch; print(models._load('org/one', torch.float32)[0].config.name_or_path)"
     assert python("-c", f"from popi.training import models; {name}").stdout.endswith("snapshots/0a1b\n")
     in_hub_cache(tmp_path / "hub", "org/one", "2c3d", models / "one")
     refused = python(*command)
