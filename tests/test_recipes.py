@@ -114,6 +114,14 @@ def test_a_benchmark_finds_both_sides_equal(script, words, heads):
     assert len(done.stdout.splitlines()) == heads + 1
 
 
+def test_joint_steps_at_the_shape_of_a_real_model_are_measured():
+    small = ["--shape", "15m", "--steps", "2", "--users", "1", "--samples", "2", "--summary", "16", "--length", "200"]
+    done = python("benchmarks/speed/joint_steps.py", *small, "--answer", "30", "--peak-tflops", "1")
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert [line.split()[0] for line in lines[-5:]] == ["rollout", "scoring", "update", "utilisation", "memory:"]
+
+
 def test_the_benchmark_of_a_step_stops_where_gradients_differ(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "benchmarks" / "speed")
     train_step = importlib.import_module("train_step")

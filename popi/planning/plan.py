@@ -16,7 +16,7 @@ from popi.planning.memory import MAX_LIVE, Engine, Held, Parts, in_training, ref
 from popi.planning.steps import Blank, Sizes, trace
 from popi.training.engines import stage_of
 from popi.training.models import GENERATOR, WRITER, LoraOptions, Role, is_served
-from popi.training.precision import Precision
+from popi.training.precision import Precision, resolve
 from popi.training.schedule import Kind, phases_of
 
 GB = 10**9
@@ -115,9 +115,9 @@ class Planner:
     def __post_init__(self) -> None:
         check_ranks(self.recipe, self.machine.ranks)
         recipe = self.recipe
-        name = recipe.precision
-        if name == "auto":
-            name = "mixed" if self.machine.gpu else "float32"
+        name = resolve(recipe.precision)
+        if recipe.precision == "auto" and self.machine.gpu:
+            name = "mixed"
         kind = recipe.engine.kind
         self._precision = Precision.of(name, zero=stage_of(kind) > 0)
         self._engine = Engine(stage_of(kind), self.machine.ranks, recipe.engine.offload, self.machine.gpu)
