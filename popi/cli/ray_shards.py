@@ -55,7 +55,7 @@ def write_shards(
         skip_bad_rows: Whether to continue without bad rows.
         shards: The shards. All machines must find them under the same absolute paths.
         address: Address of the cluster: ``local`` starts one, ``auto`` finds one.
-        workers: Number of workers; ``None`` is one for each GPU, or one if there are none.
+        workers: Number of workers; ``None`` is the number of GPUs of the cluster, at least 1.
         gpus_per_worker: GPUs of a worker; ``None`` is one if the cluster has any.
 
     Raises:

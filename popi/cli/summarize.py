@@ -62,7 +62,7 @@ def summarize(
     ] = None,
     workers: Annotated[
         int | None,
-        typer.Option(min=1, help="Number of workers of Ray [default: one for each GPU, or one if there are none]."),
+        typer.Option(min=1, help="Number of Ray workers [default: the number of GPUs, at least 1]."),
     ] = None,
     gpus_per_worker: Annotated[
         float | None, typer.Option(min=0.0, help="GPUs of a worker of Ray [default: 1 if the cluster has any].")

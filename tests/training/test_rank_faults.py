@@ -90,7 +90,7 @@ def test_zero2_and_a_damaged_checkpoint(folder, recipe, caplog):
     recipe, whole, out = recipe("zero2"), folder / "whole", folder / "run"
     finished(start(recipe, whole))
     line = failed(start(recipe, out, fault=kill, rank=1, step=2))
-    # The first rank loses its connection, or is told to end by the launcher.
+    # Either the first rank reports the lost connection, or the launcher sends it SIGTERM first.
     assert line.startswith(
         (
             "popi: another rank ended without an error, as if it was killed; the same command resumes",
