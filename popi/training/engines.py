@@ -7,7 +7,7 @@ import os
 import socket
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -219,11 +219,23 @@ def whole(*engines: nn.Module) -> Iterator[None]:
         # A hook would gather the weights of a layer for its forward pass, and release them after it.
         for engine in sharded:
             remove_hooks(engine)
-        try:
-            yield
-        finally:
+        with ExitStack() as stack:
             for engine in sharded:
-                add_hooks(engine)
+                stack.callback(add_hooks, engine)
+                stack.enter_context(_without_start_hook(engine))
+            yield
+
+
+@contextmanager
+def _without_start_hook(engine: Any) -> Iterator[None]:
+    """Removes a hook of the whole model, in which each rank would wait for the forward passes of all others."""
+    offload = getattr(engine.optimizer, "parameter_offload", engine.optimizer)
+    hooks, number = offload.module._forward_pre_hooks, offload.fwd_pre_hook.id
+    hook = hooks.pop(number)
+    try:
+        yield
+    finally:
+        hooks[number] = hook
 
 
 def _is_sharded(engine: nn.Module) -> bool:
