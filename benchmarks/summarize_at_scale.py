@@ -6,11 +6,11 @@ The script writes users of the mini world into a folder of shards, and summarize
 kills the command with SIGKILL at random moments and starts it again. At the end it reads all summaries and checks that
 each user has exactly one.
 
-vLLM alone is ``vllm.LLM`` in a process of its own, with the options that popi chooses for its engine. It gets the token
-ids of the same prompts and the same maximum number of new tokens, all at once, and neither parses nor writes anything.
-It runs before and after popi, on the first ``--alone`` users. The time for loading the model counts for neither side:
-popi's time is that of the shards that no kill interrupted, from their manifests. "all" is the time from the first start
-to the last end, with all restarts.
+vLLM alone is ``vllm.LLM.chat`` in a process of its own, with the options that popi chooses for its engine. It gets the
+same conversations and the same maximum number of new tokens, all at once. It neither makes prompts of signals, nor
+checks the replies, nor writes anything. It runs before and after popi, on the first ``--alone`` users. The time for
+loading the model counts for neither side: popi's time is that of the shards that no kill interrupted, from their
+manifests. "all" is the time from the first start to the last end, with all restarts.
 
 vLLM alone uses one process, and popi two. On a CPU, pin the script to one core (``taskset -c 0``), so that popi's own
 process does not get a core of its own.
@@ -31,7 +31,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -58,6 +58,7 @@ def main() -> int:
     options.add_argument("--max-tokens", type=int, default=256)
     options.add_argument("--max-concurrency", type=int, default=64)
     options.add_argument("--cache-gib", type=float, default=1.0)
+    options.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="of both sides")
     options.add_argument("--seed", type=int, default=0)
     options.add_argument("--out", type=Path, default=Path("runs/scale"))
     options.add_argument("--bare", action="store_true", help=argparse.SUPPRESS)
@@ -66,7 +67,7 @@ def main() -> int:
         print(json.dumps(alone(given)))
         return 0
     write_users(given.out / "signals", given.users, given.shards, given.seed)
-    config = {"backend": "vllm", "model": given.model, "options": {"cache_gib": given.cache_gib}}
+    config = {"backend": "vllm", "model": given.model, "options": {"cache_gib": given.cache_gib, "dtype": given.dtype}}
     (given.out / "backend.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
     before = run_alone()
     ran = run_popi(given)
@@ -159,7 +160,7 @@ def run_alone() -> dict[str, Any]:
 
 
 def alone(given: argparse.Namespace) -> dict[str, Any]:
-    """Generates from the prompts of the first users with vLLM alone."""
+    """Continues the conversations of the first users with vLLM alone."""
     from popi.backends.vllm import GIB
     from popi.backends.vllm_engine import DEFAULTS, ON_A_CPU, OPTIONS_ON_A_CPU, QUIET, environment
     from popi.models import find
@@ -169,26 +170,23 @@ def alone(given: argparse.Namespace) -> dict[str, Any]:
         from vllm.platforms import current_platform
         from vllm.sampling_params import RequestOutputKind
 
-        on_cpu = current_platform.is_cpu()
-        arguments = {**(OPTIONS_ON_A_CPU if on_cpu else {}), **DEFAULTS, "dtype": "float32" if on_cpu else "auto"}
-        memory = int(given.cache_gib * GIB)
-        llm = LLM(find(given.model), enable_prefix_caching=True, kv_cache_memory_bytes=memory, **arguments)
-        prompts, ends = render(first_users(given.out / "signals", min(given.alone, given.users)), given)
+        arguments = {**(OPTIONS_ON_A_CPU if current_platform.is_cpu() else {}), **DEFAULTS, "dtype": given.dtype}
+        arguments |= {"skip_tokenizer_init": False, "kv_cache_memory_bytes": int(given.cache_gib * GIB)}
+        llm = LLM(find(given.model), enable_prefix_caching=True, **arguments)
+        conversations, ends = render(first_users(given.out / "signals", min(given.alone, given.users)), given)
         sampling = SamplingParams(
             temperature=0.0,
             max_tokens=given.max_tokens,
             stop_token_ids=ends,
-            detokenize=False,
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
         began = time.perf_counter()
-        outputs = llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], sampling, use_tqdm=False)
+        outputs = llm.chat(conversations, sampling, use_tqdm=False)
         seconds = time.perf_counter() - began
-    read = sum(map(len, prompts))
     return {
         "users": len(outputs),
         "seconds": seconds,
-        "prompt tokens": read / len(outputs),
+        "prompt tokens": sum(len(output.prompt_token_ids) for output in outputs) / len(outputs),
         "new tokens": sum(len(output.outputs[0].token_ids) for output in outputs) / len(outputs),
     }
 
@@ -198,8 +196,8 @@ def first_users(folder: Path, users: int) -> Iterable[UserSignals]:
     return islice((user for path in sorted(folder.glob("*.jsonl")) for user in read_users(path)), users)
 
 
-def render(users: Iterable[UserSignals], given: argparse.Namespace) -> tuple[list[list[int]], list[int]]:
-    """Returns the prompts as popi renders them, and the tokens that end a response."""
+def render(users: Iterable[UserSignals], given: argparse.Namespace) -> tuple[list[list[dict[str, str]]], list[int]]:
+    """Returns the conversations as popi renders them, and the tokens that end a response."""
     from popi.engine.chat_tokens import ChatTokens
     from popi.engine.loading import load_tokenizer
     from popi.models import find
@@ -217,7 +215,7 @@ def render(users: Iterable[UserSignals], given: argparse.Namespace) -> tuple[lis
     form = make_inference("llm", backend, max_tokens=given.max_tokens).format
     assert form is not None
     prompts = [prompt for user in users if (prompt := form.render(user)) is not None]
-    return [each.tokens for each in tokens.render([prompt.messages for prompt in prompts])], sorted(tokens.end_tokens)
+    return [list(map(asdict, prompt.messages)) for prompt in prompts], sorted(tokens.end_tokens)
 
 
 def show(given: argparse.Namespace, ran: Ran, bare: list[dict[str, Any]]) -> None:

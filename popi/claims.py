@@ -130,8 +130,8 @@ def split_citations(line: str, count: int) -> tuple[str, list[int]]:
         The line without citations, and those of the cited numbers that are from 1 to ``count``.
     """
     cited: list[str] = []
-    end = len(line)
-    while found := _CITATION.fullmatch(line, max(line.rfind(mark, 0, end) for mark in _OPENING), end):
+    end, marks = len(line), _OPENING[:1] if line.isascii() else _OPENING
+    while found := _CITATION.fullmatch(line, max(line.rfind(mark, 0, end) for mark in marks), end):
         cited.append(found["numbers"])
         end = found.start()
     numbers: list[int] = []

@@ -195,21 +195,28 @@ async def as_completed(
     if max_concurrency < 1:
         raise ConfigError(f"must be positive, got {max_concurrency}", field="max_concurrency")
     waiting, running = iter(items), dict[asyncio.Task[Result], Item]()
+    # asyncio.wait would touch all running tasks for each one that ends.
+    ended = asyncio.Queue[asyncio.Task[Result]]()
     error: BaseException | None = None
     try:
         while True:
             try:
                 for item in islice(waiting if error is None else (), max_concurrency - len(running)):
-                    running[asyncio.create_task(_awaited(work, item))] = item
+                    task = asyncio.create_task(_awaited(work, item))
+                    task.add_done_callback(ended.put_nowait)
+                    running[task] = item
             except Exception as failure:
                 error = failure
             if not running:
                 break
-            done, _ = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
+            done = [await ended.get()]
+            while not ended.empty():
+                done.append(ended.get_nowait())
             if errors := [reason for task in done if (reason := _error_of(task))]:
                 error = error or errors[0]
-                done = await _ended(running)
-            for task in [task for task in running if task in done]:  # in the order of the items
+                await _ended(running)
+                done = list(running)
+            for task in done:
                 item = running.pop(task)
                 if _error_of(task) is None:
                     yield item, task.result()
@@ -277,11 +284,10 @@ def _error_of(task: asyncio.Task[Result]) -> BaseException | None:
     return BackendError(CLOSED) if task.cancelled() else task.exception()
 
 
-async def _ended(tasks: Iterable[asyncio.Task[Result]]) -> set[asyncio.Task[Result]]:
+async def _ended(tasks: Iterable[asyncio.Task[Result]]) -> None:
     """Cancels tasks, and waits until all have ended."""
     tasks = set(tasks)
     for task in tasks:
         task.cancel()
     if tasks:
         await asyncio.wait(tasks)
-    return tasks

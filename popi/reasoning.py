@@ -32,6 +32,7 @@ MARKERS = {
 _CLOSING_OF = {opening.lower(): closing for opening, closing in MARKERS.items()}
 _ALL = tuple(marker.lower() for pair in MARKERS.items() for marker in pair)
 _LONGEST = max(map(len, _ALL))
+_BEGINNINGS = frozenset(marker[:length] for marker in _ALL for length in range(1, len(marker) + 1))
 _OPENING = re.compile("|".join(map(re.escape, MARKERS)), re.IGNORECASE)
 _CLOSING = re.compile("|".join(map(re.escape, MARKERS.values())), re.IGNORECASE)
 _MARKER = re.compile(f"{_OPENING.pattern}|{_CLOSING.pattern}", re.IGNORECASE)
@@ -131,4 +132,4 @@ def strip_reasoning(text: str, *, opened: bool = False) -> str | None:
 def _start_of_marker(text: str) -> int:
     """Length of the longest end of a text that could be the beginning of a marker."""
     end = text[1 - _LONGEST :].lower()
-    return next((size for size in range(len(end), 0, -1) if any(m.startswith(end[-size:]) for m in _ALL)), 0)
+    return next((size for size in range(len(end), 0, -1) if end[-size:] in _BEGINNINGS), 0)

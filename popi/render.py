@@ -12,7 +12,7 @@ from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 
 from popi.prompts import DEFAULT, PromptSet, quote
 from popi.signals import Comment, Conversation, Demographics, Rating, Signal, Speaker, Statement
@@ -132,7 +132,8 @@ class _Rendering:
     """One rendering of a user's signals."""
 
     def __init__(self, signals: Sequence[Signal], count_tokens: CountTokens, prompts: PromptSet) -> None:
-        self._count_tokens, self._prompts = count_tokens, prompts
+        # The text that was chosen is counted again at the end.
+        self._count_tokens, self._prompts = lru_cache(maxsize=1)(count_tokens), prompts
         self._all = signals
         same: dict[str, list[Signal]] = {}
         for signal in reversed(signals):
@@ -146,7 +147,7 @@ class _Rendering:
     def render(self, budget: int | None) -> RenderedSignals:
         """Chooses signals and joins their texts."""
         cut: set[int] = set()
-        if budget is None:
+        if budget is None or self._count_up_to(budget, self._join(self._texts)) <= budget:
             blocks = dict(enumerate(self._texts))
         else:
             order = _best_first(self._signals)

@@ -122,6 +122,16 @@ def test_joint_steps_at_the_shape_of_a_real_model_are_measured():
     assert [line.split()[0] for line in lines[-5:]] == ["rollout", "scoring", "update", "utilisation", "memory:"]
 
 
+def test_the_rollouts_of_vllm_have_the_tokens_of_the_engine():
+    needs_vllm()
+    few = ["data.users=8", "users_per_step=2", "evaluate_users=2", "writer.num_generations=4", "writer.max_tokens=32"]
+    done = python("benchmarks/speed/rollouts.py", "--steps", "2", "--cache-gib", "0.25", "--set", *few)
+    assert done.returncode == 0, done.stderr
+    updates = [line.split() for line in done.stdout.splitlines() if line.split()[0].isdigit()]
+    assert [words[:2] for words in updates] == [["0", "8/8"], ["1", "8/8"]]
+    assert all(0 < float(words[3]) < 1e-3 for words in updates)
+
+
 def test_the_benchmark_of_a_step_stops_where_gradients_differ(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "benchmarks" / "speed")
     train_step = importlib.import_module("train_step")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 
 from popi.claims import Claim, finished_part
@@ -18,6 +19,8 @@ AUTO = "auto"
 SAME_LANGUAGE = "the language of the user's own words"
 FOREIGN_SHARE = 0.005
 """Share of non-ASCII letters above which the user's own words do not count as English."""
+
+_NOT_ASCII = re.compile(r"[^\x00-\x7f]+")
 
 
 class PromptedSummary(SummaryFormat):
@@ -104,9 +107,9 @@ def _own_evidence(claim: Claim, evidence: set[str]) -> Claim:
 
 def language_of(user: UserSignals) -> str | None:
     """The language to request for a user: that of their own words, or ``None`` if these look like English."""
-    letters = [char for signal in user.signals for text in own_words(signal) for char in text if char.isalpha()]
-    foreign = sum(not char.isascii() for char in letters)
-    return SAME_LANGUAGE if foreign > FOREIGN_SHARE * len(letters) else None
+    text = "".join(text for signal in user.signals for text in own_words(signal))
+    foreign = sum(map(str.isalpha, "".join(_NOT_ASCII.findall(text))))
+    return SAME_LANGUAGE if foreign and foreign > FOREIGN_SHARE * sum(map(str.isalpha, text)) else None
 
 
 def own_words(signal: Signal) -> list[str]:

@@ -96,19 +96,21 @@ class LLMSummarizer(PreferenceInference):
     async def try_infer(self, users: Sequence[UserSignals]) -> list[PreferenceSummary | Failure]:
         """See :meth:`PreferenceInference.try_infer`."""
         prompts = [self.format.render(user) for user in users]
-        outcomes: list[PreferenceSummary | Failure] = [self._no_evidence(user) for user in users]
-        pending = [place for place, prompt in enumerate(prompts) if prompt is not None]
+        outcomes: dict[int, PreferenceSummary | Failure] = {
+            place: self._no_evidence(users[place]) for place, prompt in enumerate(prompts) if prompt is None
+        }
+        pending = [place for place in range(len(users)) if place not in outcomes]
         for attempt in range(self._attempts):
             requests = {place: prompt for place in pending if (prompt := prompts[place]) is not None}
             results = await self._backend.chat([self._request(prompt, attempt) for prompt in requests.values()])
             pending = []
             for (place, prompt), result in zip(requests.items(), results, strict=True):
-                outcomes[place] = self._read(prompt, result)
-                if isinstance(outcomes[place], Failure) and result.error is None:
+                outcomes[place] = outcome = self._read(prompt, result)
+                if isinstance(outcome, Failure) and result.error is None:
                     pending.append(place)
             if not pending:
                 break
-        return outcomes
+        return [outcomes[place] for place in range(len(users))]
 
     def _request(self, prompt: SummaryPrompt, attempt: int) -> ChatRequest:
         name = f"{self._seed}:{prompt.user.user_id}" + (f":{attempt}" if attempt else "")

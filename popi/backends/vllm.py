@@ -350,6 +350,8 @@ class VLLMBackend(Backend):
             seed=secrets.randbits(63) if seed is None else seed % 2**63,
             stop_token_ids=sorted(self._end_tokens),
             detokenize=False,
+            # Each request has its own.
+            skip_clone=True,
             **options,
         )
 
