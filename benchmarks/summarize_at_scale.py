@@ -3,8 +3,8 @@
     python benchmarks/summarize_at_scale.py --users 400 --shards 4 --kills 2 --out runs/scale
 
 The script writes users of the mini world into a folder of shards, and summarizes the folder with a vLLM backend. It
-kills the command with SIGKILL at random moments and starts it again. At the end it reads all summaries and checks that
-each user has exactly one.
+kills the command with SIGKILL at random moments and starts it again. With ``--ray N`` it kills one of N workers of a
+local Ray, and the command goes on. At the end it reads all summaries and checks that each user has exactly one.
 
 vLLM alone is ``vllm.LLM.chat`` in a process of its own, with the options that popi chooses for its engine. It gets the
 same conversations and the same maximum number of new tokens, all at once. It neither makes prompts of signals, nor
@@ -15,7 +15,7 @@ manifests. "all" is the time from the first start to the last end, with all rest
 vLLM alone uses one process, and popi two. On a CPU, pin the script to one core (``taskset -c 0``), so that popi's own
 process does not get a core of its own.
 
-With ``--ray N``, N workers of a local Ray share the folder, and the rate is that of one worker. The peak of memory is
+With ``--ray N`` the rate is that of one worker. The peak of memory is
 that of the command itself, without vLLM's process and Ray's workers; it is read from /proc.
 """
 
@@ -23,9 +23,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import random
-import signal
 import subprocess
 import sys
 import time
@@ -36,6 +34,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import psutil
 import yaml
 
 from popi.data.miniworld import generate
@@ -77,15 +76,15 @@ def main() -> int:
 
 
 def write_users(folder: Path, users: int, shards: int, seed: int) -> None:
-    """Writes the shards, unless they exist."""
+    """Writes the shards, unless all exist."""
+    sizes = {folder / f"part-{shard:05d}.jsonl": len(range(shard, users, shards)) for shard in range(shards)}
+    if all(path.exists() for path in sizes):
+        found = {path: sum(1 for _ in path.open()) for path in folder.glob("*.jsonl")}
+        assert found == sizes, f"{folder} was made with other options"
+        return
     people = (example.user for example in generate(split=SPLIT, users=users, seed=seed, tests=1))
-    for shard in range(shards):
-        path, size = folder / f"part-{shard:05d}.jsonl", len(range(shard, users, shards))
-        chunk = islice(people, size)
-        if not path.exists():
-            write_jsonl(path, chunk)
-        else:
-            assert sum(1 for _ in chunk) == sum(1 for _ in path.open()), f"{folder} was made with other options"
+    for path, size in sizes.items():
+        write_jsonl(path, islice(people, size))
 
 
 @dataclass
@@ -111,19 +110,30 @@ def run_popi(given: argparse.Namespace) -> Ran:
     words += ["--ray", "local", "--workers", given.ray] if given.ray else []
     moments = sorted(random.Random(given.seed).sample(range(1, given.users), given.kills))
     ran, began, written = Ran(), time.monotonic(), Written(given.out / "summaries")
+    process: subprocess.Popen[bytes] | None = None
     for moment in [*moments, None]:
-        process = subprocess.Popen([sys.executable, "-m", "popi", *map(str, words)], stdout=subprocess.DEVNULL)
+        if process is None or process.returncode is not None:
+            process = subprocess.Popen([sys.executable, "-m", "popi", *map(str, words)], stdout=subprocess.DEVNULL)
         while process.poll() is None and (moment is None or written.count() < moment):
             ran.peak = max(ran.peak, peak(process.pid))
             time.sleep(SECONDS)
         if process.returncode is not None:
             # The last users were written before the next look, or some have failed.
             break
-        os.kill(process.pid, signal.SIGKILL)
         ran.kills.append(written.count())
-        process.wait()
+        if given.ray:
+            worker_of(process.pid).kill()
+        else:
+            process.kill()
+            process.wait()
     ran.seconds = time.monotonic() - began
     return ran
+
+
+def worker_of(process: int) -> psutil.Process:
+    """Returns a worker of the local Ray of a command."""
+    below = psutil.Process(process).children(recursive=True)
+    return next(each for each in below if each.name().startswith("ray::MapWorker"))
 
 
 class Written:

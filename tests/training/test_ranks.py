@@ -2,7 +2,9 @@
 
 import json
 import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -134,6 +136,18 @@ def test_a_killed_run_resumes_with_the_same_weights_on_as_many_ranks(variant, tm
     assert resumed.returncode == 0, resumed.stderr[:5000]
     assert same_weights(out, whole)
     assert [line["step"] for line in metrics(out)] == [line["step"] for line in metrics(whole)]
+
+
+def test_accelerate_launch_starts_the_same_run(variant, tmp_path):
+    recipe = variant("interleaved", "ddp")
+    assert run_all([(recipe, tmp_path / "torchrun")], 2).returncode == 0
+    options = ["--cpu", "--num_processes=2", "--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no"]
+    words = ["launch", *options, "-m", "popi", "train", str(recipe), "--out", str(tmp_path / "accelerate")]
+    program = Path(sys.executable).with_name("accelerate")
+    done = subprocess.run([program, *words], env=environment(), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-5000:]
+    # It sets other options of OpenMP, so sums are rounded differently.
+    assert distance(tmp_path / "accelerate", tmp_path / "torchrun") < 1e-4
 
 
 def test_users_that_the_ranks_cannot_share_are_refused_once(folder, variant, tmp_path):
