@@ -31,9 +31,11 @@ class Degenerate:
     """
 
     def __init__(self, prompts: PromptSet) -> None:
-        request = "\n".join(message.content for message in prompts.inference_messages(""))
-        self._request = _folded(request)
-        self._headings = {_folded(line) for line in request.splitlines()} - {""}
+        request = prompts.inference_messages("")
+        self._request = _folded("\n".join(message.content for message in request))
+        # A reply may have a short line in common with those of the examples.
+        lines = (line for message in request if message.role != "assistant" for line in message.content.splitlines())
+        self._headings = {_folded(line) for line in lines} - {""}
         self._marks = (prompts.open, prompts.close)
         labels = {
             template.partition("{")[0].strip()

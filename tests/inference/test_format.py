@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from popi.prompts import DEFAULT
+from popi.prompts import DEFAULT, INSTRUCT
 from popi.roles import Failure, SummaryPrompt
 from popi.signals import Comment, Conversation, PreferencePair, Signal, Speaker, Statement, Turn, UserSignals
 from popi.summary import NO_EVIDENCE, PreferenceSummary
@@ -125,6 +125,22 @@ def test_a_claim_about_evidence_is_a_claim() -> None:
 )
 def test_an_echo_of_the_request_is_not_a_summary(reply: str) -> None:
     assert read(reply) == Failure("ann", "the reply echoes the request")
+
+
+@pytest.mark.parametrize(
+    ("reply", "is_echo"),
+    [
+        ("- A kind and encouraging tone [1]", False),
+        (INSTRUCT.examples[0][1], True),
+        ("- Short sentences and easy words, as for a child [3]", True),
+        ("What does this user like in answers?\n- likes tea [1]", True),
+    ],
+)
+def test_a_reply_that_repeats_an_example_is_an_echo_unless_it_is_short(reply: str, is_echo: bool) -> None:
+    format = make(prompts=INSTRUCT)
+    prompt = format.render(ANN)
+    assert prompt is not None
+    assert (format.parse(prompt, reply) == Failure("ann", "the reply echoes the request")) is is_echo
 
 
 def test_words_of_the_user_are_no_echo() -> None:
