@@ -11,14 +11,14 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
-from typing import Literal
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Literal
 
 from popi.errors import ConfigError, InputError, did_you_mean
 from popi.summary import NO_EVIDENCE
 
 CUSTOM = "custom-"
-"""Prefix of the hash of a user-defined format; see :meth:`popi.roles.AnswerFormat.template_hash`."""
+"""Prefix of the hash of a user's prompt set or format; see :meth:`popi.roles.AnswerFormat.template_hash`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,15 +95,25 @@ class PromptSet:
     """Fingerprint of all templates and of the form of a summary, 12 hex digits."""
 
     def __post_init__(self) -> None:
-        templates = {
-            part.name: dict(value) if isinstance(value := getattr(self, part.name), Mapping) else value
-            for part in fields(self)
-            # A template that is not used leaves the hash as it was before there was such a template.
-            if part.name not in ("name", "hash") and getattr(self, part.name)
-        }
+        # A template that is not used leaves the hash as it was before there was such a template.
+        templates = {name: value for name, value in self.templates().items() if value}
         form = [NO_EVIDENCE, "- claim [1, 2]"]
         digest = hashlib.sha256(json.dumps([templates, form], sort_keys=True).encode()).hexdigest()[:12]
         object.__setattr__(self, "hash", digest)
+
+    def custom(self) -> PromptSet:
+        """The set with a hash that marks it as one that is not part of popi."""
+        made = replace(self)
+        object.__setattr__(made, "hash", CUSTOM + made.hash)
+        return made
+
+    def templates(self) -> dict[str, Any]:
+        """All templates, by field."""
+        return {
+            part.name: dict(value) if isinstance(value := getattr(self, part.name), Mapping) else value
+            for part in fields(self)
+            if part.name not in ("name", "hash")
+        }
 
     def inference_messages(self, signals: str, *, language: str | None = None) -> list[Message]:
         """The conversation in which a model writes a summary. It never contains a prompt of the user.

@@ -18,7 +18,7 @@ from typing_extensions import TypeVar
 from popi.backends.base import Backend, ChatResult, FailureKind, InterfaceKind, OnComplete, ScoreResult, ignore_result
 from popi.errors import ConfigError, ModelError
 from popi.interface import Interface
-from popi.prompts import CUSTOM, Message
+from popi.prompts import CUSTOM, Message, PromptSet
 from popi.signals import Statement, UserSignals
 from popi.summary import Author, PreferenceSummary, Provenance, summarize_claims
 
@@ -89,7 +89,12 @@ class SummaryFormat(ABC):
         'Summarize: I like short answers.'
         >>> OneLine().parse(prompt, "short answers").text
         'short answers'
+
+    Attributes:
+        prompts: The prompt set that it renders; ``None`` if it has templates of its own.
     """
+
+    prompts: PromptSet | None = None
 
     @abstractmethod
     def render(self, user: UserSignals) -> SummaryPrompt | None:
@@ -126,7 +131,12 @@ class AnswerFormat(ABC):
         [Message(role='user', content='What is tea?')]
         >>> Appended().template_hash.startswith("custom-")
         True
+
+    Attributes:
+        prompts: The prompt set that it renders; ``None`` if it has templates of its own.
     """
+
+    prompts: PromptSet | None = None
 
     @abstractmethod
     def render(self, prompt: str, interface: Interface | None) -> list[Message]:

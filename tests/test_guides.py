@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from popi.cli import main
+from popi.prompt_files import read_prompts
 from tests.servers import KEY, SERVED, needs_vllm
 
 ROOT = Path(__file__).parent.parent
@@ -52,7 +53,12 @@ def run(command: list[str | Path], folder: Path, environment: dict[str, str]) ->
 
 
 def test_the_guide_has_blocks_of_all_kinds() -> None:
-    assert [len(blocks(kind)) for kind in ("python", "yaml", "sh")] == [5, 3, 3]
+    assert [len(blocks(kind)) for kind in ("python", "yaml", "sh")] == [5, 4, 3]
+
+
+def test_the_prompt_set_of_the_guide_is_read(place: Path) -> None:
+    prompts = read_prompts(place / "editors.yaml")
+    assert prompts.inference_messages("")[-1].content.startswith("Examples from one editor")
 
 
 def test_the_first_example_has_at_most_ten_lines() -> None:

@@ -34,14 +34,16 @@ class QuotedSummary(AnswerFormat):
         prompts: The templates.
     """
 
+    prompts: PromptSet
+
     def __init__(self, count_tokens: Callable[[str], int], *, limit: int, prompts: PromptSet = DEFAULT) -> None:
-        self._count_tokens, self._limit, self._prompts = count_tokens, limit, prompts
+        self._count_tokens, self._limit, self.prompts = count_tokens, limit, prompts
         self._capped = ("", "")
 
     @property
     def template_hash(self) -> str:
         """The hash of the prompt set."""
-        return self._prompts.hash
+        return self.prompts.hash
 
     @property
     def max_context_tokens(self) -> int:
@@ -55,10 +57,10 @@ class QuotedSummary(AnswerFormat):
             ConfigError: If the interface is not a summary.
         """
         if interface is None:
-            return self._prompts.answer_messages(prompt)
+            return self.prompts.answer_messages(prompt)
         if isinstance(interface, UserEmbedding):
             raise ConfigError("this generator accepts summaries, not embeddings", fix="infer a summary of the user")
-        return self._prompts.answer_messages(prompt, self._cap(interface.text, interface.user_id))
+        return self.prompts.answer_messages(prompt, self._cap(interface.text, interface.user_id))
 
     def _cap(self, text: str, user_id: str) -> str:
         # Counting tokens is slow, and consecutive prompts often share a summary.

@@ -46,6 +46,8 @@ class PromptedSummary(SummaryFormat):
         prompts: The templates.
     """
 
+    prompts: PromptSet
+
     def __init__(
         self,
         count_tokens: Callable[[str], int],
@@ -56,21 +58,21 @@ class PromptedSummary(SummaryFormat):
         prompts: PromptSet = DEFAULT,
     ) -> None:
         self._count_tokens, self._budget, self._max_tokens = count_tokens, budget, max_tokens
-        self._language, self._prompts = language, prompts
+        self._language, self.prompts = language, prompts
         self._degenerate = Degenerate(prompts)
 
     @property
     def template_hash(self) -> str:
         """The hash of the prompt set."""
-        return self._prompts.hash
+        return self.prompts.hash
 
     def render(self, user: UserSignals) -> SummaryPrompt | None:
         """See :meth:`SummaryFormat.render`."""
         if not any(signal.is_evidence for signal in user.signals):
             return None
-        rendered = render_signals(user.chronological(), self._count_tokens, self._budget, self._prompts)
+        rendered = render_signals(user.chronological(), self._count_tokens, self._budget, self.prompts)
         language = language_of(user) if self._language == AUTO else self._language
-        messages = self._prompts.inference_messages(rendered.text, language=language)
+        messages = self.prompts.inference_messages(rendered.text, language=language)
         return SummaryPrompt(user, tuple(messages), rendered.shown)
 
     def parse(self, prompt: SummaryPrompt, reply: str, *, truncated: bool = False) -> PreferenceSummary | Failure:

@@ -35,7 +35,8 @@ def generate(
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Seed for sampling [default: 0].")] = None,
     prompt_set: Annotated[
-        str | None, typer.Option(help="Name of a prompt set [default: the one that the model was trained with].")
+        str | None,
+        typer.Option(help="A prompt set: its name, or a YAML file [default: the one that the model was trained with]."),
     ] = None,
     max_concurrency: Annotated[int, typer.Option(min=1, help="Maximum number of prompts at the same time.")] = 64,
     skip_bad_rows: Annotated[

@@ -46,7 +46,8 @@ def summarize(
         str | None, typer.Option(help="Language of the summaries, for example German [default: that of each user].")
     ] = None,
     prompt_set: Annotated[
-        str | None, typer.Option(help="Name of a prompt set [default: the one that the model was trained with].")
+        str | None,
+        typer.Option(help="A prompt set: its name, or a YAML file [default: the one that the model was trained with]."),
     ] = None,
     max_concurrency: Annotated[int, typer.Option(min=1, help="Maximum number of users at the same time.")] = 64,
     shard: Annotated[

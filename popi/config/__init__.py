@@ -51,7 +51,7 @@ def load(path: Path, overrides: dict[str, Any] | None = None) -> Recipe:
         InputError: If the file cannot be read, or a field is unknown, missing or invalid.
     """
     file = path / "config.yaml" if path.is_dir() else path
-    tree = _read(file)
+    tree = read_yaml(file)
     for name, value in (overrides or {}).items():
         _replace(tree, name, value, file)
     task = tree.get("task") if isinstance(tree, dict) else None
@@ -67,12 +67,17 @@ def load_backend(file: Path) -> BackendConfig:
     Raises:
         InputError: If the file cannot be read, or a field is unknown, missing or invalid.
     """
-    tree = _read(file)
+    tree = read_yaml(file)
     several = isinstance(tree, dict) and "routes" in tree
     return validate(RoutesConfig, tree, file=file) if several else validate(SingleConfig, tree, file=file)
 
 
-def _read(file: Path) -> Any:
+def read_yaml(file: Path) -> Any:
+    """Reads a YAML file.
+
+    Raises:
+        InputError: If it cannot be read, or is not YAML in UTF-8.
+    """
     try:
         return yaml.safe_load(file.read_text(encoding="utf-8"))
     except OSError as error:

@@ -250,7 +250,8 @@ class JointModels:
         save_model(*self._loaded[role], card, folder, weights=self.merged(role))
         if adapter is not None:
             adapter.save(Path(folder) / ADAPTER)
-        TrainingRecord(self._names[role], self.template_hashes()[role]).write(Path(folder))
+        format = self.summary_format if role == WRITER else self.answer_format
+        TrainingRecord.of(self._names[role], format.template_hash, format.prompts).write(Path(folder))
 
     def _model(self, role: str) -> PreTrainedModel:
         return self._loaded[role].model
