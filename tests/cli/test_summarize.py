@@ -336,6 +336,23 @@ def test_options_reach_the_writer(summarize: Run, models: Models, out: Path) -> 
     assert (ran.code, ran.err.count("\n")) == (2, 1)
 
 
+def test_a_prompt_set_in_a_file_is_used_and_recorded(
+    summarize: Run, models: Models, out: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "own.yaml"
+    file.write_text("name: own\ninfer: |-\n  {open}\n  {signals}\n  {close}\n  What do they like?\n")
+    assert summarize(USERS[:1], "--prompt-set", file).code == 0
+    assert models.chats[0].messages[-1].content.endswith("What do they like?")
+    assert summaries(out)["user-0"].provenance.template_hash.startswith("custom-")
+    file.write_text(file.read_text().replace("like", "want"))
+    ran = summarize(USERS, "--prompt-set", file)
+    assert ran.code == 2 and "template_hash" in ran.err and len(summaries(out)) == 1
+    file.write_text("name: own\ninfer: Hello.\n")
+    ran = summarize(USERS, "--prompt-set", file)
+    assert (ran.code, ran.err.count("\n")) == (2, 1)
+    assert f"{file}, field infer: lacks the placeholder {{close}}; add {{close}}" in ran.err
+
+
 BAD = [USERS[0], '{"user_id": "x", "signals": [{"kind": "statement"}]}', "{half", USERS[1]]
 
 
