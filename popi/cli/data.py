@@ -28,7 +28,7 @@ SkipBadRows = Annotated[
 
 MaxWords = Annotated[
     int | None,
-    typer.Option(min=1, help="Cut answers that have more words, at the end of a sentence [default: no limit]."),
+    typer.Option(min=1, help="Cut answers that have more words, at the end of a sentence."),
 ]
 EvalOut = Annotated[Path | None, typer.Option(help="A second file to write: users for evaluation.")]
 
@@ -144,7 +144,7 @@ def dsp(
     ] = 1,
     eval_out: EvalOut = None,
     eval_fraction: Annotated[
-        float | None, typer.Option(help=f"Fraction of the queries for evaluation [default: {EVAL_FRACTION}].")
+        float | None, typer.Option(help=f"Fraction of the queries for evaluation; {EVAL_FRACTION} if not given.")
     ] = None,
     max_words: MaxWords = None,
     seed: Annotated[int, typer.Option(help="Each seed divides the queries differently.")] = 0,
@@ -175,7 +175,7 @@ def prefeval(
     eval_out: EvalOut = None,
     eval_fraction: Annotated[
         float | None,
-        typer.Option(help=f"Fraction of the users for evaluation, in whole topics [default: {EVAL_FRACTION}]."),
+        typer.Option(help=f"Fraction of the users for evaluation, in whole topics; {EVAL_FRACTION} if not given."),
     ] = None,
     max_words: MaxWords = None,
     seed: Annotated[int, typer.Option(help="Each seed chooses different rejected options and topics.")] = 0,
