@@ -7,7 +7,7 @@ import os
 import secrets
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from errno import EDQUOT, EFBIG, ENOSPC
 from pathlib import Path
 from typing import IO, Any, TypeVar
@@ -425,3 +425,19 @@ def write_jsonl(path: Path, values: Iterable[BaseModel]) -> int:
             stream.write(as_line(value))
             count += 1
     return count
+
+
+def write_jsonl_together(files: Mapping[Path, Iterable[BaseModel]]) -> None:
+    """Writes several files of one object per line. None is changed before all are complete on the disk.
+
+    Raises:
+        PopiError: If one of them cannot be written; all are unchanged.
+    """
+    with ExitStack() as stack:
+        for path, values in files.items():
+            stream = stack.enter_context(replacing(path))
+            for value in values:
+                stream.write(as_line(value))
+            # A full disk must show before the first file is replaced, which happens at the end of the block.
+            stream.flush()
+            os.fsync(stream.fileno())

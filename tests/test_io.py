@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import stat
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from popi.io import (
     validate,
     write_bytes,
     write_jsonl,
+    write_jsonl_together,
     write_text,
 )
 from popi.signals import Statement, UserSignals
@@ -204,6 +206,42 @@ def test_values_that_fail_midway_leave_no_file(tmp_path: Path) -> None:
 
     with pytest.raises(InputError, match="line 2 is broken"):
         write_jsonl(tmp_path / "out.jsonl", values())
+    assert _names(tmp_path) == []
+
+
+def test_files_written_together_are_all_written_or_none(tmp_path: Path) -> None:
+    first, second = tmp_path / "first.jsonl", tmp_path / "second.jsonl"
+    write_jsonl_together({first: [Statement(text="x")], second: [Statement(text="y"), Statement(text="z")]})
+    before = [path.read_text() for path in (first, second)]
+    assert [text.count("\n") for text in before] == [1, 2]
+
+    def values() -> Any:
+        yield Statement(text="x")
+        raise InputError("line 2 is broken")
+
+    for broken in ({first: values(), second: []}, {first: [], second: values()}):
+        with pytest.raises(InputError, match="line 2 is broken"):
+            write_jsonl_together(broken)
+    with pytest.raises(InputError, match="is a folder"):
+        write_jsonl_together({first: [], tmp_path: []})
+    assert [path.read_text() for path in (first, second)] == before
+    assert _names(tmp_path) == ["first.jsonl", "second.jsonl"]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
+@pytest.mark.parametrize("full", [0, 1])
+def test_a_disk_that_fills_leaves_none_of_the_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, full: int) -> None:
+    opened, calls = Path.open, count()
+
+    def open_one_full(self: Path, mode: str, **rest: Any) -> Any:
+        path = Path("/dev/full") if next(calls) == full else self
+        return opened(path, "w", **rest)
+
+    names = ("first.jsonl", "second.jsonl")
+    files = {tmp_path / name: [Statement(text="x")] for name in names}
+    with monkeypatch.context() as patch, pytest.raises(PopiError, match=f"cannot write .*{names[full]}: No space left"):
+        patch.setattr(Path, "open", open_one_full)
+        write_jsonl_together(files)
     assert _names(tmp_path) == []
 
 

@@ -22,13 +22,29 @@ from popi.signals import Statement
 GUIDE = (Path(__file__).parent.parent / "docs" / "training.md").read_text(encoding="utf-8")
 BLOCKS = dict(re.findall(r"^```(\w+)\n(.*?)^```", GUIDE, re.M | re.S))
 RECIPE, WITH_ADAPTERS, WITH_ENGINE, WITH_VLLM, WITH_SERVER = re.findall(r"^```yaml\n(.*?)^```", GUIDE, re.M | re.S)
-COMMANDS, SEVERAL, PLANNING = re.findall(r"^```sh\n(.*?)^```", GUIDE, re.M | re.S)
+CONVERTING, COMMANDS, SEVERAL, PLANNING = re.findall(r"^```sh\n(.*?)^```", GUIDE, re.M | re.S)
 SMALL = ["steps=2", "users_per_step=2", "writer.num_generations=3", "writer.max_tokens=48", "evaluate_users=4"]
 
 
 def test_the_user_of_the_guide_is_valid():
     example = PersonalizationExample.model_validate_json(BLOCKS["json"])
     assert len(example.user.signals) == 2 and len(example.tests) == 1
+
+
+def test_the_conversion_of_the_guide_gives_its_figures(tmp_path, monkeypatch, capsys, shared_data):
+    monkeypatch.chdir(tmp_path)
+    words = shlex.split(CONVERTING.replace("\\\n", ""))[1:]
+    words[words.index("domain_specific_preference.test.json")] = str(
+        shared_data / "dsp" / "domain_specific_preference.test.json"
+    )
+    assert main([*words, "--json"]) == 0
+    train, evaluation, *others = map(json.loads, capsys.readouterr().out.splitlines())
+    assert f"| `--tests 5 --rejected 3` | {train['users']} | {evaluation['users'] // 4} | 312 to 314 |" in GUIDE
+    sides = [record for record in others if "side" in record]
+    assert len(sides) == 4
+    for side in sides:
+        figures = [str(side[name]) for name in ("answers", "cut", "marked", "words_before", "words_after")]
+        assert f"| `{side['out']}` | {side['side']} | {' | '.join(figures)} |" in GUIDE
 
 
 @pytest.mark.parametrize(("fields", "kind"), [(WITH_VLLM, "vllm-colocate"), (WITH_SERVER, "vllm-server")])

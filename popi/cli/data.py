@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -25,6 +25,14 @@ Out = Annotated[Path, typer.Option(help="The JSON lines file to write, one user 
 SkipBadRows = Annotated[
     bool, typer.Option("--skip-bad-rows", help="Continue without bad rows, and report them as dropped.")
 ]
+
+MaxWords = Annotated[
+    int | None,
+    typer.Option(min=1, help="Cut answers that have more words, at the end of a sentence."),
+]
+EvalOut = Annotated[Path | None, typer.Option(help="A second file to write: users for evaluation.")]
+
+EVAL_FRACTION = 0.2
 
 
 class Format(StrEnum):
@@ -75,6 +83,7 @@ def _counting(examples: Iterable[PersonalizationExample], shown: Progress) -> It
 def csv(
     path: Annotated[Path, typer.Argument(help="The table: one signal or held-out pair per row, column names first.")],
     out: Out,
+    max_words: MaxWords = None,
     skip_bad_rows: SkipBadRows = False,
     json: JsonFlag = False,
 ) -> None:
@@ -98,7 +107,7 @@ def csv(
 
     _refuse_overwriting(path, out)
     bad_rows = BadRows(skip=skip_bad_rows)
-    _finish(convert_csv(path, bad_rows=bad_rows), out, json, bad_rows)
+    _finish(path, {out: convert_csv(path, bad_rows=bad_rows)}, json, max_words=max_words, bad_rows=bad_rows)
 
 
 @convert.command()
@@ -119,7 +128,7 @@ def chat(
 
     _refuse_overwriting(path, out)
     bad_rows = BadRows(skip=skip_bad_rows)
-    _finish(convert_chat(path, bad_rows=bad_rows), out, json, bad_rows)
+    _finish(path, {out: convert_chat(path, bad_rows=bad_rows)}, json, bad_rows=bad_rows)
 
 
 @convert.command()
@@ -129,15 +138,32 @@ def dsp(
     ],
     out: Out,
     signals: Annotated[int, typer.Option(min=1, help="Number of pairs in a user's signals.")] = 4,
-    tests: Annotated[int, typer.Option(min=0, help="Number of held-out pairs of a user.")] = 4,
+    tests: Annotated[int, typer.Option(min=0, help="Number of queries in a user's held-out pairs.")] = 4,
+    rejected: Annotated[
+        int, typer.Option(min=1, max=3, help="Number of held-out pairs of a query, each with another rejected answer.")
+    ] = 1,
+    eval_out: EvalOut = None,
+    eval_fraction: Annotated[
+        float | None, typer.Option(help=f"Fraction of the queries for evaluation; {EVAL_FRACTION} if not given.")
+    ] = None,
+    max_words: MaxWords = None,
     seed: Annotated[int, typer.Option(help="Each seed divides the queries differently.")] = 0,
     json: JsonFlag = False,
 ) -> None:
-    """Domain-Specific Preference: an audience is a user, who prefers what was written for it."""
-    from popi.data.dsp import convert_dsp
+    """Domain-Specific Preference: an audience is a user, who prefers what was written for it.
 
-    _refuse_overwriting(path, out)
-    _finish(convert_dsp(path, signals_per_user=signals, tests_per_user=tests, seed=seed), out, json)
+    With --eval-out, no query of that file occurs in OUT, for any audience.
+    """
+    from popi.data.dsp import convert_dsp, split_dsp
+
+    fraction = _check_outputs(path, out, eval_out, eval_fraction)
+    sizes = {"signals_per_user": signals, "tests_per_user": tests, "rejected_per_test": rejected, "seed": seed}
+    if eval_out is None:
+        made = {out: convert_dsp(path, **sizes)}
+    else:
+        train, evaluation = split_dsp(path, fraction=fraction, **sizes)
+        made = {out: train, eval_out: evaluation}
+    _finish(path, made, json, max_words=max_words)
 
 
 @convert.command()
@@ -146,31 +172,77 @@ def prefeval(
         Path, typer.Argument(help="The folder of amazon-science/PrefEval, a folder in it, or one of its files.")
     ],
     out: Out,
-    seed: Annotated[int, typer.Option(help="Each seed chooses different rejected options.")] = 0,
+    eval_out: EvalOut = None,
+    eval_fraction: Annotated[
+        float | None,
+        typer.Option(help=f"Fraction of the users for evaluation, in whole topics; {EVAL_FRACTION} if not given."),
+    ] = None,
+    max_words: MaxWords = None,
+    seed: Annotated[int, typer.Option(help="Each seed chooses different rejected options and topics.")] = 0,
     json: JsonFlag = False,
 ) -> None:
-    """PrefEval: a user has one preference, stated, shown by a choice or mentioned in a dialogue."""
-    from popi.data.prefeval import convert_prefeval
+    """PrefEval: a user has one preference, stated, shown by a choice or mentioned in a dialogue.
 
+    With --eval-out, no topic, question or preference of that file occurs in OUT.
+    """
+    from popi.data.prefeval import convert_prefeval, split_prefeval
+
+    fraction = _check_outputs(path, out, eval_out, eval_fraction)
+    if eval_out is None:
+        made = {out: convert_prefeval(path, seed=seed)}
+    else:
+        train, evaluation = split_prefeval(path, fraction=fraction, seed=seed)
+        made = {out: train, eval_out: evaluation}
+    _finish(path, made, json, max_words=max_words)
+
+
+def _check_outputs(path: Path, out: Path, eval_out: Path | None, fraction: float | None) -> float:
+    """Checks the options of a division, and returns the fraction for evaluation."""
     _refuse_overwriting(path, out)
-    _finish(convert_prefeval(path, seed=seed), out, json)
+    if eval_out is None:
+        if fraction is not None:
+            raise InputError("--eval-fraction divides the data, but only one file is written", fix="give --eval-out")
+    else:
+        _refuse_overwriting(path, eval_out, "--eval-out")
+        if out.resolve() == eval_out.resolve():
+            raise InputError("is also the file of --out", file=eval_out, fix="name another file with --eval-out")
+    return EVAL_FRACTION if fraction is None else fraction
 
 
-def _refuse_overwriting(path: Path, out: Path) -> None:
+def _refuse_overwriting(path: Path, out: Path, option: str = "--out") -> None:
     if path.exists() and out.exists() and path.samefile(out):
-        raise InputError("is the file to convert", file=out, fix="name another file with --out")
+        raise InputError("is the file to convert", file=out, fix=f"name another file with {option}")
 
 
-def _finish(conversion: Conversion, out: Path, json: bool, bad_rows: BadRows | None = None) -> None:
-    """Writes the examples, and prints what was dropped: by reason on a terminal, else every item."""
-    from popi.io import write_jsonl
+def _finish(
+    path: Path,
+    made: Mapping[Path, Conversion],
+    json: bool,
+    *,
+    max_words: int | None = None,
+    bad_rows: BadRows | None = None,
+) -> None:
+    """Cuts answers, writes the files, and prints what was dropped: by reason on a terminal, else every item."""
+    from popi.data.convert import Conversion
+    from popi.data.cutting import AnswerCutter
+    from popi.io import write_jsonl_together
 
-    write_jsonl(out, conversion.examples)
+    cuts = []
+    if max_words is not None:
+        whole, made = made, {}
+        for out, conversion in whole.items():
+            cutter = AnswerCutter(max_words)
+            made[out] = cutter.cut(conversion, path.name)
+            cuts += [{**record, "out": str(out)} for record in cutter.summary()]
+    write_jsonl_together({out: conversion.examples for out, conversion in made.items()})
     if bad_rows is not None and bad_rows.count:
         note(bad_rows.summary())
-    print_records([{**conversion.summary(), "out": str(out)}], json_flag=json)
+    print_records([{**conversion.summary(), "out": str(out)} for out, conversion in made.items()], json_flag=json)
+    if cuts:
+        print_records(cuts, json_flag=json, title="answers")
     if wants_json(json):
-        for dropped in conversion.dropped:
-            print_json(dropped.as_record())
-    elif conversion.dropped:
-        print_records(conversion.reasons(), json_flag=json, title="dropped")
+        for out, conversion in made.items():
+            for dropped in conversion.dropped:
+                print_json(dropped.as_record() | ({"out": str(out)} if len(made) > 1 else {}))
+    elif items := tuple(item for conversion in made.values() for item in conversion.dropped):
+        print_records(Conversion((), items).reasons(), json_flag=json, title="dropped")

@@ -102,8 +102,8 @@ class _Log:
         self.dropped: list[Dropped] = []
 
     def drop(self, number: int, reason: str, field: str = "") -> None:
-        place = {"index": number} if self.is_list else {"line": number}
-        self.dropped.append(Dropped(reason, self.path.name, field=field, **place))
+        index, line = (number, None) if self.is_list else (None, number)
+        self.dropped.append(Dropped(reason, self.path.name, index, line, field))
 
     def parse(self, number: int, value: Any) -> tuple[str, tuple[Turn, ...], Any]:
         """The user of a record, the turns (none if the user says nothing) and the time."""

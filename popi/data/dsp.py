@@ -15,8 +15,8 @@ from random import Random
 from pydantic import ConfigDict
 
 from popi.claims import as_text
-from popi.data.convert import Conversion, Dropped, check_any, read_records
-from popi.data.example import HeldOutPair, PersonalizationExample
+from popi.data.convert import Conversion, Dropped, check_any, divide, read_records
+from popi.data.example import HeldOutPair, PersonalizationExample, text_key
 from popi.errors import InputError
 from popi.io import validate
 from popi.signals import FileRecord, PreferencePair, Text, UserSignals
@@ -63,34 +63,107 @@ class _Query:
         return response
 
     def others(self, audience: str) -> list[str]:
-        """The audiences with a different response."""
-        return [other for other in AUDIENCES if self.by(other) != self.by(audience)]
+        """The different responses of the other audiences."""
+        own = self.by(audience)
+        responses = {text_key(text): text for other in AUDIENCES if (text := self.by(other)) != own}
+        return list(responses.values())
 
     def drop(self, reason: str, field: str) -> Dropped:
         return Dropped(reason, self.file, self.index, field=field)
 
 
-def convert_dsp(path: Path, *, signals_per_user: int = 4, tests_per_user: int = 4, seed: int = 0) -> Conversion:
+@dataclass(frozen=True, slots=True)
+class _Users:
+    """Which users are made. The fields are the arguments of :func:`convert_dsp`."""
+
+    signals: int
+    tests: int
+    rejected: int
+    seed: int
+
+    def __post_init__(self) -> None:
+        if self.signals < 1 or self.tests < 0:
+            raise InputError(f"a user cannot have {self.signals} signals and {self.tests} held-out pairs")
+        if not 1 <= self.rejected < len(AUDIENCES):
+            raise InputError(f"a query cannot have {self.rejected} rejected responses", fix="request 1 to 3")
+
+    @property
+    def size(self) -> int:
+        """Number of queries of a user."""
+        return self.signals + self.tests
+
+
+def convert_dsp(
+    path: Path, *, signals_per_user: int = 4, tests_per_user: int = 4, rejected_per_test: int = 1, seed: int = 0
+) -> Conversion:
     """Makes users from the preferences of the audiences, many from each audience.
 
     For each audience, the queries are shuffled and divided into blocks, one per user, so that no two users of an
     audience share a query. They do share their preferences: a confidence interval by user is about these four
-    preferences only.
+    preferences only. Users of different audiences share queries.
 
     Args:
         path: One of the publisher's files ``domain_specific_preference.*.json``, or a folder with some of them.
-        signals_per_user: Number of pairs in the signals of a user.
-        tests_per_user: Number of held-out pairs of a user.
+        signals_per_user: Number of pairs in the signals of a user, each of another query.
+        tests_per_user: Number of queries in the held-out pairs of a user.
+        rejected_per_test: Number of held-out pairs of such a query, 1 to 3. Each rejects the response of another
+            audience. There are fewer for a query for which some audiences have the same response.
         seed: Determines which user gets which queries, and the rejected responses.
 
     Raises:
         InputError: If the files are not in this format, an argument is out of range, or there are too few queries.
     """
-    if signals_per_user < 1 or tests_per_user < 0:
-        raise InputError(f"a user cannot have {signals_per_user} signals and {tests_per_user} held-out pairs")
-    size = signals_per_user + tests_per_user
+    users = _Users(signals_per_user, tests_per_user, rejected_per_test, seed)
     queries, dropped = _read(path)
+    made = _convert(path, queries, users)
+    return Conversion(made.examples, (*dropped, *made.dropped))
+
+
+def split_dsp(
+    path: Path,
+    *,
+    fraction: float,
+    signals_per_user: int = 4,
+    tests_per_user: int = 4,
+    rejected_per_test: int = 1,
+    seed: int = 0,
+) -> tuple[Conversion, Conversion]:
+    """Makes users for training and users for evaluation, who have no query in common.
+
+    The queries are divided before users are made of them, in the same way for every audience: a query of an evaluation
+    user is in no signal and in no held-out pair of any training user. The division depends on the queries, the fraction
+    and the seed only, so that files with other numbers of signals or tests fit each other.
+
+    Args:
+        path: As for :func:`convert_dsp`, like the other arguments.
+        fraction: Fraction of the queries that are for evaluation.
+        signals_per_user: Number of pairs in the signals of a user.
+        tests_per_user: Number of queries in the held-out pairs of a user.
+        rejected_per_test: Number of held-out pairs of such a query.
+        seed: Also determines which queries are for evaluation.
+
+    Returns:
+        The users for training and the users for evaluation. What was dropped before the division is in the first.
+
+    Raises:
+        InputError: If the files are not in this format, an argument is out of range, or there are too few queries.
+    """
+    users = _Users(signals_per_user, tests_per_user, rejected_per_test, seed)
+    queries, dropped = _read(path)
+    train, evaluation = divide(queries, lambda query: [query.record.query], fraction=fraction, seed=seed, file=path)
+    made = _convert(path, train, users, "training")
+    return Conversion(made.examples, (*dropped, *made.dropped)), _convert(path, evaluation, users, "evaluation")
+
+
+def _convert(path: Path, queries: Sequence[_Query], users: _Users, part: str = "") -> Conversion:
+    """Makes users of some queries. The ids of users for evaluation do not occur among those for training."""
     examples: list[PersonalizationExample] = []
+    dropped = [
+        query.drop("two responses are the same text", f"responses.{one} and {other}")
+        for query in queries
+        for one, other in combinations(AUDIENCES, 2)
+        if query.by(one) == query.by(other)
+    ]
     for audience in AUDIENCES:
         usable = [query for query in queries if query.others(audience)]
         dropped += [
@@ -98,18 +171,20 @@ def convert_dsp(path: Path, *, signals_per_user: int = 4, tests_per_user: int = 
             for query in queries
             if not query.others(audience)
         ]
-        rng = Random(f"{seed}/{audience}")
+        rng = Random(f"{users.seed}/{audience}")
         rng.shuffle(usable)
-        for number, start in enumerate(range(0, len(usable) - size + 1, size)):
-            examples.append(_example(rng, audience, number, usable[start : start + size], signals_per_user))
-        left = usable[len(usable) // size * size :]
+        prefix = f"{audience}-eval" if part == "evaluation" else audience
+        for number, start in enumerate(range(0, len(usable) - users.size + 1, users.size)):
+            block = usable[start : start + users.size]
+            examples.append(_example(rng, audience, f"{prefix}-{number:03d}", block, users))
+        left = usable[len(usable) // users.size * users.size :]
         dropped += [
             query.drop("too few queries are left for another user", f"responses.{audience}")
             for query in sorted(left, key=queries.index)
         ]
     if not examples:
         raise InputError(
-            f"contains {len(queries)} queries, too few for a user of {size}",
+            f"contains {len(queries)} queries{part and f' for {part}'}, too few for a user of {users.size}",
             file=path,
             fix="request fewer signals or held-out pairs per user",
         )
@@ -128,15 +203,12 @@ def _read(path: Path) -> tuple[list[_Query], list[Dropped]]:
             except InputError as error:
                 dropped.append(Dropped(error.what, file.name, index, field=error.field or ""))
                 continue
-            words = " ".join(query.record.query.split())
-            if words in known:
+            key = text_key(query.record.query)
+            if key in known:
                 dropped.append(query.drop("repeats an earlier query", "query"))
                 continue
-            known.add(words)
+            known.add(key)
             queries.append(query)
-            for one, other in combinations(AUDIENCES, 2):
-                if query.by(one) == query.by(other):
-                    dropped.append(query.drop("two responses are the same text", f"responses.{one} and {other}"))
     check_any(path, queries, dropped, what="queries with responses", fix="give the publisher's files unchanged")
     return queries, dropped
 
@@ -149,20 +221,24 @@ def _find(path: Path) -> tuple[list[Path], list[Dropped]]:
     return files, others
 
 
-def _example(rng: Random, audience: str, number: int, block: Sequence[_Query], signals: int) -> PersonalizationExample:
+def _example(
+    rng: Random, audience: str, user_id: str, block: Sequence[_Query], users: _Users
+) -> PersonalizationExample:
     pairs = [
-        HeldOutPair(
-            prompt=query.record.query, chosen=query.by(audience), rejected=query.by(rng.choice(query.others(audience)))
-        )
-        for query in block
+        [
+            HeldOutPair(prompt=query.record.query, chosen=query.by(audience), rejected=response)
+            for response in rng.sample(others, min(len(others), 1 if place < users.signals else users.rejected))
+        ]
+        for place, query in enumerate(block)
+        if (others := query.others(audience))
     ]
     truth = Claim(text=f"answers as somebody in {AUDIENCES[audience]} would give them")
     return PersonalizationExample(
         user=UserSignals(
-            user_id=f"{audience}-{number:03d}",
-            signals=tuple(PreferencePair(origin="dsp", **pair.model_dump()) for pair in pairs[:signals]),
+            user_id=user_id,
+            signals=tuple(PreferencePair(origin="dsp", **pair.model_dump()) for (pair,) in pairs[: users.signals]),
         ),
-        tests=tuple(pairs[signals:]),
+        tests=tuple(pair for query in pairs[users.signals :] for pair in query),
         oracles={"truth": as_text([truth])},
         facts={"dataset": "dsp", "audience": audience},
     )

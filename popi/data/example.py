@@ -103,17 +103,17 @@ def find_unusable(user: UserSignals, tests: Sequence[HeldOutPair]) -> dict[int, 
     Returns:
         The reason for each unusable pair, by its place in ``tests``.
     """
-    prompts = {_key(pair.prompt) for pair in tests} | {""} if tests else set()
+    prompts = {text_key(pair.prompt) for pair in tests} | {""} if tests else set()
     kinds = {
-        (prompt, _key(response)): signal.kind
+        (prompt, text_key(response)): signal.kind
         for signal in user.signals
         for shown_prompt, response in _shown(signal)
-        if (prompt := _key(shown_prompt)) in prompts
+        if (prompt := text_key(shown_prompt)) in prompts
     }
     reasons: dict[int, str] = {}
     earlier: set[tuple[str, frozenset[str]]] = set()
     for place, pair in enumerate(tests):
-        prompt, responses = _key(pair.prompt), (_key(pair.chosen), _key(pair.rejected))
+        prompt, responses = text_key(pair.prompt), (text_key(pair.chosen), text_key(pair.rejected))
         found = (kinds.get((shown, text)) for text in responses for shown in (prompt, ""))
         kind = next(filter(None, found), None)
         if kind is not None:
@@ -163,5 +163,6 @@ def _shown(signal: Signal) -> list[tuple[str, str]]:
             return []
 
 
-def _key(text: str) -> str:
+def text_key(text: str) -> str:
+    """The form in which texts are compared: equal for texts that differ in white space, case or encoding only."""
     return " ".join(unicodedata.normalize("NFKC", text).casefold().split())

@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 from pydantic import ConfigDict, Field
 
 from popi.claims import as_text
-from popi.data.convert import Conversion, Dropped, check_any, read_records
+from popi.data.convert import Conversion, Dropped, check_any, divide, read_records
 from popi.data.example import HeldOutPair, PersonalizationExample
 from popi.errors import InputError
 from popi.io import validate
@@ -142,6 +142,33 @@ def convert_prefeval(path: Path, *, seed: int = 0) -> Conversion:
                 dropped.append(Dropped("an earlier file has the same form and topic", _name(file, path), index))
     check_any(path, examples, dropped, what="usable items", fix="give the publisher's files unchanged")
     return Conversion(tuple(examples.values()), tuple(dropped))
+
+
+def split_prefeval(path: Path, *, fraction: float, seed: int = 0) -> tuple[Conversion, Conversion]:
+    """Makes users for training and users for evaluation, who have no topic, question or preference in common.
+
+    Topics that share a question or a preference stay together.
+
+    Args:
+        path: The publisher's folder, or a folder in it.
+        fraction: Fraction of the users that are for evaluation, to the nearest whole topics.
+        seed: Determines the division, and the rejected options.
+
+    Returns:
+        The users for training and the users for evaluation. All that was dropped is in the first.
+
+    Raises:
+        InputError: If the files are not in this format, the fraction is not between 0 and 1, or there are too few
+            topics.
+    """
+
+    def texts_of(example: PersonalizationExample) -> tuple[str, ...]:
+        facts = example.facts
+        return f"topic {facts['topic']}", f"preference {facts['preference']}", f"question {example.tests[0].prompt}"
+
+    made = convert_prefeval(path, seed=seed)
+    train, evaluation = divide(made.examples, texts_of, fraction=fraction, seed=seed, file=path)
+    return Conversion(tuple(train), made.dropped), Conversion(tuple(evaluation), ())
 
 
 def _find(path: Path) -> tuple[list[Path], list[Dropped]]:

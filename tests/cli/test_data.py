@@ -49,6 +49,114 @@ def test_converts_dsp_and_says_what_was_dropped(popi: Run, queries: Path, tmp_pa
     assert len(list(read_examples(out))) == 8
 
 
+def test_divides_dsp_by_queries_and_reports_both_files(popi: Run, queries: Path, tmp_path: Path) -> None:
+    out, eval_out = tmp_path / "train.jsonl", tmp_path / "eval.jsonl"
+    options = ("--eval-out", eval_out, "--eval-fraction", 0.25, "--signals", 1, "--tests", 1, "--rejected", 2)
+    ran = popi("data", "convert", "dsp", queries, "--out", out, *options)
+    assert (ran.code, ran.err) == (0, "")
+    train, evaluation, *dropped = records(ran)
+    # Six queries make three users of each audience, and two make one. Query 2 has two equal answers.
+    assert train == {"users": 12, "signals": 12, "tests": 24, "dropped": train["dropped"], "out": str(out)}
+    assert evaluation == {"users": 4, "signals": 4, "tests": 8, "dropped": 1 - train["dropped"], "out": str(eval_out)}
+    assert [entry["reason"] for entry in dropped] == ["two responses are the same text"]
+    assert dropped[0]["out"] == str(out if train["dropped"] else eval_out)
+    prompts = [
+        {pair.prompt for user in read_examples(path) for pair in (*user.user.signals, *user.tests)}  # type: ignore[union-attr]
+        for path in (out, eval_out)
+    ]
+    assert [len(found) for found in prompts] == [6, 2]
+    assert not prompts[0] & prompts[1]
+
+
+def test_divides_prefeval_by_topics(popi: Run, tmp_path: Path) -> None:
+    folder, out, eval_out = tmp_path / "mcq_options", tmp_path / "train.jsonl", tmp_path / "eval.jsonl"
+    folder.mkdir()
+    for topic in "abcde":
+        item = {"preference": f"I like {topic}.", "question": f"{topic}?", "classification_task_options": ["A", "B"]}
+        (folder / f"{topic}.json").write_text(json.dumps([item]))
+    ran = popi("data", "convert", "prefeval", folder, "--out", out, "--eval-out", eval_out)
+    assert ran.code == 0
+    assert [(record["users"], record["out"]) for record in records(ran)] == [(4, str(out)), (1, str(eval_out))]
+    topics = [{example.facts["topic"] for example in read_examples(path)} for path in (out, eval_out)]
+    assert topics[0] | topics[1] == set("abcde")
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (("--eval-fraction", 0.5), "--eval-fraction divides the data, but only one file is written; give --eval-out"),
+        (("--eval-out", "queries.json"), "queries.json: is the file to convert; name another file with --eval-out"),
+        (("--eval-out", "./train.jsonl"), "train.jsonl: is also the file of --out; name another file with --eval-out"),
+        (("--eval-out", "e", "--eval-fraction", 1), "field eval_fraction: 1 is not between 0 and 1"),
+        (("--eval-out", "e", "--tests", 1), "contains 2 queries for evaluation, too few for a user of 5; request"),
+        (("--eval-out", "folder", "--signals", 1, "--tests", 1), "folder: is a folder; name a file in it"),
+        (("--rejected", 4), "'--rejected': Input should be less than or equal to 3"),
+        (("--max-words", 0), "'--max-words': Input should be greater than or equal to 1"),
+    ],
+)
+def test_neither_file_is_written_if_one_cannot_be(
+    popi: Run, queries: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: tuple[object, ...], says: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    ran = popi("data", "convert", "dsp", "queries.json", "--out", "train.jsonl", *options)
+    assert ran.code == 2
+    assert says in ran.err.splitlines()[-1]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "queries.json"]
+
+
+def test_cuts_answers_of_both_sides_and_reports_their_lengths(popi: Run, tmp_path: Path) -> None:
+    table, out = tmp_path / "table.csv", tmp_path / "users.jsonl"
+    table.write_text(
+        "user_id,kind,prompt,chosen,rejected\n"
+        "ann,pair,How much?,To here.,Fill it to here. Then wait.\n"
+        "ann,held_out,How long?,One hour. Then look at it.,One hour. Then look away\n"
+        "ann,held_out,How often?,Once,Twice in an hour and again\n"
+    )
+    ran = popi("data", "convert", "csv", table, "--out", out, "--max-words", 4)
+    assert (ran.code, ran.err) == (0, "")
+    summary, chosen, rejected, dropped = records(ran)
+    assert summary == {"users": 1, "signals": 1, "tests": 1, "dropped": 1, "out": str(out)}
+    lengths = {"max_words": 4, "answers": 3, "out": str(out)}
+    assert chosen == lengths | {
+        "side": "chosen",
+        "cut": 1,
+        "marked": 0,
+        "words_before": 3.0,
+        "words_after": 1.67,
+    }
+    assert rejected == lengths | {
+        "side": "rejected",
+        "cut": 3,
+        "marked": 1,
+        "words_before": 5.67,
+        "words_after": 3.33,
+    }
+    assert dropped == {
+        "reason": "both responses are the same text after cutting",
+        "file": "table.csv",
+        "field": "tests.0",
+        "user": "ann",
+    }
+    [example] = read_examples(out)
+    assert example.tests[0].rejected == "Twice in an hour…"
+    assert example.facts == {"max_words": 4, "cut_answers": 4}
+
+
+def test_answers_of_dsp_and_prefeval_are_cut_too(popi: Run, queries: Path, tmp_path: Path) -> None:
+    out, folder = tmp_path / "users.jsonl", tmp_path / "mcq_options"
+    assert popi("data", "convert", "dsp", queries, "--out", out, "--max-words", 1).code == 0
+    users = list(read_examples(out))
+    chosen = {pair.chosen for user in users for pair in user.tests}
+    assert chosen - {"same"} == {f"{user.facts['audience']}…" for user in users}
+    folder.mkdir()
+    item = {"preference": "I like hats.", "question": "Which?", "classification_task_options": ["A hat.", "My cap."]}
+    (folder / "hats.json").write_text(json.dumps([item]))
+    assert popi("data", "convert", "prefeval", folder, "--out", out, "--max-words", 1).code == 0
+    [example] = read_examples(out)
+    assert (example.tests[0].chosen, example.tests[0].rejected) == ("A…", "My…")
+
+
 def test_on_a_terminal_the_report_is_by_reason(
     popi: Run, queries: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

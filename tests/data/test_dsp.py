@@ -1,7 +1,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterable
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from popi.data.convert import Conversion
-from popi.data.dsp import AUDIENCES, convert_dsp
+from popi.data.dsp import AUDIENCES, convert_dsp, split_dsp
+from popi.data.example import HeldOutPair, PersonalizationExample, check_held_out, text_key
 from popi.data.reading import read_examples
 from popi.errors import InputError
 from popi.io import write_jsonl
@@ -47,6 +49,16 @@ def check(conversion: Conversion, records: list[dict[str, Any]]) -> None:
             assert pair.rejected in {responses[other].strip() for other in AUDIENCES if other != audience}
             assert (audience, pair.prompt) not in asked
             asked.add((audience, pair.prompt))
+
+
+def queries_of(examples: Iterable[PersonalizationExample]) -> set[str]:
+    """The queries of the signals and held-out pairs."""
+    queries = set()
+    for example in examples:
+        for pair in (*example.user.signals, *example.tests):
+            assert isinstance(pair, PreferencePair | HeldOutPair)
+            queries.add(text_key(pair.prompt))
+    return queries
 
 
 @given(st.integers(1, 20), st.integers(1, 4), st.integers(0, 4), st.integers(0, 3))
@@ -165,6 +177,80 @@ def test_a_folder_of_files_is_read_as_one(save: Callable[[Any], Path], tmp_path:
         convert_dsp(tmp_path / "empty")
 
 
+@given(
+    st.lists(st.sampled_from("ABCDEFGHIJKLMNOPabcdefgh"), min_size=8, max_size=30),
+    st.floats(0.2, 0.8),
+    st.integers(1, 2),
+    st.integers(0, 2),
+    st.integers(1, 3),
+    st.integers(0, 3),
+)
+def test_no_query_for_evaluation_is_in_training_for_any_audience(
+    save: Callable[[Any], Path], names: list[str], fraction: float, signals: int, tests: int, rejected: int, seed: int
+) -> None:
+    path = save([record(number) | {"query": f"query {name}"} for number, name in enumerate(names)])
+    sizes = {"signals_per_user": signals, "tests_per_user": tests, "rejected_per_test": rejected, "seed": seed}
+    try:
+        train, evaluation = split_dsp(path, fraction=fraction, **sizes)  # type: ignore[arg-type]
+    except InputError as error:
+        assert "too few for a user" in error.what or "leaves none of them for" in error.what
+        return
+    assert not queries_of(train.examples) & queries_of(evaluation.examples)
+    for part in (train, evaluation):
+        assert {len(example.user.signals) for example in part.examples} == {signals}
+        assert {len(example.tests) for example in part.examples} == {tests * rejected}
+        assert {example.facts["audience"] for example in part.examples} == set(AUDIENCES)
+        for example in part.examples:
+            check_held_out(example)
+    ids = [example.user.user_id for part in (train, evaluation) for example in part.examples]
+    assert len(set(ids)) == len(ids)
+    assert split_dsp(path, fraction=fraction, **sizes) == (train, evaluation)  # type: ignore[arg-type]
+
+
+def test_the_division_does_not_depend_on_the_sizes_of_users(save: Callable[[Any], Path]) -> None:
+    path = save([record(number) for number in range(20)])
+    first, second = (
+        [queries_of(part.examples) for part in split_dsp(path, fraction=0.3, seed=5, **sizes)]
+        for sizes in ({"signals_per_user": 1, "tests_per_user": 1}, {"signals_per_user": 2, "tests_per_user": 0})
+    )
+    # 14 and 6 queries, all of them used by users of two.
+    assert [len(queries) for queries in first] == [14, 6]
+    assert first == second
+
+
+def test_each_rejected_response_is_a_pair_of_its_own(save: Callable[[Any], Path]) -> None:
+    records = [record(number) for number in range(4)]
+    for entry in records:
+        entry["responses"]["literature"] = entry["responses"]["business"].upper()
+    conversion = convert_dsp(save(records), signals_per_user=1, tests_per_user=3, rejected_per_test=3)
+    for example in conversion.examples:
+        check_held_out(example)
+        rejected = Counter(pair.prompt for pair in example.tests)
+        # Business and literature have the same response but for case, so others reject one of the two.
+        own = example.facts["audience"] in ("business", "literature")
+        assert set(rejected.values()) == ({3} if own else {2})
+
+
+def test_each_part_says_what_it_dropped(save: Callable[[Any], Path]) -> None:
+    records: list[Any] = [record(number) for number in range(10)]
+    train, evaluation = split_dsp(save(["text", *records]), fraction=0.3, signals_per_user=1, tests_per_user=1)
+    assert [(entry["dropped because"], entry["count"]) for entry in train.reasons()] == [
+        ("too few queries are left for another user", 4),
+        ("is not a JSON object", 1),
+    ]
+    assert [(entry["dropped because"], entry["count"]) for entry in evaluation.reasons()] == [
+        ("too few queries are left for another user", 4)
+    ]
+    with pytest.raises(InputError, match="contains 3 queries for evaluation, too few for a user of 4"):
+        split_dsp(save(records), fraction=0.3, signals_per_user=2, tests_per_user=2)
+
+
+@pytest.mark.parametrize("rejected", [0, 4])
+def test_a_query_has_three_responses_to_reject(save: Callable[[Any], Path], rejected: int) -> None:
+    with pytest.raises(InputError, match=f"cannot have {rejected} rejected responses; request 1 to 3"):
+        convert_dsp(save([record(0)]), rejected_per_test=rejected)
+
+
 @pytest.mark.parametrize(("signals", "tests"), [(0, 4), (4, -1)])
 def test_refuses_numbers_that_make_no_user(save: Callable[[Any], Path], signals: int, tests: int) -> None:
     with pytest.raises(InputError, match="a user cannot have"):
@@ -189,3 +275,16 @@ def test_the_publishers_file(shared_data: Path, tmp_path: Path) -> None:
     assert used + len(conversion.dropped) - len(equal) == len(records) * len(AUDIENCES)
     write_jsonl(tmp_path / "dsp.jsonl", conversion.examples)
     assert tuple(read_examples(tmp_path / "dsp.jsonl")) == conversion.examples
+
+
+def test_the_publishers_file_divides_by_queries(shared_data: Path, tmp_path: Path) -> None:
+    path = shared_data / "dsp" / "domain_specific_preference.test.json"
+    train, evaluation = split_dsp(path, fraction=0.3, tests_per_user=5, rejected_per_test=3)
+    assert not queries_of(train.examples) & queries_of(evaluation.examples)
+    users = Counter(example.facts["audience"] for example in evaluation.examples)
+    pairs = Counter(example.facts["audience"] for example in evaluation.examples for _ in example.tests)
+    assert set(users.values()) == {21}
+    assert min(pairs.values()) >= 300
+    for name, part in (("train", train), ("eval", evaluation)):
+        write_jsonl(tmp_path / f"{name}.jsonl", part.examples)
+        assert tuple(read_examples(tmp_path / f"{name}.jsonl")) == part.examples

@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
-from popi.data.example import PersonalizationExample
-from popi.data.prefeval import convert_prefeval
+from popi.data.convert import Conversion
+from popi.data.example import PersonalizationExample, text_key
+from popi.data.prefeval import convert_prefeval, split_prefeval
 from popi.data.reading import read_examples
 from popi.errors import InputError
 from popi.io import write_jsonl
@@ -223,6 +224,43 @@ def test_files_that_cannot_be_used_are_refused(folder: Path, tmp_path: Path) -> 
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match="contains no usable items"):
         convert_prefeval(tmp_path / "empty")
+
+
+def shared_texts(first: Conversion, second: Conversion, name: str) -> set[str]:
+    """What occurs in both: values of a fact, or prompts."""
+    texts = [
+        {text_key(example.tests[0].prompt if name == "question" else example.facts[name]) for example in part.examples}
+        for part in (first, second)
+    ]
+    return texts[0] & texts[1]
+
+
+def test_whole_topics_are_for_evaluation(folder: Path) -> None:
+    for topic in range(4):
+        for form, name in FOLDERS.items():
+            # Topics 1 and 2 share a question.
+            numbers = [10 * topic, 10 * topic + 1, 5 if topic in (1, 2) else 10 * topic + 2]
+            save(folder / name / f"topic{topic}.json", [MAKE[form](number) for number in numbers])
+    (folder / FOLDERS["persona"] / "hats.json").write_text('["text"]')
+    sizes = set()
+    for seed in range(6):
+        train, evaluation = split_prefeval(folder, fraction=0.25, seed=seed)
+        topics = {example.facts["topic"] for example in evaluation.examples}
+        assert not any(shared_texts(train, evaluation, name) for name in ("topic", "preference", "question"))
+        assert ("topic1" in topics) == ("topic2" in topics)
+        whole = convert_prefeval(folder, seed=seed)
+        assert len(train.examples) + len(evaluation.examples) == len(whole.examples)
+        assert train.dropped == whole.dropped and evaluation.dropped == ()
+        sizes.add(frozenset(topics))
+    assert len(sizes) > 1
+    with pytest.raises(InputError, match="in 1 group by common texts; a fraction of"):
+        split_prefeval(folder / FOLDERS["choice"] / "hats.json", fraction=0.25)
+
+
+def test_the_publishers_folder_divides_by_topics(shared_data: Path) -> None:
+    train, evaluation = split_prefeval(shared_data / "prefeval", fraction=0.3)
+    assert not any(shared_texts(train, evaluation, name) for name in ("topic", "preference", "question"))
+    assert abs(len(evaluation.examples) / (len(train.examples) + len(evaluation.examples)) - 0.3) < 0.05
 
 
 def test_the_publishers_folder(shared_data: Path, tmp_path: Path) -> None:
