@@ -80,6 +80,8 @@ def _print_version(requested: bool) -> None:
 
 def _app(names: Iterable[str]) -> typer.Typer:
     app = typer.Typer(
+        # In rich's own markup, "[default: 8]" would be a style and disappear.
+        rich_markup_mode="markdown",
         help="Personalization through summaries of what a user prefers.",
         add_completion=False,
         pretty_exceptions_enable=False,

@@ -2,13 +2,16 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
+from typer.main import get_command
 
 import popi
 from popi import cli
@@ -88,6 +91,32 @@ def test_without_a_word_it_tells_what_there_is(capsys: pytest.CaptureFixture[str
     assert cli.main([]) == 0
     shown = capsys.readouterr().out
     assert all(command in shown for command in ("summarize", "generate", "doctor"))
+
+
+def commands(group: Any, *path: str) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """All commands below a group, with the words that call them."""
+    for name, command in group.commands.items():
+        if hasattr(command, "commands"):
+            yield from commands(command, *path, name)
+        else:
+            yield (*path, name), command
+
+
+def letters(text: str) -> str:
+    return re.sub(r"[^\w\[\]:.]", "", text)
+
+
+def test_the_help_of_every_option_is_shown_as_it_is_written(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "400")
+    known = list(commands(get_command(cli._app(cli.COMMANDS))))
+    assert len(known) > 8
+    for words, command in known:
+        assert cli.main([*words, "--help"]) == 0
+        shown = letters(capsys.readouterr().out)
+        for option in command.params:
+            assert letters(option.help or "") in shown, f"{' '.join(words)} {option.name}: {option.help}"
 
 
 def test_help_loads_nothing_heavy() -> None:

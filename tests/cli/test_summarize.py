@@ -336,9 +336,7 @@ def test_options_reach_the_writer(summarize: Run, models: Models, out: Path) -> 
     assert (ran.code, ran.err.count("\n")) == (2, 1)
 
 
-def test_a_prompt_set_in_a_file_is_used_and_recorded(
-    summarize: Run, models: Models, out: Path, tmp_path: Path
-) -> None:
+def test_a_prompt_set_in_a_file_is_used_and_recorded(summarize: Run, models: Models, out: Path, tmp_path: Path) -> None:
     file = tmp_path / "own.yaml"
     file.write_text("name: own\ninfer: |-\n  {open}\n  {signals}\n  {close}\n  What do they like?\n")
     assert summarize(USERS[:1], "--prompt-set", file).code == 0
