@@ -279,7 +279,7 @@ def save_model(
     """
     import torch
 
-    from popi.engine.loading import quiet
+    from popi.engine.quiet import quiet
 
     with quiet():
         if half:
