@@ -30,9 +30,9 @@ def open_backend(model: str, *, role: str = "") -> tuple[Backend, Ledger]:
     """Opens a model, and the accounts of its cost.
 
     Args:
-        model: A model's name, its folder, a GGUF file, or a hub id, which runs in this process with transformers; or a YAML file that
-            describes a backend (:mod:`popi.config.backend`). Requests pass the parts of such a file in this order: the
-            cache, the choice of a route, retries, limits, the budget, the model.
+        model: A model's name, its folder, a GGUF file, or a hub id, which runs in this process with transformers; or a
+            YAML file that describes a backend (:mod:`popi.config.backend`). Requests pass the parts of such a file in
+            this order: the cache, the choice of a route, retries, limits, the budget, the model.
         role: The role that sends the requests, for the accounts.
 
     Raises:

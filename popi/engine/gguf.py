@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -49,6 +49,9 @@ FROM_GGUF = ("quantization_config", "architectures", "_name_or_path", "_model_na
 NOT_WEIGHTS = ("rope_freqs", "rope_factors")
 """Starts of the names of tensors that hold the scaling of positions."""
 
+CONTROL = 3
+"""Type of the control tokens in a GGUF file."""
+
 CARD = """\
 ---
 license: {licence}
@@ -69,6 +72,7 @@ class Header:
         licence: Licence of the model; may be empty.
         end: The end token; ``None`` if the file has none.
         padding: The padding token; ``None`` if the file has none.
+        control: The control tokens, by the spelling.
         parts: Number of files of the model.
         scaling: Whether positions are scaled, for a longer context.
         numbers: Number of weights.
@@ -79,6 +83,7 @@ class Header:
     licence: str
     end: int | None
     padding: int | None
+    control: tuple[str, ...]
     parts: int
     scaling: bool
     numbers: int
@@ -127,6 +132,9 @@ def convert(file: Path, folder: Path) -> None:
         tokenizer = read(AutoTokenizer)
         model, report = read(AutoModelForCausalLM, dtype=getattr(torch, header.dtype), output_loading_info=True)
         _check_weights(file, header, model, report)
+        # transformers knows those of some architectures only, and splits the others into characters.
+        known = tokenizer.get_vocab()
+        tokenizer.add_tokens([token for token in header.control if token in known], special_tokens=True)
         ends = repair(tokenizer, header.end, header.padding, file.name)
         _copy_of(model, tokenizer, ends).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
@@ -168,6 +176,7 @@ def _header(file: Path) -> Header:
             licence=str(value("general.license", "")),
             end=value("tokenizer.ggml.eos_token_id", None),
             padding=value("tokenizer.ggml.padding_token_id", None),
+            control=tuple(_control(value)),
             parts=int(value("split.count", 1)),
             scaling=len(tensors) < len(reader.tensors)
             or value(f"{architecture}.rope.scaling.type", "none") not in ("none", ""),
@@ -182,6 +191,11 @@ def _header(file: Path) -> Header:
             f"{file} is one of {header.parts} parts of a model", fix="merge them with: llama-gguf-split --merge"
         )
     return header
+
+
+def _control(value: Callable[[str, Any], Any]) -> Iterator[str]:
+    tokens, kinds = value("tokenizer.ggml.tokens", []), value("tokenizer.ggml.token_type", [])
+    return (token for token, kind in zip(tokens, kinds, strict=False) if kind == CONTROL)
 
 
 def _value(reader: Any, key: str, default: Any) -> Any:
@@ -263,8 +277,8 @@ def repair(tokenizer: PreTrainedTokenizerBase, end: int | None, padding: int | N
             "%s was read with the end token %r and the padding token %r; corrected by its chat template to %r and %r",
             *(name, *before, *after),
         )
-    ends = dict.fromkeys(token for token in (tokenizer.eos_token, by_file) if token)
-    return [int(tokenizer.convert_tokens_to_ids(token)) for token in ends]
+    vocabulary = tokenizer.get_vocab()
+    return [vocabulary[token] for token in dict.fromkeys((tokenizer.eos_token, by_file)) if token]
 
 
 def _token(tokenizer: PreTrainedTokenizerBase, number: int | None) -> str | None:
