@@ -64,10 +64,11 @@ def write_gguf(
 
     Args:
         path: The file.
-        architecture: One of :data:`CONFIGS`; the name in the file, ``fields["named"]``, may be another.
+        architecture: One of :data:`CONFIGS`.
         kind: Type of the matrices.
         leave_out: Names of tensors that are not written.
-        fields: ``end`` and ``template`` in place of the usual ones; ``None`` leaves them out.
+        fields: ``end`` and ``template`` in place of the usual ones, where ``None`` leaves them out; ``named``, another
+            architecture in the file; ``extra``, the names of tensors with 32 numbers; ``split``, the number of parts.
     """
     model = model_of(architecture)
     config = model.config
@@ -103,6 +104,8 @@ def write_gguf(
         written = f"{names.get_name(stem)}.{suffix}"
         if name not in tied and written not in leave_out:
             writer.add_tensor(written, data, raw_dtype=used)
+    for name in fields.get("extra", ()):
+        writer.add_tensor(name, np.ones(32, np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

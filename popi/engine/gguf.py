@@ -104,7 +104,6 @@ def located(name_or_path: str) -> str:
     entry = cache.entry_of(file)
     with cache.filling(entry) as part:
         if part is not None:
-            log.warning("converting %s for transformers, once, to %s", file, entry)
             convert(file, part)
     return str(entry)
 
@@ -127,6 +126,7 @@ def convert(file: Path, folder: Path) -> None:
     silence_deepspeed()
     _check_magic(file)
     header = _header(file)
+    log.warning("converting %s for transformers, once; popi models lists the copy", file.name)
     with _explained(file, header.architecture), quiet(), _no_bars():
         read = partial(_read, file, header)
         tokenizer = read(AutoTokenizer)
@@ -251,7 +251,8 @@ def _check_weights(file: Path, header: Header, model: PreTrainedModel, report: A
     numbers = sum(weight.numel() for weight in model.parameters())
     if header.numbers > numbers:
         log.warning("%s: transformers leaves %d of %d weights unused", file, header.numbers - numbers, header.numbers)
-    if header.scaling and model.config.get_text_config().rope_parameters.get("rope_type") == "default":
+    positions = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
+    if header.scaling and positions.get("rope_type") == "default":
         log.warning("%s: transformers ignores its scaling of positions; long conversations may be worse", file)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import multiprocessing
 import os
 import shutil
@@ -79,9 +78,7 @@ async def test_a_file_serves_as_the_model_that_was_written(architecture: str, ki
     assert result.completion_tokens <= 4
 
 
-def test_the_end_token_is_corrected_with_one_line(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, file: Path
-) -> None:
+def test_the_end_token_is_corrected_with_one_line(tmp_path: Path, caplog: pytest.LogCaptureFixture, file: Path) -> None:
     write_gguf(file, "llama", end="<|endoftext|>")
     folder = Path(located(str(file)))
     [_, line] = caplog.messages
@@ -207,7 +204,8 @@ def test_a_missing_package_is_named_with_its_extra(module: str, file: Path, monk
         located(str(file))
 
 
-def test_weights_and_scaling_that_are_not_used_are_logged(file: Path, caplog: pytest.LogCaptureFixture) -> None:
-    write_gguf(file, "llama", named="qwen2")
-    with caplog.at_level(logging.WARNING), pytest.raises(ModelError, match="lacks weights"):
-        located(str(file))
+def test_what_transformers_leaves_out_is_logged(file: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write_gguf(file, "llama", extra=("blk.0.attn_q.bias", "rope_freqs.weight"))
+    located(str(file))
+    assert any("transformers leaves 32 of " in line for line in caplog.messages)
+    assert f"{file}: transformers ignores its scaling of positions; long conversations may be worse" in caplog.messages
