@@ -232,7 +232,11 @@ def _identity(model: str) -> str | None:
     folder = None if model.endswith(FILES) else folder_of(model)
     if fingerprint is None or folder is None:
         return fingerprint
-    dtype = load("popi.engine.loading:auto_dtype")(str(folder))
+    try:
+        dtype = load("popi.engine.loading:auto_dtype")(str(folder))
+    except (OSError, ValueError):
+        # The error of a broken configuration is raised when the model is loaded.
+        return fingerprint
     return fingerprint if dtype == load("popi.engine.loading:default_dtype")() else f"{fingerprint} in {dtype}"
 
 
