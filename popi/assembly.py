@@ -16,7 +16,7 @@ from popi.backends.ledger import FREE, Ledger, Price
 from popi.backends.wrappers import Breaker, Cache, Cost, Fallback, Limit, Retry, Route
 from popi.config import BackendConfig, ModelConfig, RouteConfig, RoutesConfig, load_backend
 from popi.errors import ConfigError, ModelError
-from popi.models import fingerprint, shipped
+from popi.models import fingerprint, is_local
 
 Part = TypeVar("Part")
 
@@ -30,9 +30,9 @@ def open_backend(model: str, *, role: str = "") -> tuple[Backend, Ledger]:
     """Opens a model, and the accounts of its cost.
 
     Args:
-        model: A model's name, path or hub id, which runs in this process with transformers; or a YAML file that
-            describes a backend (:mod:`popi.config.backend`). Requests pass the parts of such a file in this order: the
-            cache, the choice of a route, retries, limits, the budget, the model.
+        model: A model's name, its folder, a GGUF file, or a hub id, which runs in this process with transformers; or a
+            YAML file that describes a backend (:mod:`popi.config.backend`). Requests pass the parts of such a file in
+            this order: the cache, the choice of a route, retries, limits, the budget, the model.
         role: The role that sends the requests, for the accounts.
 
     Raises:
@@ -86,7 +86,7 @@ def response_fingerprint(file: Path) -> tuple[str, list[str]]:
     named = sorted({*_texts(models)})
     # Options may contain secrets.
     digest = hashlib.sha256(json.dumps(models, default=str).encode()).hexdigest()[:16]
-    return digest, [name for name in named if name in shipped() or Path(name).expanduser().is_dir()]
+    return digest, list(filter(is_local, named))
 
 
 def _models(config: BackendConfig) -> dict[str, ModelConfig]:

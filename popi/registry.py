@@ -49,6 +49,7 @@ EXTRAS = {
     "matplotlib": "bench",
     "vllm": "vllm",
     "ray": "ray",
+    "gguf": "gguf",
 }
 """The extra that installs each optional module."""
 

@@ -274,11 +274,12 @@ def save_model(
         card: Text of ``README.md``.
         folder: An existing folder.
         weights: Weights to write in place of the model's own.
-        half: Whether to round the weights to bfloat16, for a model that ships with the package.
+        half: Whether to round the weights to bfloat16, for a model that ships with the package. The configuration says
+            float32, the precision in which such a model computes on any CPU.
     """
     import torch
 
-    from popi.engine.loading import quiet
+    from popi.engine.quiet import quiet
 
     with quiet():
         if half:
@@ -286,7 +287,7 @@ def save_model(
         save_weights(model, folder, weights)
     tokenizer.save_pretrained(folder)
     if half:
-        _declare_dtype(Path(folder) / "config.json")
+        _declare_float32(Path(folder) / "config.json")
     write_text(Path(folder) / "README.md", card)
 
 
@@ -305,9 +306,9 @@ def save_weights(model: PreTrainedModel, folder: str, weights: Mapping[str, Tens
         model.save_pretrained(folder, state_dict={name: value for name, value in weights.items() if name not in tied})
 
 
-def _declare_dtype(config: Path) -> None:
+def _declare_float32(config: Path) -> None:
     content = json.loads(config.read_text(encoding="utf-8"))
-    write_text(config, json.dumps({**content, "dtype": "bfloat16"}, indent=2) + "\n")
+    write_text(config, json.dumps({**content, "dtype": "float32"}, indent=2) + "\n")
 
 
 def spent(metrics: Path) -> dict[str, float]:

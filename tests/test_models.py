@@ -21,6 +21,7 @@ def shelf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (shelf / name / "config.json").write_text("{}")
     (shelf / "__pycache__").mkdir()
     monkeypatch.setattr(models, "FOLDER", shelf)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
     return shelf
 
@@ -75,11 +76,48 @@ def test_a_model_is_known_by_its_files_and_one_of_the_hub_by_its_commit(
     assert models.fingerprint("org/name") is None
 
 
-@pytest.mark.parametrize("name", ["model.gguf", "model.safetensors", "pytorch_model.bin", "config.json"])
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin", "config.json"])
 def test_a_file_is_refused_in_one_line(name: str, tmp_path: Path) -> None:
     (tmp_path / name).write_bytes(b"GGUF")
     kind = "file" if name == "config.json" else "weights file"
-    with pytest.raises(ModelError, match=f"is a {kind}, not the folder of a model; ") as caught:
+    with pytest.raises(ModelError, match=f"is a {kind}, not the folder of a model; give the folder that contains it"):
         models.find(str(tmp_path / name))
-    fix = "GGUF is not supported yet" if name.endswith(".gguf") else "give the folder that contains it and its config"
-    assert fix in str(caught.value)
+
+
+def test_a_gguf_file_is_itself_and_stands_for_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "quantised"
+    folder.mkdir()
+    file = folder / "Q4.GGUF"
+    file.write_bytes(b"GGUF")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert models.find(str(file)) == models.find(str(folder)) == models.find("~/quantised/Q4.GGUF") == str(file)
+    assert models.folder_of(str(file)) is None
+    assert models.fingerprint(str(file)) == models.fingerprint(str(folder))
+    (folder / "config.json").write_text("{}")
+    assert models.find(str(folder)) == str(folder)
+
+
+def test_a_model_that_can_be_downloaded_is_found_after_that(tmp_path: Path) -> None:
+    name = "smollm2-135m-instruct"
+    with pytest.raises(ModelError, match=f"has not been downloaded; download it with: popi models get {name}$"):
+        models.find(name)
+    with pytest.raises(ModelError, match=f"did you mean {name}"):
+        models.find("smollm2-135m-instrukt")
+    assert not models.is_local(name)
+    entry = models.cache.root() / name
+    entry.mkdir(parents=True)
+    (entry / "config.json").write_text("{}")
+    assert models.find(name) == str(entry)
+    assert models.is_local(name)
+    assert models.downloaded() == [name]
+
+
+@pytest.mark.parametrize(("given", "expected"), [("/cache", "/cache"), ("relative", "/home/ann/.cache"), (None, None)])
+def test_the_cache_is_in_the_cache_of_the_user(
+    given: str | None, expected: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", "/home/ann")
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    if given is not None:
+        monkeypatch.setenv("XDG_CACHE_HOME", given)
+    assert models.cache.root() == Path(expected or "/home/ann/.cache") / "popi" / "models"

@@ -74,9 +74,9 @@ class TransformersBackend(Backend):
         True
 
     Args:
-        model: Name of a shipped model, a folder, or a hub id.
+        model: Name of a model, a folder, a GGUF file, or a hub id.
         device: ``cpu``, ``cuda`` and so on; ``None`` is the first GPU if there is one, else the CPU.
-        dtype: ``auto`` (float32 on a CPU, else bfloat16), ``float32``, ``bfloat16`` or ``float16``.
+        dtype: ``auto`` (:func:`~popi.engine.loading.auto_dtype`), ``float32``, ``bfloat16`` or ``float16``.
         batch_tokens: Maximum number of tokens in a batch, including room for the responses. Less takes less memory.
 
     Attributes:

@@ -38,9 +38,10 @@ from popi.backends.vllm_engine import (
 from popi.engine.admission import admitted
 from popi.engine.chat_tokens import ChatTokens, Rendered
 from popi.engine.decoding import Completion
+from popi.engine.gguf import located
 from popi.engine.loading import load_tokenizer
 from popi.errors import BackendError, ConfigError, ModelError, did_you_mean
-from popi.models import find, fingerprint
+from popi.models import fingerprint
 from popi.provenance import fingerprint_files
 
 Result = TypeVar("Result")
@@ -61,8 +62,9 @@ class VLLMBackend(Backend):
     "__main__":``. Any thread and event loop can use the backend; a forked process cannot.
 
     Args:
-        model: The name of a shipped model, a folder, or a hub id.
-        dtype: ``auto`` (float32 on a CPU, else that of the model), ``float32``, ``bfloat16`` or ``float16``.
+        model: Name of a model, a folder, a GGUF file, or a hub id.
+        dtype: ``auto`` (that of :func:`~popi.engine.loading.auto_dtype` on a CPU, else that of the model), ``float32``,
+            ``bfloat16`` or ``float16``.
         context_length: Maximum number of tokens of a conversation and its response; ``None`` is the model's maximum.
         cache_gib: Memory for keys and values in GiB; ``None`` leaves it to vLLM.
         adapters: Folders of LoRA adapters, by name.
@@ -98,7 +100,7 @@ class VLLMBackend(Backend):
         if adapter is not None:
             self._take(adapter)
         self._settings = {"context_length": context_length, "options": dict(options or {})}
-        arguments: dict[str, Any] = {"model": find(model), "dtype": dtype, "enable_prefix_caching": True}
+        arguments: dict[str, Any] = {"model": located(model), "dtype": dtype, "enable_prefix_caching": True}
         if context_length is not None:
             arguments["max_model_len"] = context_length
         if cache_gib is not None:

@@ -18,7 +18,10 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
+
 from popi.backends import vllm_worker
+from popi.engine.loading import auto_dtype
 from popi.errors import BackendError, ModelError
 from popi.provenance import fingerprint_files
 
@@ -284,7 +287,8 @@ async def _started(arguments: Mapping[str, Any]) -> AsyncLLM:
     chosen = {**DEFAULTS, **arguments}
     if on_cpu:
         chosen = {**OPTIONS_ON_A_CPU, **chosen}
-        chosen["dtype"] = "float32" if chosen.get("dtype") == "auto" else chosen.get("dtype")
+        if chosen.get("dtype") == "auto":
+            chosen["dtype"] = auto_dtype(chosen["model"], torch.device("cpu"), local_files_only=False)
     with environment({**QUIET, **(ON_A_CPU if on_cpu else {})}):
         return AsyncLLM.from_engine_args(AsyncEngineArgs(**chosen))
 

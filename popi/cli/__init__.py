@@ -27,6 +27,7 @@ COMMANDS = {
     "eval": "popi.cli.evaluate:evaluate",
     "train": "popi.cli.train:train",
     "plan": "popi.cli.plan:plan",
+    "models": "popi.cli.models:app",
     "data": "popi.cli.data:app",
     "doctor": "popi.cli.doctor:doctor",
 }

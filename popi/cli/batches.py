@@ -40,9 +40,9 @@ def load_backend(model: str, role: str) -> tuple[Backend, Ledger]:
 
 def identity(model: str) -> str:
     """The model as recorded in settings and provenance: a path is made absolute."""
-    from popi.models import shipped
+    from popi.models import downloaded, shipped
 
-    return str(Path(model).resolve()) if model not in shipped() and Path(model).exists() else model
+    return str(Path(model).resolve()) if model not in (*shipped(), *downloaded()) and Path(model).exists() else model
 
 
 def check_settings(out: Path, settings: Mapping[str, Any]) -> None:

@@ -7,7 +7,7 @@ import platform
 import re
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -59,7 +59,7 @@ def doctor(json: JsonFlag = False) -> None:
         if extra and extra not in FOR_DEVELOPERS
     )
     packages = [base, *extras] if needed else []
-    findings = [_popi(), *packages, _device(), _cpu(), _compiler(), _models()]
+    findings = [_popi(), *packages, _device(), *_auto_dtype(), _cpu(), _compiler(), _models()]
     print_records(map(asdict, findings), json_flag=json, title="popi doctor")
     if base.state != "ok":
         raise PopiError(f"the base installation is incomplete: {base.state}; fix it with: {base.fix}")
@@ -155,6 +155,24 @@ def _device() -> Finding:
     if torch.cuda.is_available():
         return Finding("device", f"cuda, {torch.cuda.get_device_name()}")
     return Finding("device", f"cpu, {torch.get_num_threads()} threads")
+
+
+def _auto_dtype() -> Iterator[Finding]:
+    """What ``dtype: auto`` selects, and why; nothing if the packages that compute are missing or broken."""
+    try:
+        import torch
+
+        from popi.engine.loading import has_bfloat16
+    # The device reports it.
+    except (ImportError, OSError, RuntimeError):
+        return
+    if torch.cuda.is_available():
+        found = "bfloat16: models run on the GPU"
+    elif has_bfloat16(torch.device("cpu")):
+        found = "bfloat16 for models in half precision, else float32: the processor multiplies in bfloat16"
+    else:
+        found = "float32: the processor has neither AMX nor AVX512-BF16"
+    yield Finding("dtype auto", found)
 
 
 def _cpu() -> Finding:

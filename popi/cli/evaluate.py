@@ -197,7 +197,6 @@ def run_config(
     judged: int = JUDGED,
 ) -> RunConfig:
     """The configuration of a run: everything that its figures depend on."""
-    from popi.assembly import fingerprint_model
     from popi.evaluation.folder import RunConfig
     from popi.prompts import DEFAULT
     from popi.provenance import versions
@@ -214,13 +213,31 @@ def run_config(
             "template_hash": DEFAULT.hash,
             "popi": found["popi"],
         },
-        models={name: fingerprint_model(name) for name in (writer, *columns, *made_from.values())},
+        models={name: _identity(name) for name in (writer, *columns, *made_from.values())},
         rows=[row.name for row in rows],
         columns=list(columns),
         seeds=[sample.seed for sample in samples],
         versions=found,
         started=datetime.now(UTC).isoformat(timespec="seconds"),
     )
+
+
+def _identity(model: str) -> str | None:
+    """The fingerprint of a model, and its dtype if ``auto`` selects another one for it than for most models."""
+    from popi.assembly import FILES, fingerprint_model
+    from popi.models import folder_of
+    from popi.registry import load
+
+    fingerprint = fingerprint_model(model)
+    folder = None if model.endswith(FILES) else folder_of(model)
+    if fingerprint is None or folder is None:
+        return fingerprint
+    try:
+        dtype = load("popi.engine.loading:auto_dtype")(str(folder))
+    except (OSError, ValueError):
+        # The error of a broken configuration is raised when the model is loaded.
+        return fingerprint
+    return fingerprint if dtype == load("popi.engine.loading:default_dtype")() else f"{fingerprint} in {dtype}"
 
 
 async def _measure(

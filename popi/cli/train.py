@@ -56,7 +56,7 @@ def train(
         print_json({"recipe": resolved.model_dump(mode="json"), **cost})
         return
     run = load_part(resolved.RUN)
-    _keep_output_clean()
+    load_part("popi.engine.quiet:silence_deepspeed")()
     folder = out or Path("runs") / resolved.name
     if os.environ.get("RANK", "0") != "0":
         # The first rank reports. The others print warnings and their own errors.
@@ -92,17 +92,6 @@ def _resumable(folder: Path) -> Iterator[None]:
         # A rank of several has another handler.
         if signal.getsignal(signal.SIGTERM) is signal.default_int_handler:
             signal.signal(signal.SIGTERM, before)
-
-
-def _keep_output_clean() -> None:
-    """Names the device to DeepSpeed, which trainers import where it is installed.
-
-    If it finds none but the CPU, it says so on standard output, among the results.
-    """
-    import torch
-
-    if not torch.accelerator.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 
 def _show_engine(recipe: Any) -> None:

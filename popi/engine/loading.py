@@ -11,13 +11,14 @@ from typing import Any, TypeVar
 
 import torch
 from huggingface_hub import HfApi
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import logging as transformers_logging
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from popi.engine.attention import group_heads
+from popi.engine.gguf import located
 from popi.engine.model_files import diagnose
+from popi.engine.quiet import quiet
 from popi.errors import ConfigError, ModelError
-from popi.models import find, folder_of
+from popi.models import folder_of
 
 log = logging.getLogger(__name__)
 
@@ -33,9 +34,9 @@ def load(name_or_path: str, device: str | None, dtype: str) -> tuple[PreTrainedM
     """Loads a model in evaluation mode and its tokenizer. Code that comes with a model is not executed.
 
     Args:
-        name_or_path: Name of a shipped model, a folder, or a hub id.
+        name_or_path: Name of a model, a folder, a GGUF file, or a hub id.
         device: Device of the model; ``None`` is the first GPU if there is one, else the CPU.
-        dtype: One of :data:`DTYPES`; ``auto`` is float32 on a CPU, else bfloat16.
+        dtype: One of :data:`DTYPES`; ``auto`` is that of :func:`auto_dtype`.
 
     Raises:
         ModelError: If the model is not found, it is broken, or the device is out of memory.
@@ -44,12 +45,11 @@ def load(name_or_path: str, device: str | None, dtype: str) -> tuple[PreTrainedM
     place = _device(device)
     if dtype not in DTYPES:
         raise ConfigError(f"unknown dtype {dtype!r}", fix=f"use one of {', '.join(DTYPES)}")
-    if dtype == "auto":
-        dtype = default_dtype(place)
-    where = find(name_or_path)
+    where = located(name_or_path)
 
     def read(local_files_only: bool) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-        return _from_pretrained(where, getattr(torch, dtype), local_files_only=local_files_only)
+        chosen = dtype if dtype != "auto" else auto_dtype(where, place, local_files_only=local_files_only)
+        return _from_pretrained(where, getattr(torch, chosen), local_files_only=local_files_only)
 
     with _explained(f"the model {name_or_path!r}", where), quiet():
         model, tokenizer = _here_or_from_hub(where, read)
@@ -61,12 +61,12 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
     """Loads only the tokenizer of a model.
 
     Args:
-        name_or_path: Name of a shipped model, a folder, or a hub id.
+        name_or_path: Name of a model, a folder, a GGUF file, or a hub id.
 
     Raises:
         ModelError: If the model or its tokenizer is not found, or broken.
     """
-    where = find(name_or_path)
+    where = located(name_or_path)
     with _explained(f"the tokenizer of {name_or_path!r}", where, tokenizer_only=True), quiet():
         return _here_or_from_hub(where, partial(_tokenizer, where))
 
@@ -143,8 +143,30 @@ def _from_pretrained(
 
 
 def default_dtype(place: torch.device | None = None) -> str:
-    """The dtype that ``auto`` selects on a device, by default the first GPU or the CPU."""
+    """The dtype that ``auto`` selects on a device for a model in float32; by default the first GPU or the CPU."""
     return "float32" if (place or _device(None)).type == "cpu" else "bfloat16"
+
+
+def auto_dtype(where: str, place: torch.device | None = None, *, local_files_only: bool = True) -> str:
+    """The dtype that ``auto`` selects for a model.
+
+    On a CPU it is bfloat16 if the processor multiplies in bfloat16 and the configuration of the model is in half
+    precision, else float32. On other devices it is bfloat16.
+
+    Args:
+        where: A folder, or a hub id.
+        place: The device, by default the first GPU or the CPU.
+        local_files_only: Whether the configuration is not downloaded.
+
+    Raises:
+        OSError: If the configuration is not found.
+    """
+    place = place or _device(None)
+    if place.type != "cpu" or not has_bfloat16(place):
+        return default_dtype(place)
+    config = AutoConfig.from_pretrained(where, local_files_only=local_files_only, trust_remote_code=False)
+    declared = config.dtype or config.get_text_config().dtype
+    return "bfloat16" if declared in (torch.bfloat16, torch.float16) else default_dtype(place)
 
 
 def has_bfloat16(device: torch.device) -> bool:
@@ -173,17 +195,3 @@ def _first_line(error: Exception) -> str:
 
 def _some(names: Sequence[str]) -> str:
     return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Hides the progress bars and reports of loading and saving inside the block; problems are raised as errors."""
-    level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity(logging.CRITICAL)
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(level)
-        if bars:
-            transformers_logging.enable_progress_bar()

@@ -9,7 +9,7 @@ from typing import Any
 
 from popi.errors import ModelError, one_line
 
-FORMATS = "supported are safetensors and PyTorch's .bin, next to config.json and the tokenizer"
+FORMATS = "supported are safetensors and PyTorch's .bin, next to config.json and the tokenizer, and GGUF"
 
 TOKENIZER_FILES = ("tokenizer.json", "*.model", "vocab*", "*.tiktoken", "tekken.json")
 
@@ -47,8 +47,8 @@ def _problem_of_model(folder: Path) -> ModelError | None:
     files, config = [*folder.glob("*.safetensors"), *folder.glob("*.bin")], folder / "config.json"
     if (folder / "adapter_config.json").is_file() and not config.is_file():
         return ModelError(f"{folder} is an adapter, not a model", fix="merge it into its base model")
-    if not files and any(folder.glob("*.gguf")):
-        return ModelError(f"{folder} has only GGUF weights, which are not supported yet", fix=FORMATS)
+    if not files and config.is_file() and any(folder.glob("*.gguf")):
+        return ModelError(f"{folder} has a config.json, but its weights are GGUF only", fix="name the .gguf file")
     if not config.is_file():
         return ModelError(f"{folder} contains no config.json", fix=f"check the path; {FORMATS}")
     return _problem_of_type(config) or _problem_of_weights(folder, files)

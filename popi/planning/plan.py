@@ -9,8 +9,8 @@ from typing import Any
 
 from popi.config import JointRecipe
 from popi.config.joint import Lora
+from popi.engine.gguf import located
 from popi.errors import ConfigError, ModelError, one_line
-from popi.models import find
 from popi.planning.lengths import Lengths
 from popi.planning.memory import MAX_LIVE, Engine, Held, Parts, in_training, reference, sizes_of
 from popi.planning.steps import Blank, Sizes, trace
@@ -324,7 +324,7 @@ def config_of(name: str) -> Any:
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    where = find(name)
+    where = located(name)
     try:
         config = AutoConfig.from_pretrained(where, local_files_only=True, trust_remote_code=False)
     # A missing file, damaged JSON and an unknown type raise different errors.

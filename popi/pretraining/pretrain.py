@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Iterator, Mapping
-from copy import deepcopy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -126,10 +125,9 @@ def _save(
         "finished": now(),
     }
     card = model_card(recipe, phase.name, folder.config, folder.path / METRICS, facts)
-    half = deepcopy(learner.model).bfloat16()
 
     def write(path: str) -> None:
-        save_model(half, tokenizer, card, path)
+        save_model(learner.model, tokenizer, card, path, half=True)
         TrainingRecord(None, DEFAULT.hash).write(Path(path))
 
     folder.save(phase.name, write)

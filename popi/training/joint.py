@@ -18,7 +18,7 @@ from torch import nn
 from popi.assembly import fingerprint_model
 from popi.config import JointRecipe
 from popi.config.joint import Lora
-from popi.engine.loading import quiet
+from popi.engine.quiet import quiet
 from popi.errors import BackendError, ConfigError, InputError, MissingExtra, PopiError
 from popi.io import write_text
 from popi.provenance import now

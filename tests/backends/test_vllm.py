@@ -363,3 +363,22 @@ async def test_a_thousand_at_once(with_adapters: Backend) -> None:
     results = await with_adapters.chat([ask(f"Question {n}?", max_tokens=4) for n in range(1000)])
     assert [result.error for result in results] == [None] * 1000
     assert len({result.text for result in results}) > 10
+
+
+@pytest.mark.parametrize(
+    ("declared", "dtype", "expected"),
+    [("float32", "auto", "float32"), ("bfloat16", "auto", "bfloat16"), ("bfloat16", "float16", "float16")],
+)
+async def test_auto_on_a_cpu_is_the_dtype_of_the_other_backend(
+    declared: str, dtype: str, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    needs_vllm()
+    from popi.backends import vllm_engine
+
+    config = json.loads((Path(find(SERVED)) / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "dtype": declared}))
+    monkeypatch.setattr("popi.engine.loading.has_bfloat16", lambda device: True)
+    monkeypatch.setattr(vllm_engine.current_platform, "is_cpu", lambda: True)
+    monkeypatch.setattr(vllm_engine, "AsyncEngineArgs", lambda **chosen: chosen)
+    monkeypatch.setattr(vllm_engine.AsyncLLM, "from_engine_args", lambda chosen: chosen)
+    assert (await vllm_engine._started({"model": str(tmp_path), "dtype": dtype}))["dtype"] == expected

@@ -46,7 +46,7 @@ def test_tells_what_is_there_and_what_is_missing(popi: Callable[..., Ran], insta
     found = findings(ran)
     assert ran.code == 0
     assert list(found)[:4] == ["popi", "base", "extra local", "extra train"]
-    assert {"device", "cpu", "C++ compiler", "shipped models"} <= found.keys()
+    assert {"device", "dtype auto", "cpu", "C++ compiler", "shipped models"} <= found.keys()
     assert found["extra local"] == {
         "part": "extra local",
         "found": "torch 2.13.0+cpu, numpy 2.1",
@@ -55,6 +55,21 @@ def test_tells_what_is_there_and_what_is_missing(popi: Callable[..., Ran], insta
     }
     assert found["extra train"]["state"] == "trl is missing"
     assert found["extra train"]["fix"] == "pip install 'popi[train]'"
+
+
+@pytest.mark.parametrize(
+    ("native", "why"),
+    [
+        (True, "bfloat16 for models in half precision, else float32: the processor multiplies in bfloat16"),
+        (False, "float32: the processor has neither AMX nor AVX512-BF16"),
+    ],
+)
+def test_tells_the_dtype_that_auto_selects_and_why(
+    native: bool, why: str, popi: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("popi.engine.loading.has_bfloat16", lambda device: native)
+    assert findings(popi("doctor"))["dtype auto"]["found"] == why
 
 
 def test_tells_a_version_that_was_not_tested(popi: Callable[..., Ran], installed: dict[str, str]) -> None:

@@ -12,9 +12,11 @@ import pytest
 
 from popi.backends.base import ChatRequest, ScoreRequest
 from popi.cli import main
+from popi.cli.evaluate import _identity
 from popi.data.miniworld import generate
 from popi.evaluation.results import Results
 from popi.io import write_jsonl
+from popi.models import find, fingerprint
 from popi.prompts import DEFAULT
 from popi.signals import PreferencePair
 from popi.testing import ScriptedBackend
@@ -327,3 +329,16 @@ def test_a_backends_file_may_change_in_how_the_model_is_asked_and_not_in_what_it
     Path(models["reader"], "model.safetensors").write_text("reader")
     assert measured(model="another") == 2
     assert f"was made with models.{file}" in capsys.readouterr().err
+
+
+def test_a_model_in_half_precision_is_recorded_with_the_dtype_that_it_computes_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("popi.engine.loading.has_bfloat16", lambda device: True)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    config = json.loads((Path(find("popi-mini-writer")) / "config.json").read_text())
+    for dtype, suffix in (("float32", ""), ("bfloat16", " in bfloat16")):
+        (tmp_path / "config.json").write_text(json.dumps({**config, "dtype": dtype}))
+        assert _identity(str(tmp_path)) == f"{fingerprint(str(tmp_path))}{suffix}"
+    (tmp_path / "config.json").write_text("{}")
+    assert _identity(str(tmp_path)) == fingerprint(str(tmp_path))

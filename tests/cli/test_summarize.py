@@ -431,7 +431,7 @@ def test_a_path_of_another_kind_is_one_line(
     assert ran.err.count("\n") == 1
     assert before is None or path.read_bytes() == before
     if (option, kind) == ("--model", "gguf"):
-        assert "GGUF is not supported" in ran.err
+        assert "is not a GGUF file, or damaged" in ran.err
 
 
 def says_more() -> dict[str, Any]:
