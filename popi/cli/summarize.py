@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 
 Result = TypeVar("Result")
 
+ATTEMPTS = 4
+"""Maximum number of requests of a user. Seeds are fixed, so another start would get the same replies."""
+
 
 def summarize(
     signals: Annotated[
@@ -97,6 +100,7 @@ def summarize(
         "prompts": prompt_set,
     }
     given = {name: value for name, value in names.items() if value is not None}
+    persistent = {"attempts": ATTEMPTS} if registry.takes(registry.inference(inference), "attempts") else {}
     settings = {
         "model": identity(model),
         "inference": inference,
@@ -104,7 +108,7 @@ def summarize(
     }
     on_ray = {"--workers": workers, "--gpus-per-worker": gpus_per_worker}
     _check_division(is_folder_of_shards(signals), shard, ray, on_ray)
-    load = partial(SummaryWriter.load, settings, given, max_concurrency)
+    load = partial(SummaryWriter.load, settings, given | persistent, max_concurrency)
     if not is_folder_of_shards(signals):
         record = _write_file(signals, out, load, settings, skip_bad_rows)
     else:

@@ -327,6 +327,17 @@ def test_an_empty_reply_is_a_failed_user_and_not_a_lack_of_evidence(summarize: R
     assert len(summaries(out)) == 4
 
 
+def test_a_reply_that_is_no_summary_is_requested_again(summarize: Run, models: Models, out: Path) -> None:
+    replies = iter(["yes " * 90] * 3)
+    models.answers = lambda request: next(replies, "- Short answers [1]")
+    assert summarize(USERS[:1]).code == 0
+    assert len({request.seed for request in models.chats}) == len(models.chats) == 4
+    assert summaries(out)["user-0"].text == "- Short answers"
+    models.answers = lambda request: "yes " * 90
+    ran = summarize(USERS[:2])
+    assert (ran.code, ran.record["failed"], len(models.chats)) == (1, 1, 8)
+
+
 def test_options_reach_the_writer(summarize: Run, models: Models, out: Path) -> None:
     assert summarize(USERS[:1], "--language", "German", "--temperature", 0.5, "--max-tokens", 30).code == 0
     [request] = models.chats
