@@ -14,13 +14,12 @@ from popi import registry
 from popi.backends.base import Backend
 from popi.backends.ledger import FREE, Ledger, Price
 from popi.backends.wrappers import Breaker, Cache, Cost, Fallback, Limit, Retry, Route
-from popi.config import BackendConfig, ModelConfig, RouteConfig, RoutesConfig, load_backend
+from popi.config import FILES, BackendConfig, ModelConfig, RouteConfig, RoutesConfig, load_backend
 from popi.errors import ConfigError, ModelError
 from popi.models import fingerprint, is_local
 
 Part = TypeVar("Part")
 
-FILES = ".yaml", ".yml"
 
 NEUTRAL = {"timeout", "max_concurrency", "key", "cache_gib"}
 """Options of backends that do not change responses."""

@@ -14,8 +14,6 @@ from popi.errors import ConfigError, did_you_mean
 from popi.io import validate
 from popi.prompts import DEFAULT, INSTRUCT, PROMPT_SETS, PromptSet, quote
 
-FILES = ".yaml", ".yml"
-
 OPTIONAL = frozenset({"nothing", "worst", "best"})
 """Placeholders that a template may leave out."""
 

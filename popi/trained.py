@@ -10,10 +10,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from popi.config import FILES
 from popi.errors import ModelError
 from popi.io import write_text
 from popi.models import folder_of
-from popi.prompt_files import FILES, read_prompts
+from popi.prompt_files import read_prompts
 from popi.prompts import CUSTOM, DEFAULT, PROMPT_SETS, PromptSet, prompt_set
 
 log = logging.getLogger(__name__)

@@ -224,7 +224,8 @@ def run_config(
 
 def _identity(model: str) -> str | None:
     """The fingerprint of a model, and its dtype if ``auto`` selects another one for it than for most models."""
-    from popi.assembly import FILES, fingerprint_model
+    from popi.assembly import fingerprint_model
+    from popi.config import FILES
     from popi.models import folder_of
     from popi.registry import load
 

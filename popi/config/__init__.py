@@ -15,6 +15,7 @@ from popi.errors import ConfigError, InputError, did_you_mean
 from popi.io import validate
 
 __all__ = [
+    "FILES",
     "BackendConfig",
     "Dilution",
     "Dimension",
@@ -30,7 +31,11 @@ __all__ = [
     "load",
     "load_backend",
     "parse_overrides",
+    "read_yaml",
 ]
+
+FILES = ".yaml", ".yml"
+"""Endings of the names of files, by which a file differs from the name of a model or a prompt set."""
 
 Recipe = PretrainRecipe | JointRecipe
 _RECIPES: dict[str, type[Recipe]] = {"pretrain": PretrainRecipe, "joint": JointRecipe}

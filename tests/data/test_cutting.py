@@ -136,25 +136,10 @@ def test_cuts_the_answers_of_signals_and_pairs_and_nothing_else() -> None:
     )
     assert example.tests == (HeldOutPair(prompt="another", chosen="No.", rejected="Five six."),)
     assert example.facts == {"dataset": "own", "max_words": 3, "cut_answers": 5}
+    of_each_pair = {"max_words": 3, "answers": 2, "cut": 1, "marked": 0, "words_before": 2.5, "words_after": 1.5}
     assert cutter.summary() == [
-        {
-            "side": "chosen",
-            "max_words": 3,
-            "answers": 2,
-            "cut": 1,
-            "marked": 0,
-            "words_before": 2.5,
-            "words_after": 1.5,
-        },
-        {
-            "side": "rejected",
-            "max_words": 3,
-            "answers": 2,
-            "cut": 1,
-            "marked": 0,
-            "words_before": 2.5,
-            "words_after": 1.5,
-        },
+        {"side": "chosen", **of_each_pair},
+        {"side": "rejected", **of_each_pair},
         # One rating of four words, an edit of four and one, a comment about four.
         {
             "side": "other",
@@ -238,5 +223,5 @@ def test_the_rule_does_not_know_the_sides(pairs: list[HeldOutPair], limit: int) 
 
 
 def test_a_limit_of_no_words_is_refused() -> None:
-    with pytest.raises(InputError, match="field max_words: an answer of 0 words is no answer"):
+    with pytest.raises(InputError, match="field max_words: must be positive, got 0"):
         AnswerCutter(0)
