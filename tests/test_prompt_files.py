@@ -68,6 +68,8 @@ def test_the_hash_of_a_file_is_that_of_its_templates(tmp_path: Path) -> None:
         ({"answer": "Answer."}, "field answer: lacks the placeholder {prompt}"),
         ({"signal": {"pair": "{prompt} {chosen}"}}, "field signal.pair: lacks the placeholder {rejected}"),
         ({"signal": {"par": "{prompt}"}}, "field signal.par: is not a kind of signal or turn; did you mean pair"),
+        ({"signal": {"statement": "{text:d}"}}, "field signal.statement: cannot be filled in: "),
+        ({"numbered": "{number:s}. {signal}"}, "field numbered: cannot be filled in: "),
         ({"turn": {"user": "hm"}}, "field turn.user: lacks the placeholder {text}"),
         # Text without a frame, in two frames, or after the frame.
         ({"infer": "{signals} {open}{close}"}, "field infer: does not have the signals in the frame"),
