@@ -177,9 +177,9 @@ async def as_completed(
 ) -> AsyncGenerator[tuple[Item, Result]]:
     """Works on several items at the same time, and yields each one with its result as soon as it is finished.
 
-    An item is read when fewer than ``max_concurrency`` items are in progress. An error of the work cancels the work on
-    all other items. After an error of ``items`` the work on earlier items finishes. Either error is raised after all
-    finished results have been yielded.
+    An item is read when fewer than ``max_concurrency`` items are in progress, before the results of others are yielded.
+    An error of the work cancels the work on all other items. After an error of ``items`` the work on earlier items
+    finishes. Either error is raised after all finished results have been yielded.
 
     Args:
         items: The items.
@@ -198,17 +198,20 @@ async def as_completed(
     # asyncio.wait would touch all running tasks for each one that ends.
     ended = asyncio.Queue[asyncio.Task[Result]]()
     error: BaseException | None = None
+
+    def start() -> None:
+        nonlocal error
+        try:
+            for item in islice(waiting if error is None else (), max_concurrency - len(running)):
+                task = asyncio.create_task(_awaited(work, item))
+                task.add_done_callback(ended.put_nowait)
+                running[task] = item
+        except Exception as failure:
+            error = failure
+
     try:
-        while True:
-            try:
-                for item in islice(waiting if error is None else (), max_concurrency - len(running)):
-                    task = asyncio.create_task(_awaited(work, item))
-                    task.add_done_callback(ended.put_nowait)
-                    running[task] = item
-            except Exception as failure:
-                error = failure
-            if not running:
-                break
+        start()
+        while running:
             done = [await ended.get()]
             while not ended.empty():
                 done.append(ended.get_nowait())
@@ -216,8 +219,9 @@ async def as_completed(
                 error = error or errors[0]
                 await _ended(running)
                 done = list(running)
-            for task in done:
-                item = running.pop(task)
+            finished = [(running.pop(task), task) for task in done]
+            start()
+            for item, task in finished:
                 if _error_of(task) is None:
                     yield item, task.result()
         if error is not None:
@@ -274,6 +278,37 @@ async def attempts(
                 yield other, failed(other, error)
     if unsure:
         raise unsure[0][1]
+
+
+async def in_groups(items: AsyncIterator[Item]) -> AsyncGenerator[list[Item]]:
+    """Yields together what has arrived while the reader was busy: at least one item, and at most ``BUFFERED``.
+
+    For readers whose work on many items takes as long as that on one, such as a write to a disk. An error of ``items``
+    is raised after all earlier items have been yielded. Closing the generator closes ``items`` first.
+    """
+    arrived, room = asyncio.Queue[tuple[Item] | None](), asyncio.Semaphore(BUFFERED)
+
+    async def read() -> None:
+        async with closing(items):
+            async for item in items:
+                await room.acquire()
+                arrived.put_nowait((item,))
+
+    task = asyncio.create_task(read())
+    task.add_done_callback(lambda _: arrived.put_nowait(None))
+    group: list[Item] = []
+    try:
+        while (item := await arrived.get()) is not None:
+            group.append(item[0])
+            room.release()
+            if arrived.empty():
+                yield group
+                group = []
+        if group:
+            yield group
+        await task
+    finally:
+        await _ended([task])
 
 
 async def _awaited(work: Callable[[Item], Awaitable[Result]], item: Item) -> Result:

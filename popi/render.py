@@ -12,10 +12,11 @@ from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import cache, partial
 
 from popi.prompts import DEFAULT, PromptSet, quote
 from popi.signals import Comment, Conversation, Demographics, Rating, Signal, Speaker, Statement
+from popi.summary import fits
 
 INFORMATIVENESS = {
     "statement": 4.0,
@@ -52,14 +53,12 @@ class RenderedSignals:
         shown: The signal id of each number: signal ``n`` of the text is ``shown[n - 1]``.
         omitted: Ids of signals that did not fit, oldest first.
         cut: Ids of signals that are shown in part.
-        tokens: Length of ``text``.
     """
 
     text: str
     shown: tuple[str, ...]
     omitted: tuple[str, ...]
     cut: tuple[str, ...]
-    tokens: int
 
 
 def describe(signal: Signal, limit: int | None = None, prompts: PromptSet = DEFAULT) -> str:
@@ -113,7 +112,8 @@ def render_signals(
 
     Args:
         signals: The signals, oldest first.
-        count_tokens: Counts the tokens of a text with the tokenizer of the model that will read it.
+        count_tokens: Counts the tokens of a text with the tokenizer of the model that will read it. A token must
+            stand for at least one byte.
         budget: Maximum number of tokens of the text. ``None`` shows everything.
         prompts: The templates.
 
@@ -132,8 +132,7 @@ class _Rendering:
     """One rendering of a user's signals."""
 
     def __init__(self, signals: Sequence[Signal], count_tokens: CountTokens, prompts: PromptSet) -> None:
-        # The text that was chosen is counted again at the end.
-        self._count_tokens, self._prompts = lru_cache(maxsize=1)(count_tokens), prompts
+        self._count_tokens, self._prompts = count_tokens, prompts
         self._all = signals
         same: dict[str, list[Signal]] = {}
         for signal in reversed(signals):
@@ -147,7 +146,7 @@ class _Rendering:
     def render(self, budget: int | None) -> RenderedSignals:
         """Chooses signals and joins their texts."""
         cut: set[int] = set()
-        if budget is None or self._count_up_to(budget, self._join(self._texts)) <= budget:
+        if budget is None or self._fits(self._join(self._texts), budget):
             blocks = dict(enumerate(self._texts))
         else:
             order = _best_first(self._signals)
@@ -159,14 +158,12 @@ class _Rendering:
                     blocks = {order[0]: shortened}
                     cut = set(blocks) if shortened != self._texts[order[0]] else set()
         kept = sorted(blocks)
-        text = self._join(blocks[place] for place in kept)
         shown = {signal.id for place in kept for signal in self._groups[place]}
         return RenderedSignals(
-            text=text,
+            text=self._join(blocks[place] for place in kept),
             shown=tuple(self._signals[place].id for place in kept),
             omitted=tuple(signal.id for signal in self._all if signal.id not in shown),
             cut=tuple(self._signals[place].id for place in cut),
-            tokens=self._count_tokens(text) if text else 0,
         )
 
     def _repeated(self, text: str, count: int) -> str:
@@ -192,7 +189,7 @@ class _Rendering:
                 if misses == MAX_MISSES:
                     break
         # A text may have more tokens than its parts.
-        while blocks and self._count_tokens(self._join(blocks[place] for place in sorted(blocks))) > budget:
+        while blocks and not self._fits(self._join(blocks[place] for place in sorted(blocks)), budget):
             blocks.popitem()
         return blocks
 
@@ -204,11 +201,14 @@ class _Rendering:
             return self._repeated(describe(signal, limit, self._prompts), count)
 
         def too_long(limit: int) -> bool:
-            return self._count_up_to(budget, self._join([text(limit)])) > budget
+            return not self._fits(self._join([text(limit)]), budget)
 
         limits = range(LEAST, len(self._texts[place]))
         fitting = bisect_left(limits, True, key=too_long)
         return text(limits[fitting - 1]) if fitting else None
+
+    def _fits(self, text: str, budget: int) -> bool:
+        return fits(text, budget, partial(self._count_up_to, budget))
 
     def _count_up_to(self, limit: int, text: str) -> int:
         """The length of a text, or of its first part if that is already over the limit."""

@@ -132,20 +132,26 @@ def read_reply(
     """
     lines = [line for line in reply.splitlines() if line.strip() and not is_frame(line)]
     reply = "\n".join(lines)
-    dropped = {claim.text for claim in claims_in(reply, shown) if not keep(claim)}
+    claims = claims_in(reply, shown)
+    dropped = {claim.text for claim in claims if not keep(claim)}
     if dropped:
         lines = [line for line in lines if not any(claim.text in dropped for claim in claims_in(line))]
         reply = "\n".join(lines)
-    claims = claims_in(reply, shown)
+        claims = claims_in(reply, shown)
     if not claims or is_list(reply):
         return summarize_claims(user_id, claims, provenance)
     text = "\n".join(split_citations(line, 0)[0] for line in lines)
     return PreferenceSummary(user_id=user_id, text=text, claims=claims, provenance=provenance)
 
 
+def fits(text: str, limit: int, count_tokens: Callable[[str], int]) -> bool:
+    """Whether a text has at most ``limit`` tokens. A short text is not counted: each token stands for some bytes."""
+    return len(text.encode("utf-8", "surrogatepass")) <= limit or count_tokens(text) <= limit
+
+
 def cap_tokens(text: str, count_tokens: Callable[[str], int], limit: int) -> str:
     """Returns the leading lines of a text that fit into ``limit`` tokens. A first line that is too long is cut."""
-    if count_tokens(text) <= limit:
+    if fits(text, limit, count_tokens):
         return text
     lines = text.splitlines()
     kept = _largest(len(lines), lambda count: count_tokens("\n".join(lines[:count])) <= limit)

@@ -4,14 +4,15 @@ import asyncio
 import random
 import threading
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from popi.concurrency import BUFFERED, BackgroundLoop, as_completed, attempts
+from popi.concurrency import BUFFERED, BackgroundLoop, as_completed, attempts, in_groups
 from popi.errors import BackendError
 
 
@@ -124,8 +125,99 @@ async def test_results_come_as_they_are_finished(limit: int, order: list[int]) -
     assert finished == order
 
 
+async def test_a_new_item_is_read_before_the_results_of_others() -> None:
+    read: list[int] = []
+
+    def items() -> Iterator[int]:
+        for number in range(20):
+            read.append(number)
+            yield number
+
+    async def work(item: int) -> int:
+        return item
+
+    seen = 0
+    async for _ in as_completed(items(), work, max_concurrency=4):
+        seen += 1
+        assert len(read) >= min(seen + 4, 20)
+
+
+class TestGroups:
+    async def test_a_group_has_what_arrived_while_the_reader_was_busy(self) -> None:
+        gates = [asyncio.Event() for _ in range(6)]
+
+        async def items() -> AsyncIterator[int]:
+            for number, gate in enumerate(gates):
+                await gate.wait()
+                yield number
+
+        groups = in_groups(items())
+        gates[0].set()
+        assert await anext(groups) == [0]
+        for gate in gates[1:4]:
+            gate.set()
+        await asyncio.sleep(0.01)
+        assert await anext(groups) == [1, 2, 3]
+        for gate in gates[4:]:
+            gate.set()
+        assert [group async for group in groups] == [[4, 5]]
+
+    @given(st.lists(st.integers(0, 3)), st.lists(st.integers(0, 3)), st.booleans())
+    def test_all_items_are_in_one_group_in_order(self, pauses: list[int], busy: list[int], fails: bool) -> None:
+        async def items() -> AsyncIterator[int]:
+            for number, pause in enumerate(pauses):
+                for _ in range(pause):
+                    await asyncio.sleep(0)
+                yield number
+            if fails:
+                raise KeyError("x")
+
+        async def run() -> list[int]:
+            found: list[int] = []
+            slow = iter(busy)
+            with pytest.raises(KeyError) if fails else nullcontext():
+                async for group in in_groups(items()):
+                    assert 1 <= len(group) <= BUFFERED
+                    found += group
+                    for _ in range(next(slow, 0)):
+                        await asyncio.sleep(0)
+            return found
+
+        assert asyncio.run(run()) == list(range(len(pauses)))
+
+    async def test_a_slow_reader_holds_the_items_back(self) -> None:
+        read: list[int] = []
+
+        async def items() -> AsyncIterator[int]:
+            for number in range(5 * BUFFERED):
+                read.append(number)
+                yield number
+
+        groups = in_groups(items())
+        await anext(groups)
+        await asyncio.sleep(0.01)
+        assert len(read) <= 2 * BUFFERED + 1
+        await groups.aclose()
+
+    async def test_closing_it_closes_the_items(self) -> None:
+        closed = []
+
+        async def items() -> AsyncIterator[int]:
+            try:
+                yield 1
+                await asyncio.sleep(100)
+            finally:
+                closed.append(True)
+
+        groups = in_groups(items())
+        assert await anext(groups) == [1]
+        await groups.aclose()
+        assert closed == [True]
+
+
 async def test_no_items_have_no_results() -> None:
     assert [pair async for pair in as_completed([], asyncio.sleep, max_concurrency=3)] == []
+    assert [group async for group in in_groups(count(0))] == []
 
 
 @given(

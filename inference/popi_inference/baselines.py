@@ -57,7 +57,7 @@ class RawSignals(PreferenceInference):
             user_id=user.user_id,
             text=rendered.text or NO_EVIDENCE,
             status="ok" if rendered.text else "not_enough_evidence",
-            provenance=_provenance(self.name, user, tokens=rendered.tokens),
+            provenance=_provenance(self.name, user, tokens=self._backend.count_tokens(rendered.text)),
         )
 
 
@@ -90,7 +90,7 @@ class AnotherUsers(PreferenceInference):
     """Gives every user the summary of another user, to measure the effect of a summary that does not fit.
 
     The users are arranged in a random ring, and each gets the summary of the next one. So every summary is used once,
-    and no user gets their own.
+    and no user gets their own. A user whose neighbour has the same preferences swaps with somebody else, if possible.
 
     Example:
         >>> import asyncio
@@ -102,12 +102,15 @@ class AnotherUsers(PreferenceInference):
     Args:
         inner: Writes the summaries.
         seed: Seed of the ring. The ring does not depend on the order of the users.
+        preferences: What users prefer, by user id, if it is known: a summary of somebody who prefers the same fits.
     """
 
-    def __init__(self, inner: PreferenceInference, *, seed: int = 0) -> None:
+    def __init__(
+        self, inner: PreferenceInference, *, seed: int = 0, preferences: Mapping[str, str] | None = None
+    ) -> None:
         self.name = f"another user's summary by {inner.name}"
         self._inner = inner
-        self._seed = seed
+        self._seed, self._preferences = seed, preferences or {}
 
     async def infer(self, users: Sequence[UserSignals]) -> list[PreferenceSummary]:
         """See :meth:`PreferenceInference.infer`. The signals digest in the provenance is that of the other user.
@@ -140,6 +143,16 @@ class AnotherUsers(PreferenceInference):
             )
         ring = sorted(range(len(users)), key=lambda index: self._rank(users[index].user_id))
         donors = dict(zip(ring, ring[1:] + ring[:1], strict=True))
+
+        def fits(user: int, donor: int) -> bool:
+            one, other = users[user].user_id, users[donor].user_id
+            return user != donor and self._preferences.get(one, f"of {one}") != self._preferences.get(other)
+
+        for user in ring:
+            if not fits(user, donors[user]):
+                swaps = (other for other in ring if fits(user, donors[other]) and fits(other, donors[user]))
+                other = next(swaps, user)
+                donors[user], donors[other] = donors[other], donors[user]
         return [(donors[index], user) for index, user in enumerate(users)]
 
     def _rank(self, user_id: str) -> bytes:

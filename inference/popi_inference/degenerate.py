@@ -91,7 +91,7 @@ def repeats_itself(text: str) -> bool:
     # A text without spaces, as in Chinese or Thai, loops in characters.
     words = text.split()
     units: Sequence[str] = words if len(text) < 12 * max(len(words), 1) else text
-    return any(_tail_loops(units, period) for period in range(1, LONGEST_PERIOD + 1))
+    return len(units) >= LOOP_WORDS and any(_tail_loops(units, period) for period in range(1, LONGEST_PERIOD + 1))
 
 
 def _tail_loops(units: Sequence[str], period: int) -> bool:

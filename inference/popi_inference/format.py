@@ -99,8 +99,9 @@ class PromptedSummary(SummaryFormat):
             Provenance(author=Author.INFERRED, template_hash=self.template_hash, signals_digest=prompt.user.digest()),
             keep=lambda claim: not claim.evidence or not evidence.isdisjoint(claim.evidence),
         )
-        claims = tuple(_own_evidence(claim, evidence) for claim in summary.claims)
-        return summary.model_copy(update={"claims": claims})
+        if all(evidence.issuperset(claim.evidence) for claim in summary.claims):
+            return summary
+        return summary.model_copy(update={"claims": tuple(_own_evidence(claim, evidence) for claim in summary.claims)})
 
 
 def _own_evidence(claim: Claim, evidence: set[str]) -> Claim:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from popi.cli.batches import check_settings, explaining_errors, identity, keep_s
 from popi.cli.growing import GrowingFile
 from popi.cli.output import Progress, note, print_records, progress
 from popi.cli.summaries import read_summaries
+from popi.concurrency import in_groups
 from popi.errors import InputError, PopiError, did_you_mean
 from popi.io import BadRows, as_line, check_rereadable, parse_lines, read_jsonl, validate
 from popi.personalizer import Personalizer
@@ -138,24 +139,11 @@ class Job:
         """Reads the prompts without a response."""
         return (question for question in self._questions(BadRows(skip=self._skip_bad_rows)) if not question.answered)
 
-    def keep(self, question: Question, response: Response, template_hash: str) -> None:
-        """Writes a response. It is on the disk when this returns."""
-        answer = Answer(
-            line=question.line,
-            user_id=question.user,
-            prompt=question.prompt,
-            response=response.text,
-            finish_reason=response.finish_reason,
-            prompt_tokens=response.prompt_tokens,
-            completion_tokens=response.completion_tokens,
-            model=response.model,
-            route=response.route,
-            fingerprint=question.fingerprint(),
-            template_hash=template_hash,
-        )
-        self._lines.append([as_line(answer)])
-        self.written += 1
-        self.truncated += response.finish_reason == "length"
+    def keep(self, responses: Sequence[tuple[Question, Response]], template_hash: str) -> None:
+        """Writes responses. They are on the disk when this returns."""
+        self._lines.append([as_line(_answer(*each, template_hash)) for each in responses])
+        self.written += len(responses)
+        self.truncated += sum(response.finish_reason == "length" for _, response in responses)
 
     def fail(self, question: Question, failure: Failure, shown: Progress) -> None:
         """Counts and prints a failure. The end of the budget is printed once, at the end."""
@@ -200,6 +188,22 @@ class Job:
                 skippable=False,
             )
         return question
+
+
+def _answer(question: Question, response: Response, template_hash: str) -> Answer:
+    return Answer(
+        line=question.line,
+        user_id=question.user,
+        prompt=question.prompt,
+        response=response.text,
+        finish_reason=response.finish_reason,
+        prompt_tokens=response.prompt_tokens,
+        completion_tokens=response.completion_tokens,
+        model=response.model,
+        route=response.route,
+        fingerprint=question.fingerprint(),
+        template_hash=template_hash,
+    )
 
 
 def answer_all(
@@ -260,10 +264,13 @@ async def _write(
         keep_settings(out, settings)
         questions = within_budget(job.pending_questions(), ledger)
         with reporting_cost(ledger), progress("responses", job.pending, "prompts") as shown:
-            async with closing(personalizer.respond_many(questions, max_concurrency=max_concurrency)) as outcomes:
-                async for question, outcome in outcomes:
-                    if isinstance(outcome, Response):
-                        job.keep(question, outcome, template_hash)
-                    else:
-                        job.fail(question, outcome, shown)
-                    shown.advance()
+            outcomes = personalizer.respond_many(questions, max_concurrency=max_concurrency)
+            async with closing(in_groups(outcomes)) as groups:
+                async for group in groups:
+                    job.keep(
+                        [(asked, answer) for asked, answer in group if isinstance(answer, Response)], template_hash
+                    )
+                    for question, outcome in group:
+                        if isinstance(outcome, Failure):
+                            job.fail(question, outcome, shown)
+                    shown.advance(len(group))

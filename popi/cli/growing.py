@@ -17,10 +17,10 @@ from popi.io import lock
 class GrowingFile:
     """A file of JSON lines that one process at a time extends. It is a context manager.
 
-    Entering locks the file and removes the incomplete line that a killed process may have left at its end. Each new
-    line is on the disk when the call returns. Replacements of earlier lines are written to a file next to it, and take
-    their places at the end, or when the file is entered again after the process was killed. Without any line, the file
-    is removed.
+    Entering locks the file and removes the incomplete line that a killed process may have left at its end. New lines
+    are on the disk when the call returns, which takes as long for many as for one. Replacements of earlier lines are
+    written to a file next to it, and take their places at the end, or when the file is entered again after the process
+    was killed. Without any line, the file is removed.
 
     Args:
         path: The file. It is created with the first line. The lock is next to it.
@@ -93,6 +93,8 @@ class GrowingFile:
 
     def _append(self, path: Path, lines: Iterable[str]) -> None:
         data = "".join(lines).encode()
+        if not data:
+            return
         try:
             with path.open("ab", buffering=0) as file:
                 size = file.tell()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple, Self
@@ -12,6 +12,7 @@ from popi.backends.together import closing
 from popi.cli.batches import check_settings, keep_settings, reporting_cost, within_budget
 from popi.cli.growing import GrowingFile
 from popi.cli.output import Progress, note, progress
+from popi.concurrency import in_groups
 from popi.data.reading import read_users
 from popi.errors import ConfigError, InputError
 from popi.io import BadRows, as_line, read_jsonl
@@ -129,15 +130,15 @@ class Job:
         check_settings(self._lines.path, settings)
         keep_settings(self._lines.path, settings)
 
-    def keep(self, user_id: str, summary: PreferenceSummary) -> None:
-        """Writes a summary. It is on the disk when this returns."""
-        if user_id in self._stale:
-            self._lines.replace(self._stale[user_id], as_line(summary))
-        else:
-            self._lines.append([as_line(summary)])
-        self.written += 1
-        self.tokens += summary.provenance.tokens
-        self._not_enough_evidence += summary.status == "not_enough_evidence"
+    def keep(self, summaries: Sequence[PreferenceSummary]) -> None:
+        """Writes summaries. They are on the disk when this returns."""
+        self._lines.append([as_line(summary) for summary in summaries if summary.user_id not in self._stale])
+        for summary in summaries:
+            if summary.user_id in self._stale:
+                self._lines.replace(self._stale[summary.user_id], as_line(summary))
+        self.written += len(summaries)
+        self.tokens += sum(summary.provenance.tokens for summary in summaries)
+        self._not_enough_evidence += sum(summary.status == "not_enough_evidence" for summary in summaries)
 
     def fail(self, user_id: str, failure: Failure, shown: Progress) -> None:
         """Counts and prints a failure. The end of the budget is printed once, at the end."""
@@ -239,12 +240,12 @@ class SummaryWriter:
         showing = nullcontext(shown) if shown else progress(label, job.pending, "users")
         with reporting_cost(self._ledger), showing as display:
             summaries = self._personalizer.summarize(users, max_concurrency=self._max_concurrency)
-            async with closing(summaries) as outcomes:
-                async for user, outcome in outcomes:
-                    if isinstance(outcome, PreferenceSummary):
-                        job.keep(user.user_id, outcome)
-                    elif isinstance(outcome, Failure):
-                        job.fail(user.user_id, outcome, display)
-                    display.advance()
+            async with closing(in_groups(summaries)) as groups:
+                async for group in groups:
+                    job.keep([outcome for _, outcome in group if isinstance(outcome, PreferenceSummary)])
+                    for user, outcome in group:
+                        if isinstance(outcome, Failure):
+                            job.fail(user.user_id, outcome, display)
+                    display.advance(len(group))
         # Only the total is shown. The accounts of all users of all shards would fill the memory.
         self._ledger.forget_users()

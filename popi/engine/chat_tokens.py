@@ -159,11 +159,13 @@ class ChatTokens:
         return str(text)
 
     def _encode(self, texts: list[str]) -> list[list[int]]:
-        if not texts:
-            return []
+        # Most calls encode an empty response prefix, for which the tokenizer takes as long as for a sentence.
+        full = [text for text in texts if text]
+        if not full:
+            return [[] for _ in texts]
         with self._lock:
-            ids: list[list[int]] = self._tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
-        return ids
+            ids = iter(self._tokenizer(full, add_special_tokens=False, verbose=False)["input_ids"])
+        return [next(ids) if text else [] for text in texts]
 
     def _prompt(self, conversation: Sequence[Message], *, answered: bool) -> str:
         turn = self._turn

@@ -149,7 +149,9 @@ def _trained(materials: Materials) -> PreferenceInference:
 def _another_user(materials: Materials) -> PreferenceInference:
     if len(materials.examples) < 2:
         raise RowUnavailable("the data contain only one user")
-    return registry.inference("another-user")(materials.writer)
+    truths = {example.user.user_id: example.oracles.get("truth") for example in materials.examples}
+    preferences = {user: truth for user, truth in truths.items() if truth is not None}
+    return registry.inference("another-user")(materials.writer, preferences=preferences)
 
 
 NO_CONTEXT = "no-context"

@@ -31,8 +31,8 @@ def test_lines_are_added_behind_those_that_are_there(tmp_path: Path) -> None:
 
 
 def test_without_lines_nothing_is_left(tmp_path: Path) -> None:
-    with GrowingFile(tmp_path / "out.jsonl"):
-        pass
+    with GrowingFile(tmp_path / "out.jsonl") as file:
+        file.append([])
     assert not list(tmp_path.iterdir())
 
 

@@ -83,6 +83,20 @@ async def test_another_users_summary_tells_whose_signals_were_read() -> None:
     assert "another user" in first.provenance.model
 
 
+@given(st.lists(st.integers(0, 3), min_size=2, max_size=40), st.integers(0, 5))
+async def test_nobody_gets_the_summary_of_a_user_with_the_same_preferences(groups: list[int], seed: int) -> None:
+    people = users(*map(str, range(len(groups))))
+    preferences = {str(number): f"taste {group}" for number, group in enumerate(groups)}
+    others = AnotherUsers(own_names(people), seed=seed, preferences=preferences)
+    donors = [int(summary.text.removeprefix("- I am ")) for summary in await others.infer(people)]
+    assert sorted(donors) == list(range(len(groups)))
+    assert all(donor != user for user, donor in enumerate(donors))
+    alike = [groups[donor] for user, donor in enumerate(donors) if groups[donor] == groups[user]]
+    most = max(groups, key=groups.count)
+    # Users of a group of more than half cannot all get the summary of somebody else.
+    assert alike == [most] * max(2 * groups.count(most) - len(groups), 0)
+
+
 async def test_a_lone_user_has_no_other() -> None:
     with pytest.raises(InputError, match="got only one user"):
         await AnotherUsers(Empty()).infer([ANN])
