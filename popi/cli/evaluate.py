@@ -51,6 +51,12 @@ def evaluate(
         list[str] | None,
         typer.Option(help=f"A column: a model, like --writer; may be repeated [default: {', '.join(GENERATORS)}]."),
     ] = None,
+    prompt_set: Annotated[
+        str | None,
+        typer.Option(
+            help="The prompts of all models: a prompt set, or a YAML file [default: those that each was trained with]."
+        ),
+    ] = None,
     rows: Annotated[str, typer.Option(help="Names of rows, separated by commas [default: all].")] = "",
     skip_bad_rows: Annotated[
         bool, typer.Option("--skip-bad-rows", help="Continue without the bad rows of DATA, and print their number.")
@@ -59,8 +65,8 @@ def evaluate(
 ) -> None:
     """Measure what a generator gains from the summaries of a writer.
 
-    A model that popi trained is compared with the model that it was trained from: a writer by its summaries, a
-    generator by its likelihoods.
+    A model that popi trained is compared with the model that it was trained from, under the same prompts: a writer by
+    its summaries, a generator by its likelihoods.
 
     OUT receives results.json, results.md, accuracy_vs_context.png and config.json. The same command resumes an
     interrupted run. Rows, generators and seeds can be added to a folder; other settings are refused.
@@ -86,11 +92,11 @@ def evaluate(
     if bad_rows.count:
         note(bad_rows.summary())
     folder = Folder(out)
-    config = folder.open(run_config(source, samples, chosen, columns, writer, made_from))
+    config = folder.open(run_config(source, samples, chosen, columns, writer, made_from, prompt_set=prompt_set))
     start = time.monotonic()
     with explaining_errors(f"measurements are kept in {out}, and the same command resumes the run"):
         try:
-            results = asyncio.run(_measure(samples, chosen, columns, writer, made_from, folder, config))
+            results = asyncio.run(_measure(samples, chosen, columns, writer, made_from, prompt_set, folder, config))
         finally:
             folder.close(config, time.monotonic() - start)
         _write(results, folder)
@@ -137,19 +143,22 @@ async def opened(models: Iterable[str]) -> AsyncIterator[dict[str, Backend]]:
         yield found
 
 
-def column(backend: Backend, reference: Backend | None = None, *, name: str = "") -> Column:
+def column(backend: Backend, reference: Backend | None = None, *, name: str = "", prompts: str | None = None) -> Column:
     """Makes a generator under test from a backend.
 
     Args:
         backend: The backend of the model.
-        reference: The backend of the model that it was trained from, if any.
+        reference: The backend of the model that it was trained from, if any. It gets the same prompts.
         name: The name of the column; empty is that of the model.
+        prompts: A prompt set, or a YAML file; ``None`` is the set that the model was trained with.
     """
     from popi.evaluation.measure import Column
     from popi.registry import generator
 
     make = generator("prompted")
-    return Column(name or backend.model, make(backend), backend, None if reference is None else make(reference))
+    made = make(backend, prompts=prompts)
+    before = None if reference is None else make(reference, prompts=made.format.prompts)
+    return Column(name or backend.model, made, backend, before)
 
 
 def _samples(
@@ -195,12 +204,14 @@ def run_config(
     made_from: Mapping[str, str],
     *,
     judged: int = JUDGED,
+    prompt_set: str | None = None,
 ) -> RunConfig:
     """The configuration of a run: everything that its figures depend on."""
     from popi.evaluation.folder import RunConfig
     from popi.prompts import DEFAULT
     from popi.provenance import versions
     from popi.registry import load
+    from popi.trained import prompts_of
 
     found = versions()
     return RunConfig(
@@ -210,7 +221,7 @@ def run_config(
             "judged": judged,
             # Margins are differences of scores, which must have the same precision.
             "dtype": load("popi.engine.loading:default_dtype")(),
-            "template_hash": DEFAULT.hash,
+            "template_hash": DEFAULT.hash if prompt_set is None else prompts_of(writer, prompt_set).hash,
             "popi": found["popi"],
         },
         models={name: _identity(name) for name in (writer, *columns, *made_from.values())},
@@ -247,6 +258,7 @@ async def _measure(
     columns: Sequence[str],
     writer: str,
     made_from: Mapping[str, str],
+    prompt_set: str | None,
     folder: Folder,
     config: RunConfig,
 ) -> Results:
@@ -256,15 +268,16 @@ async def _measure(
     users = sum(len(sample.examples) for sample in samples)
     async with opened((writer, *columns, *made_from.values())) as backends:
         write = inference("llm")
+        summarizer = write(backends[writer], prompts=prompt_set)
         before = {name: backends[made] for name, made in made_from.items()}
         with progress("evaluation", users * len(rows) * len(columns)) as shown:
             return await evaluate(
                 samples,
                 rows=rows,
                 # Named by the option, because two backend files may have the same model.
-                columns=[column(backends[name], before.get(name), name=name) for name in columns],
-                writer=write(backends[writer]),
-                untrained=write(before[writer]) if writer in before else None,
+                columns=[column(backends[name], before.get(name), name=name, prompts=prompt_set) for name in columns],
+                writer=summarizer,
+                untrained=write(before[writer], prompts=summarizer.format.prompts) if writer in before else None,
                 folder=folder,
                 judged=JUDGED,
                 settings={**config.settings, "seeds": config.seeds},

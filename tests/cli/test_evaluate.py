@@ -17,9 +17,10 @@ from popi.data.miniworld import generate
 from popi.evaluation.results import Results
 from popi.io import write_jsonl
 from popi.models import find, fingerprint
-from popi.prompts import DEFAULT
+from popi.prompts import DEFAULT, INSTRUCT
 from popi.signals import PreferencePair
 from popi.testing import ScriptedBackend
+from popi.trained import TrainingRecord
 
 
 @pytest.fixture
@@ -142,6 +143,40 @@ def test_other_settings_are_refused_in_one_line(
     Path(models["reader"], "model.safetensors").write_text("trained anew")
     assert evaluate() == 2
     assert "was made with models." in capsys.readouterr().err
+
+
+def test_a_prompt_set_is_that_of_all_models_and_part_of_the_settings(
+    evaluate: Callable[..., int],
+    backends: dict[str, ScriptedBackend],
+    models: dict[str, str],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    rows = ("--rows", "untrained-summary")
+    assert evaluate("--prompt-set", "instruct", *rows) == 0
+    read = [request.messages for backend in backends.values() for request in (*backend.chats, *backend.scored)]
+    systems = {messages[0].content.split("\n")[0] for messages in read if messages[0].role == "system"}
+    expected = INSTRUCT.inference_messages("")[0], INSTRUCT.answer_messages("", "")[0]
+    assert systems == {message.content.split("\n")[0] for message in expected}
+    assert not any(DEFAULT.infer.split("\n")[0] in messages[-1].content for messages in read)
+    capsys.readouterr()
+    assert evaluate(*rows) == 2
+    assert f"made with template_hash '{INSTRUCT.hash}'" in capsys.readouterr().err
+    assert evaluate("--prompt-set", "instruction", *rows, out="other") == 2
+    assert "unknown prompt set 'instruction'" in capsys.readouterr().err
+
+
+def test_a_base_model_gets_the_prompts_of_the_model_that_was_trained_from_it(
+    evaluate: Callable[..., int], backends: dict[str, ScriptedBackend], models: dict[str, str], tmp_path: Path
+) -> None:
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "model.safetensors").write_text("base")
+    trained = TrainingRecord.of(str(tmp_path / "base"), INSTRUCT.hash, INSTRUCT)
+    trained.write(Path(models["writer"]))
+    assert evaluate("--rows", "untrained-summary,popi-summary", "--generator", models["writer"]) == 0
+    requests = [request.messages for request in backends[str(tmp_path / "base")].chats]
+    expected = INSTRUCT.inference_messages("")[0]
+    assert {messages[0] for messages in requests if messages[0].role == "system"} == {expected}
+    assert not any("Signals of one user" in messages[-1].content for messages in requests)
 
 
 def test_ctrl_c_keeps_what_is_measured(
