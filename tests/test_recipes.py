@@ -2,7 +2,9 @@
 
 import importlib.util
 import json
+import re
 import runpy
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +17,7 @@ from popi.cli import main
 from popi.config import load
 from popi.evaluation.results import Cell, Results
 from popi.models import find
-from popi.testing import free_port
+from popi.testing import free_port, tiny_model
 from tests.servers import needs_vllm
 
 pytestmark = pytest.mark.slow
@@ -224,3 +226,31 @@ def test_the_backends_benchmark_finds_equal_texts():
     lines = [line for line in done.stdout.splitlines() if line.startswith(("transformers", "vLLM"))]
     assert len(lines) == 3 and all("2/2" in line for line in lines)
     assert "more, %" in done.stdout
+
+
+def test_the_commands_of_the_recipe_for_smollm2(tmp_path, monkeypatch, capsys, shared_data):
+    """The commands of its README, with a tiny model in the place of SmolLM2, and two steps."""
+    folder = ROOT / "recipes" / "smollm2_dsp"
+    [block] = re.findall(r"^```sh\n(.*?)^```", (folder / "README.md").read_text(encoding="utf-8"), re.M | re.S)
+    commands = [shlex.split(line)[1:] for line in block.replace("\\\n", "").splitlines()]
+    assert [command[0] for command in commands] == ["models", "data", "train", "eval"]
+    assert commands[0] == ["models", "get", load(folder).writer.model]
+    model, tokenizer = tiny_model()
+    model.config.max_position_embeddings = 8192
+    for part in (model, tokenizer):
+        part.save_pretrained(tmp_path / "tiny")
+    places = {
+        "domain_specific_preference.test.json": str(shared_data / "dsp" / "domain_specific_preference.test.json"),
+        "recipes/smollm2_dsp": str(folder),
+        load(folder).writer.model: str(tmp_path / "tiny"),
+    }
+    changes = SMALL | {f"{role}.model": tmp_path / "tiny" for role in ("writer", "generator")}
+    changes |= {"writer.max_tokens": 16, "precision": "float32"}
+    small = [word for name, value in changes.items() for word in ("--set", f"{name}={value}")]
+    monkeypatch.chdir(tmp_path)
+    for command in commands[1:]:
+        more = {"train": small, "eval": ["--users", "2", "--rows", "no-context,popi-summary"]}.get(command[0], [])
+        assert main([*(places.get(word, word) for word in command), *more]) == 0, command
+    assert [line["step"] for line in lines_of(Path("runs/smollm2-dsp/metrics.jsonl"))] == [1, 2]
+    results = Results.model_validate_json(Path("runs/dsp/table/results.json").read_text())
+    assert {cell.row for cell in results.cells} == {"no-context", "popi-summary"} and results.users == 6
