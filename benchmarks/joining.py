@@ -6,8 +6,8 @@
 Each way is a recipe with some values replaced, and has the same number of steps and users. An interrupted run is
 resumed. The models are evaluated as by ``popi eval``, on the users of a file, or on users of the mini world with unseen
 combinations of tastes, and each generator under the context that it was trained with. The oracle is the best summary
-that the signals allow, or the true preferences if the data have only these. The cost is the sum over the steps: tokens that the writer
-sampled, tokens that the generator read in scoring, tokens that were read with a gradient, and seconds.
+that the signals allow, or the true preferences if the data have only these. The cost is the sum over the steps: tokens
+that the writer sampled, tokens that the generator read in scoring, tokens that were read with a gradient, and seconds.
 """
 
 from __future__ import annotations

@@ -32,6 +32,7 @@ from popi.engine.chat_tokens import ChatTokens, Rendered
 from popi.engine.checks import verify
 from popi.engine.decoding import Draft, Outcome
 from popi.engine.loading import load
+from popi.engine.packed import pack
 from popi.engine.packing import Scored
 from popi.engine.service import ModelService, Within
 from popi.models import fingerprint
@@ -95,7 +96,9 @@ class TransformersBackend(Backend):
         dtype: str = "auto",
         batch_tokens: int = BATCH_TOKENS,
     ) -> None:
-        self._take(*load(model, device, dtype), name=model, batch_tokens=batch_tokens, within=nullcontext, live=False)
+        loaded, tokenizer = load(model, device, dtype)
+        pack(loaded)
+        self._take(loaded, tokenizer, name=model, batch_tokens=batch_tokens, within=nullcontext, live=False)
 
     @classmethod
     def from_model(
