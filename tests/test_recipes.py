@@ -251,6 +251,6 @@ def test_the_commands_of_the_recipe_for_smollm2(tmp_path, monkeypatch, capsys, s
     for command in commands[1:]:
         more = {"train": small, "eval": ["--users", "2", "--rows", "no-context,popi-summary"]}.get(command[0], [])
         assert main([*(places.get(word, word) for word in command), *more]) == 0, command
-    assert [line["step"] for line in lines_of(Path("runs/smollm2-dsp/metrics.jsonl"))] == [1, 2]
+    assert [line["step"] for line in lines_of(Path("runs/popi-smollm2-dsp/metrics.jsonl"))] == [1, 2]
     results = Results.model_validate_json(Path("runs/dsp/table/results.json").read_text())
     assert {cell.row for cell in results.cells} == {"no-context", "popi-summary"} and results.users == 6
