@@ -228,9 +228,13 @@ def test_the_backends_benchmark_finds_equal_texts():
     assert "more, %" in done.stdout
 
 
-def test_the_commands_of_the_recipe_for_smollm2(tmp_path, monkeypatch, capsys, shared_data):
+@pytest.mark.parametrize(
+    ("name", "published"),
+    [("dsp", "domain_specific_preference.test.json"), ("prefeval", "PrefEval")],
+)
+def test_the_commands_of_a_recipe_for_smollm2(tmp_path, monkeypatch, capsys, shared_data, name, published):
     """The commands of its README, with a tiny model in the place of SmolLM2, and two steps."""
-    folder = ROOT / "recipes" / "smollm2_dsp"
+    folder = ROOT / "recipes" / f"smollm2_{name}"
     [block] = re.findall(r"^```sh\n(.*?)^```", (folder / "README.md").read_text(encoding="utf-8"), re.M | re.S)
     commands = [shlex.split(line)[1:] for line in block.replace("\\\n", "").splitlines()]
     assert [command[0] for command in commands] == ["models", "data", "train", "eval"]
@@ -240,17 +244,17 @@ def test_the_commands_of_the_recipe_for_smollm2(tmp_path, monkeypatch, capsys, s
     for part in (model, tokenizer):
         part.save_pretrained(tmp_path / "tiny")
     places = {
-        "domain_specific_preference.test.json": str(shared_data / "dsp" / "domain_specific_preference.test.json"),
-        "recipes/smollm2_dsp": str(folder),
+        published: str(shared_data / name),
+        f"recipes/smollm2_{name}": str(folder),
         load(folder).writer.model: str(tmp_path / "tiny"),
     }
     changes = SMALL | {f"{role}.model": tmp_path / "tiny" for role in ("writer", "generator")}
     changes |= {"writer.max_tokens": 16, "precision": "float32"}
-    small = [word for name, value in changes.items() for word in ("--set", f"{name}={value}")]
+    small = [word for field, value in changes.items() for word in ("--set", f"{field}={value}")]
     monkeypatch.chdir(tmp_path)
     for command in commands[1:]:
         more = {"train": small, "eval": ["--users", "2", "--rows", "no-context,popi-summary"]}.get(command[0], [])
         assert main([*(places.get(word, word) for word in command), *more]) == 0, command
-    assert [line["step"] for line in lines_of(Path("runs/popi-smollm2-dsp/metrics.jsonl"))] == [1, 2]
-    results = Results.model_validate_json(Path("runs/dsp/table/results.json").read_text())
+    assert [line["step"] for line in lines_of(Path(f"runs/popi-smollm2-{name}/metrics.jsonl"))] == [1, 2]
+    results = Results.model_validate_json(Path(f"runs/{name}/table/results.json").read_text())
     assert {cell.row for cell in results.cells} == {"no-context", "popi-summary"} and results.users == 6
