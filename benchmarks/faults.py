@@ -49,6 +49,10 @@ SIGNALS = {
 
 
 FULL = "the disk is full for all ranks"
+KILLED_VLLM = "SIGKILL of the vLLM beside a rank"
+TRUNCATED = "SIGKILL of a rank, and a truncated file in its newest checkpoint"
+TRUNCATE = 'truncate --size=-100 "$(find "$0" -type f -size +8k -path "*/checkpoint-2/*" | sort | head -n 1)"'
+WITH_VLLM = {"writer.rollouts": "vllm-colocate", "writer.cache_gib": 0.25}
 
 
 @dataclass(frozen=True)
@@ -103,12 +107,21 @@ class Bench:
             again = start(self.recipe, self.out)
             said, _ = again.ended(600)
             same = again.launcher.returncode == 0 and same_weights(self.out, self.whole)
-            notes = [line for line in self._shown(said) if "resuming" in line]
+            notes = [line for line in self._shown(said) if "resuming" in line or "damaged" in line]
             resumed = "; ".join([*notes, "equal weights" if same else "OTHER WEIGHTS"])
         print(f"| {name} | {seen} | {code} | {seconds:.1f} | {resumed} |", flush=True)
 
     def _shown(self, said: str) -> list[str]:
         return [line.replace(f"{self.out}", "RUN") for line in lines_of_popi(said)]
+
+
+def prepared(folder: Path, name: str, changes: dict[str, Any]) -> Bench:
+    """Makes a recipe, and runs it undisturbed."""
+    file = folder / f"{name}.yaml"
+    resolved = load(write_recipe(file, make_inputs(folder)), {"engine.kind": name, "steps": 4, **changes})
+    bench = Bench(write_recipe(file, resolved.model_dump(mode="json")), folder / f"{name}-whole", folder / name)
+    start(bench.recipe, bench.whole).ended(600)
+    return bench
 
 
 def main() -> None:
@@ -123,11 +136,7 @@ def main() -> None:
     folder = given.out.resolve()
     os.environ.update({rank_faults.SECONDS: SLOW})
     for engine in given.engines:
-        file = folder / f"{engine}.yaml"
-        resolved = load(write_recipe(file, make_inputs(folder)), {"engine.kind": engine, "steps": 4})
-        recipe = write_recipe(file, resolved.model_dump(mode="json"))
-        bench = Bench(recipe, folder / f"{engine}-whole", folder / engine)
-        start(recipe, bench.whole).ended(600)
+        bench = prepared(folder, engine, {})
         print(f"\n| {engine} | what the user sees | exit code | seconds | the next start |", flush=True)
         print("|---|---|---|---|---|", flush=True)
         rows = {
@@ -137,6 +146,11 @@ def main() -> None:
         for name, begin in rows.items():
             if given.faults in name:
                 bench.row(name, begin)
+        if given.faults in TRUNCATED:
+            bench.row(TRUNCATED, partial(bench.planted, rank_faults.kill, 1), "sh", "-c", TRUNCATE, str(bench.out))
+        if given.faults in KILLED_VLLM:
+            with_vllm = prepared(folder, f"{engine}-vllm", {"engine.kind": engine, **WITH_VLLM})
+            with_vllm.row(KILLED_VLLM, partial(with_vllm.planted, rank_faults.kill_vllm, 1))
         if given.faults in FULL:
             bench.row(FULL, bench.full, "mount", "-o", "remount,size=1g", str(bench.out))
             subprocess.run(["umount", str(bench.out)], check=True)

@@ -108,6 +108,7 @@ def test_the_bare_loop_drops_a_truncated_claim_and_counts_a_tie_as_half(bare):
     [
         ("reward_scoring.py", ["--users", "1", "--samples", "2", "--lengths", "32"], 2),
         ("train_step.py", ["--users", "1", "--lengths", "100", "--samples", "2", "--summaries", "4"], 3),
+        ("packed.py", ["--rows", "2", "--length", "20", "--new", "3"], 3),
     ],
 )
 def test_a_benchmark_finds_both_sides_equal(script, words, heads):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import platform
 
 import torch
@@ -9,6 +10,9 @@ from torch import Tensor, nn
 
 ROWS = 16
 """Number of rows for which oneDNN chooses the layout: a batch of decoding. Longer inputs are as fast in this layout."""
+
+LEAST = {torch.float32: 2**18, torch.bfloat16: 2**14}
+"""Minimum size of a weight. Calling oneDNN takes ten microseconds, in which a row is multiplied by a smaller one."""
 
 MACHINES = ("x86_64", "AMD64")
 
@@ -24,6 +28,8 @@ class PackedLinear(nn.Linear):
         nn.Module.__init__(self)
         self.in_features, self.out_features, self.bias = layer.in_features, layer.out_features, layer.bias
         self._packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach(), ROWS)
+        # The overload is called directly: choosing it takes longer than a small product.
+        self._multiply = torch.ops.mkldnn._linear_pointwise.default
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
@@ -32,7 +38,7 @@ class PackedLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """Multiplies by the weight and adds the bias."""
-        product: Tensor = torch.ops.mkldnn._linear_pointwise(input, self._packed, self.bias, "none", [], "")
+        product: Tensor = self._multiply(input, self._packed, self.bias, "none", [], "")
         return product
 
 
@@ -41,7 +47,7 @@ def pack(model: nn.Module) -> None:
 
     torch converts weights in bfloat16 to such a layout in every call, and multiplies in float32 with MKL, which is slow
     on processors of other makers than Intel. Results in float32 differ by rounding. A head that shares its weight with
-    the embeddings gets a copy of its own.
+    the embeddings gets a copy of its own. Small layers are left as they are.
 
     Args:
         model: The model. It can no longer be trained or saved.
@@ -58,5 +64,5 @@ def pack(model: nn.Module) -> None:
 
 
 def _is_fast(weight: Tensor) -> bool:
-    half = [torch.bfloat16] if torch.ops.mkldnn._is_mkldnn_bf16_supported() else []
-    return weight.device.type == "cpu" and weight.dtype in (torch.float32, *half)
+    native = weight.dtype != torch.bfloat16 or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return weight.device.type == "cpu" and native and weight.numel() >= LEAST.get(weight.dtype, math.inf)

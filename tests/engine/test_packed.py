@@ -8,12 +8,19 @@ import pytest
 import torch
 from torch import nn
 
-from popi.engine.packed import MACHINES, PackedLinear, pack
+from popi.engine.packed import LEAST, MACHINES, PackedLinear, pack
 from popi.testing import FAMILIES, tiny_model
 
 pytestmark = pytest.mark.skipif(
     platform.machine() not in MACHINES or not torch.backends.mkldnn.is_available(), reason="this CPU has no oneDNN"
 )
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Packs small layers, too."""
+    for dtype in LEAST:
+        monkeypatch.setitem(LEAST, dtype, 1)
 
 
 @torch.inference_mode()
@@ -57,6 +64,13 @@ def test_a_layer_in_two_places_is_packed_once() -> None:
     model = nn.Sequential(shared, nn.ReLU(), shared)
     pack(model)
     assert isinstance(model[0], PackedLinear) and model[0] is model[2]
+
+
+def test_small_layers_are_left_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(LEAST, torch.float32, 100)
+    model = nn.Sequential(nn.Linear(9, 11), nn.Linear(11, 10))
+    pack(model)
+    assert [isinstance(layer, PackedLinear) for layer in model] == [False, True]
 
 
 def test_other_layers_and_types_stay_as_they_are() -> None:

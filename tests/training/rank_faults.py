@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import re
 import resource
@@ -31,6 +32,12 @@ ROOM = 2**13
 def kill(_: Any) -> None:
     """The rank ends without a word, as if it had been killed for its memory."""
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+def kill_vllm(_: Any) -> None:
+    """The vLLM beside the rank is killed."""
+    [engine] = multiprocessing.active_children()
+    engine.kill()
 
 
 def error(_: Any) -> None:
@@ -70,6 +77,7 @@ def nan_logit(trainer: Any) -> None:
 
 PLACES = {
     kill: "training_step",
+    kill_vllm: "training_step",
     error: "training_step",
     slow: "training_step",
     nan_logit: "roll_out",
