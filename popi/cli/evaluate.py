@@ -154,11 +154,11 @@ def column(backend: Backend, reference: Backend | None = None, *, name: str = ""
     """
     from popi.evaluation.measure import Column
     from popi.registry import generator
+    from popi.trained import prompts_of
 
-    make = generator("prompted")
-    made = make(backend, prompts=prompts)
-    before = None if reference is None else make(reference, prompts=made.format.prompts)
-    return Column(name or backend.model, made, backend, before)
+    make, chosen = generator("prompted"), prompts_of(backend.model, prompts)
+    before = None if reference is None else make(reference, prompts=chosen)
+    return Column(name or backend.model, make(backend, prompts=chosen), backend, before)
 
 
 def _samples(
@@ -264,11 +264,12 @@ async def _measure(
 ) -> Results:
     from popi.evaluation.run import evaluate
     from popi.registry import inference
+    from popi.trained import prompts_of
 
     users = sum(len(sample.examples) for sample in samples)
     async with opened((writer, *columns, *made_from.values())) as backends:
         write = inference("llm")
-        summarizer = write(backends[writer], prompts=prompt_set)
+        prompts = prompts_of(backends[writer].model, prompt_set)
         before = {name: backends[made] for name, made in made_from.items()}
         with progress("evaluation", users * len(rows) * len(columns)) as shown:
             return await evaluate(
@@ -276,8 +277,8 @@ async def _measure(
                 rows=rows,
                 # Named by the option, because two backend files may have the same model.
                 columns=[column(backends[name], before.get(name), name=name, prompts=prompt_set) for name in columns],
-                writer=summarizer,
-                untrained=write(before[writer], prompts=summarizer.format.prompts) if writer in before else None,
+                writer=write(backends[writer], prompts=prompts),
+                untrained=write(before[writer], prompts=prompts) if writer in before else None,
                 folder=folder,
                 judged=JUDGED,
                 settings={**config.settings, "seeds": config.seeds},
