@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import platform
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -54,9 +55,11 @@ def pack(model: nn.Module) -> None:
     """
     if platform.machine() not in MACHINES or not torch.backends.mkldnn.is_available():
         return
-    packed: dict[nn.Module, PackedLinear] = {}
-    for parent in list(model.modules()):
-        for name, layer in list(parent._modules.items()):
+    # No reference to a replaced layer is kept, so that a model is never in memory twice.
+    packed: WeakKeyDictionary[nn.Module, PackedLinear] = WeakKeyDictionary()
+    for parent in [module for module in model.modules() if type(module) is not nn.Linear]:
+        for name in list(parent._modules):
+            layer = parent._modules[name]
             # Not a subclass, whose forward pass may do more.
             if type(layer) is nn.Linear and _is_fast(layer.weight):
                 packed[layer] = packed.get(layer) or PackedLinear(layer)

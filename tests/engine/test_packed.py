@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import weakref
 
 import pytest
 import torch
@@ -57,6 +58,21 @@ def test_packed_weights_are_no_parameters_but_can_be_read() -> None:
         assert isinstance(layer, PackedLinear) and torch.equal(layer.weight, weight)
     assert list(model.get_input_embeddings().parameters()) == parameters
     assert sum(each.numel() for each in model.parameters()) < sum(each.numel() for each in parameters) + 1000
+
+
+def test_each_weight_is_released_before_the_next_one_is_packed(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nn.Sequential(*[nn.Linear(8, 8) for _ in range(4)], nn.Sequential(nn.Linear(8, 8)))
+    weights = [weakref.ref(layer.weight) for layer in model.modules() if type(layer) is nn.Linear]
+    alive: list[int] = []
+    original = PackedLinear.__init__
+
+    def counting(self: PackedLinear, layer: nn.Linear) -> None:
+        alive.append(sum(weight() is not None for weight in weights))
+        original(self, layer)
+
+    monkeypatch.setattr(PackedLinear, "__init__", counting)
+    pack(model)
+    assert alive == [5, 4, 3, 2, 1]
 
 
 def test_a_layer_in_two_places_is_packed_once() -> None:
