@@ -281,10 +281,10 @@ async def attempts(
 
 
 async def in_groups(items: AsyncIterator[Item]) -> AsyncGenerator[list[Item]]:
-    """Yields together what has arrived while the reader was busy: at least one item, and at most ``BUFFERED``.
+    """Yields items in groups: all that are available, at least one and at most ``BUFFERED``.
 
-    For readers whose work on many items takes as long as that on one, such as a write to a disk. An error of ``items``
-    is raised after all earlier items have been yielded. Closing the generator closes ``items`` first.
+    It is for a caller whose work has a fixed cost for each call, such as ``fsync``. An error of ``items`` is raised
+    after all earlier items have been yielded. Closing the generator closes ``items`` first.
     """
     arrived, room = asyncio.Queue[tuple[Item] | None](), asyncio.Semaphore(BUFFERED)
 

@@ -112,8 +112,8 @@ def render_signals(
 
     Args:
         signals: The signals, oldest first.
-        count_tokens: Counts the tokens of a text with the tokenizer of the model that will read it. A token must
-            stand for at least one byte.
+        count_tokens: Counts the tokens of a text with the tokenizer of the model that will read it; at most its
+            number of UTF-8 bytes.
         budget: Maximum number of tokens of the text. ``None`` shows everything.
         prompts: The templates.
 

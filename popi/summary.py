@@ -145,7 +145,14 @@ def read_reply(
 
 
 def fits(text: str, limit: int, count_tokens: Callable[[str], int]) -> bool:
-    """Whether a text has at most ``limit`` tokens. A short text is not counted: each token stands for some bytes."""
+    """Whether a text has at most ``limit`` tokens.
+
+    Args:
+        text: The text.
+        limit: Maximum number of tokens.
+        count_tokens: Counts the tokens of a text. It is not called if the text has at most ``limit`` bytes in UTF-8,
+            because a token has at least one byte.
+    """
     return len(text.encode("utf-8", "surrogatepass")) <= limit or count_tokens(text) <= limit
 
 

@@ -163,7 +163,7 @@ class TestGroups:
         assert [group async for group in groups] == [[4, 5]]
 
     @given(st.lists(st.integers(0, 3)), st.lists(st.integers(0, 3)), st.booleans())
-    def test_all_items_are_in_one_group_in_order(self, pauses: list[int], busy: list[int], fails: bool) -> None:
+    def test_every_item_is_yielded_once_in_order(self, pauses: list[int], busy: list[int], fails: bool) -> None:
         async def items() -> AsyncIterator[int]:
             for number, pause in enumerate(pauses):
                 for _ in range(pause):

@@ -90,7 +90,8 @@ class AnotherUsers(PreferenceInference):
     """Gives every user the summary of another user, to measure the effect of a summary that does not fit.
 
     The users are arranged in a random ring, and each gets the summary of the next one. So every summary is used once,
-    and no user gets their own. A user whose neighbour has the same preferences swaps with somebody else, if possible.
+    and no user gets their own. If the preferences are known, no user gets the summary of
+    a user with the same ones, unless every assignment would have such a pair.
 
     Example:
         >>> import asyncio
@@ -102,7 +103,7 @@ class AnotherUsers(PreferenceInference):
     Args:
         inner: Writes the summaries.
         seed: Seed of the ring. The ring does not depend on the order of the users.
-        preferences: What users prefer, by user id, if it is known: a summary of somebody who prefers the same fits.
+        preferences: The true preferences by user id, as far as they are known.
     """
 
     def __init__(

@@ -54,7 +54,7 @@ def evaluate(
     prompt_set: Annotated[
         str | None,
         typer.Option(
-            help="The prompts of all models: a prompt set, or a YAML file [default: those that each was trained with]."
+            help="Prompt set of all models: its name, or a YAML file [default: the one that each was trained with]."
         ),
     ] = None,
     rows: Annotated[str, typer.Option(help="Names of rows, separated by commas [default: all].")] = "",

@@ -18,7 +18,7 @@ class GrowingFile:
     """A file of JSON lines that one process at a time extends. It is a context manager.
 
     Entering locks the file and removes the incomplete line that a killed process may have left at its end. New lines
-    are on the disk when the call returns, which takes as long for many as for one. Replacements of earlier lines are
+    are on the disk when the call returns, with one ``fsync`` for all of them. Replacements of earlier lines are
     written to a file next to it, and take their places at the end, or when the file is entered again after the process
     was killed. Without any line, the file is removed.
 

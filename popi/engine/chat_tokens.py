@@ -159,7 +159,7 @@ class ChatTokens:
         return str(text)
 
     def _encode(self, texts: list[str]) -> list[list[int]]:
-        # Most calls encode an empty response prefix, for which the tokenizer takes as long as for a sentence.
+        # Most requests have an empty response prefix, and calling the tokenizer for it takes time.
         full = [text for text in texts if text]
         if not full:
             return [[] for _ in texts]
