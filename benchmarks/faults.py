@@ -115,11 +115,12 @@ class Bench:
         return [line.replace(f"{self.out}", "RUN") for line in lines_of_popi(said)]
 
 
-def prepared(folder: Path, name: str, changes: dict[str, Any]) -> Bench:
-    """Makes a recipe, and runs it undisturbed."""
-    file = folder / f"{name}.yaml"
-    resolved = load(write_recipe(file, make_inputs(folder)), {"engine.kind": name, "steps": 4, **changes})
-    bench = Bench(write_recipe(file, resolved.model_dump(mode="json")), folder / f"{name}-whole", folder / name)
+def prepared(folder: Path, changes: dict[str, Any]) -> Bench:
+    """Makes a recipe in an empty folder, and runs it undisturbed."""
+    folder.mkdir(parents=True)
+    file = folder / "recipe.yaml"
+    resolved = load(write_recipe(file, make_inputs(folder)), {"steps": 4, **changes})
+    bench = Bench(write_recipe(file, resolved.model_dump(mode="json")), folder / "whole", folder / "disturbed")
     start(bench.recipe, bench.whole).ended(600)
     return bench
 
@@ -136,7 +137,7 @@ def main() -> None:
     folder = given.out.resolve()
     os.environ.update({rank_faults.SECONDS: SLOW})
     for engine in given.engines:
-        bench = prepared(folder, engine, {})
+        bench = prepared(folder / engine, {"engine.kind": engine})
         print(f"\n| {engine} | what the user sees | exit code | seconds | the next start |", flush=True)
         print("|---|---|---|---|---|", flush=True)
         rows = {
@@ -149,7 +150,7 @@ def main() -> None:
         if given.faults in TRUNCATED:
             bench.row(TRUNCATED, partial(bench.planted, rank_faults.kill, 1), "sh", "-c", TRUNCATE, str(bench.out))
         if given.faults in KILLED_VLLM:
-            with_vllm = prepared(folder, f"{engine}-vllm", {"engine.kind": engine, **WITH_VLLM})
+            with_vllm = prepared(folder / f"{engine}-vllm", {"engine.kind": engine, **WITH_VLLM})
             with_vllm.row(KILLED_VLLM, partial(with_vllm.planted, rank_faults.kill_vllm, 1))
         if given.faults in FULL:
             bench.row(FULL, bench.full, "mount", "-o", "remount,size=1g", str(bench.out))
