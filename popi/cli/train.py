@@ -56,7 +56,6 @@ def train(
         print_json({"recipe": resolved.model_dump(mode="json"), **cost})
         return
     run = load_part(resolved.RUN)
-    load_part("popi.engine.quiet:silence_deepspeed")()
     folder = out or Path("runs") / resolved.name
     if os.environ.get("RANK", "0") != "0":
         # The first rank reports. The others print warnings and their own errors.

@@ -15,6 +15,7 @@ from popi.config import Phase, PretrainRecipe
 from popi.config.pretrain import MAX_LESSONS
 from popi.data.miniworld.curriculum import Dilution, Lesson, Task, lesson
 from popi.engine.loading import has_bfloat16
+from popi.engine.quiet import silence_deepspeed
 from popi.errors import InputError
 from popi.pretraining.card import model_card
 from popi.pretraining.learner import Learner, build, learn
@@ -50,6 +51,7 @@ def run(recipe: PretrainRecipe, out: Path, *, source: str, report: Callable[[dic
         InputError: If the folder contains another run, or one of its files is damaged.
         PopiError: If another process uses the folder, the disk is full, or the training diverged.
     """
+    silence_deepspeed()
     with RunFolder.open(out, recipe) as folder:
         folder.begin({"template_hash": DEFAULT.hash})
         _run(recipe, folder, source, report)

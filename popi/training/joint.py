@@ -18,7 +18,7 @@ from torch import nn
 from popi.assembly import fingerprint_model
 from popi.config import JointRecipe
 from popi.config.joint import Lora
-from popi.engine.quiet import quiet
+from popi.engine.quiet import quiet, silence_deepspeed
 from popi.errors import BackendError, ConfigError, InputError, MissingExtra, PopiError
 from popi.io import write_text
 from popi.provenance import now
@@ -67,6 +67,7 @@ def run(recipe: JointRecipe, out: Path, *, source: str, report: Report) -> None:
         ConfigError: If the recipe does not fit the number of processes or GPUs.
         PopiError: If another process uses the folder, the disk or the memory is full, or a loss is not finite.
     """
+    silence_deepspeed()
     ranks = engines.start(recipe.engine.kind)
     with launcher.reporting_once(ranks):
         _run(recipe, out, source, report, ranks)
