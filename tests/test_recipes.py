@@ -163,15 +163,34 @@ def test_the_peak_of_a_side_does_not_depend_on_what_was_measured_before(monkeypa
     assert min(ours, usual) > 1
 
 
-def test_ways_of_joining_are_trained_and_measured(tmp_path):
+@pytest.mark.parametrize(
+    ("ways", "from_file"), [(["shared-weights", "writer-alone"], False), (["generator-without-context"], True)]
+)
+def test_ways_of_joining_are_trained_and_measured(tmp_path, monkeypatch, ways, from_file):
+    # Set by a training in this process, it would hide what DeepSpeed prints among the results.
+    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
     small = [f"{name}={value}" for name, value in SMALL.items()]
-    ways = ["shared-weights", "writer-alone", "generator-without-context"]
-    done = python("benchmarks/joining.py", "--ways", *ways, "--users", "6", "--out", tmp_path, "--set", *small)
+    words = ["--ways", *ways, "--users", "6", "--out", tmp_path / "out"]
+    if from_file:
+        data, recipe = tmp_path / "users.jsonl", tmp_path / "other.yaml"
+        assert main(["data", "miniworld", "--users", "6", "--out", str(data)]) == 0
+        recipe.write_text(
+            (ROOT / "recipes" / "popi_mini" / "config.yaml").read_text().replace("popi-mini\n", "other\n")
+        )
+        words += ["--recipe", recipe, "--data", data]
+    done = python("benchmarks/joining.py", *words, "--set", *small)
     assert done.returncode == 0, done.stderr
     cells = [line.split(" | ") for line in done.stdout.splitlines()]
     assert [line[0] for line in cells[2:]] == ways
     assert {len(line) for line in cells} == {7}
-    assert cells[-1][3] == "0 k", "a generator that learns alone samples nothing"
+    assert all(re.fullmatch(r"[\d.]+ \[[\d.]+, [\d.]+\]", cell) for line in cells[2:] for cell in line[1:3])
+    for way in ways:
+        samples = any("tokens/rollout" in line for line in lines_of(tmp_path / "out" / way / "metrics.jsonl"))
+        assert samples != way.startswith("generator"), "only a generator that learns alone samples nothing"
+    if from_file:
+        assert (tmp_path / "out" / ways[0] / "measured-6").is_dir()
+        config = json.loads((tmp_path / "out" / ways[0] / "config.json").read_text())
+        assert "other" in json.dumps(config)
 
 
 def test_a_killed_command_at_scale_writes_one_summary_per_user(tmp_path):
